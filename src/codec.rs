@@ -1,0 +1,68 @@
+//! Small decoders that byte-order integers do not cover: GUIDs, text, table reads.
+
+use std::io;
+
+use uuid::Uuid;
+
+use crate::error::{Error, Result};
+use crate::storage::Storage;
+
+/// Reads a GUID stored in Microsoft's mixed byte order.
+pub fn guid(bytes: &[u8; 16]) -> Uuid {
+    Uuid::from_bytes_le(*bytes)
+}
+
+/// Decodes UTF-16 bytes, unpaired surrogates as replacement characters; stops at the first NUL.
+pub fn utf16(bytes: &[u8], big_endian: bool) -> String {
+    let units = bytes.chunks_exact(2).map(|pair| {
+        let pair = [pair[0], pair[1]];
+        if big_endian { u16::from_be_bytes(pair) } else { u16::from_le_bytes(pair) }
+    });
+    char::decode_utf16(units.take_while(|unit| *unit != 0))
+        .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
+        .collect()
+}
+
+/// Encodes text as UTF-16 bytes without terminator.
+pub fn to_utf16(text: &str, big_endian: bool) -> Vec<u8> {
+    text.encode_utf16()
+        .flat_map(|unit| if big_endian { unit.to_be_bytes() } else { unit.to_le_bytes() })
+        .collect()
+}
+
+/// Reads `N` bytes of a structure called `what`; a file that ends before is reported as damage.
+pub fn read_array<const N: usize>(file: &dyn Storage, at: u64, what: &str) -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    read_exact(file, at, &mut bytes, what)?;
+    Ok(bytes)
+}
+
+/// Fills `buf` with a structure called `what`; a file that ends before is reported as damage.
+pub fn read_exact(file: &dyn Storage, at: u64, buf: &mut [u8], what: &str) -> Result<()> {
+    file.read_at(at, buf).map_err(|e| {
+        let error = match e.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                Error::corrupt(format!("{what} lies past the end of the file"))
+            }
+            _ => Error::io(format!("reading {what}"), &e),
+        };
+        error.in_file(file.path()).at(at)
+    })
+}
+
+/// Writes a structure called `what`.
+pub fn write_all(file: &dyn Storage, at: u64, data: &[u8], what: &str) -> Result<()> {
+    file.write_at(at, data)
+        .map_err(|e| Error::io(format!("writing {what}"), &e).in_file(file.path()).at(at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn utf16_both_ways_and_with_lone_surrogates() {
+        assert_eq!(utf16(&to_utf16("påth", true), true), "påth");
+        assert_eq!(utf16(&[0x41, 0, 0x00, 0xd8, 0x42, 0, 0, 0, 0x43, 0], false), "A\u{fffd}B");
+    }
+}

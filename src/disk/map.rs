@@ -1,0 +1,242 @@
+//! What a format driver is: [`BlockMap`], the translation from disk ranges to places in files.
+//!
+//! A driver never moves payload. It answers where bytes are ([`BlockMap::lookup`]) and hands out
+//! places for new ones in two steps: [`BlockMap::prepare_write`] reserves space that nobody can see
+//! yet, the [`Disk`](super::Disk) fills it, and [`BlockMap::commit_write`] makes it visible. Only the
+//! driver writes tables, and it does so in [`BlockMap::flush`], in its format's safe order.
+//!
+//! The [`Disk`](super::Disk) calls `lookup` under shared block locks and everything that changes a
+//! mapping under exclusive ones, so no range is looked up while it changes; different ranges do
+//! change at the same time, and a flush may run at any time.
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::error::{Error, Result};
+use crate::storage::Storage;
+
+/// Bytes `start..end` of the virtual disk.
+pub type DiskRange = Range<u64>;
+
+/// The sizes of a disk. Fixed while it is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Virtual size in bytes, a multiple of [`Self::SECTOR`].
+    pub size: u64,
+    /// The guest's logical sector in bytes: 512 or 4096.
+    pub logical_sector: u32,
+    /// The guest's physical sector in bytes: 512 or 4096.
+    pub physical_sector: u32,
+    /// Allocation unit in bytes: block, grain; the whole disk's size where nothing is allocated.
+    pub block_size: u64,
+}
+
+impl Geometry {
+    /// Granularity in bytes of everything a driver is asked: allocation, bitmaps, unmapping.
+    pub const SECTOR: u64 = 512;
+}
+
+/// Index into [`BlockMap::files`].
+pub type FileIndex = usize;
+
+/// Where the bytes of a part of the disk are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// In an image file, one after the other from byte `at`.
+    File {
+        /// Which of [`BlockMap::files`].
+        file: FileIndex,
+        /// Byte offset there of the extent's first byte.
+        at: u64,
+    },
+    /// All zeroes, stored nowhere.
+    Zero,
+    /// Whatever the parent has there; zeroes past the parent's end.
+    Parent,
+    /// In compressed unit `unit`, starting `skip` bytes into it; see [`BlockMap::read_packed`].
+    Packed {
+        /// The driver's own name for the unit, a host offset as a rule.
+        unit: u64,
+        /// Bytes of the unit before the extent's first byte.
+        skip: u32,
+    },
+    /// Lost: the image is damaged here, reading is an error.
+    Bad,
+}
+
+/// A run of the disk that has one [`Source`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte on the disk.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// Where the bytes are.
+    pub source: Source,
+}
+
+impl Extent {
+    /// One past the last byte on the disk.
+    pub fn end(&self) -> u64 {
+        self.start + self.len
+    }
+}
+
+/// Extents in disk order, without gaps. [`ExtentList::push`] merges what continues the last one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ExtentList(SmallVec<[Extent; 4]>);
+
+impl ExtentList {
+    /// An empty list.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends `len` bytes with `source`, merging them into the last extent where they continue it.
+    pub fn push(&mut self, start: u64, len: u64, source: Source) {
+        debug_assert!(len > 0 && self.0.last().is_none_or(|last| last.end() == start));
+        if let Some(last) = self.0.last_mut() {
+            let continues = match (last.source, source) {
+                (Source::File { file: a, at: x }, Source::File { file: b, at: y }) => {
+                    a == b && x.checked_add(last.len) == Some(y)
+                }
+                (Source::Zero, Source::Zero)
+                | (Source::Parent, Source::Parent)
+                | (Source::Bad, Source::Bad) => true,
+                _ => false,
+            };
+            if continues {
+                last.len += len;
+                return;
+            }
+        }
+        self.0.push(Extent { start, len, source });
+    }
+
+    /// Empties the list, keeping its memory.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl std::ops::Deref for ExtentList {
+    type Target = [Extent];
+    fn deref(&self) -> &[Extent] {
+        &self.0
+    }
+}
+
+/// One place that a planned write must fill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// First byte on the disk, a multiple of [`Geometry::SECTOR`].
+    pub start: u64,
+    /// Length in bytes, a multiple of [`Geometry::SECTOR`].
+    pub len: u64,
+    /// Which of [`BlockMap::files`].
+    pub file: FileIndex,
+    /// Byte offset there.
+    pub at: u64,
+    /// The space reads as zeroes already, so zeroes need not be written to it.
+    pub zeroed: bool,
+}
+
+/// Space reserved by [`BlockMap::prepare_write`]: after every piece holds the disk's new contents of
+/// its range, the plan is committed; a plan that failed is aborted.
+///
+/// Pieces ascend and cover at least the planned range. A piece may reach further, to the borders of
+/// a block that must be stored whole: the bytes there get the disk's current contents. Pieces may
+/// reach past the disk's end, where they hold zeroes.
+#[derive(Debug)]
+pub struct WritePlan {
+    /// What to fill, in disk order, without overlap.
+    pub pieces: SmallVec<[Piece; 4]>,
+    /// What the driver needs to know again at commit or abort.
+    pub token: Box<dyn Any + Send>,
+}
+
+/// A format driver's view of one open disk.
+pub trait BlockMap: Send + Sync {
+    /// The disk's sizes.
+    fn geometry(&self) -> &Geometry;
+
+    /// The files that [`Source::File`] and [`Piece`] refer to. Fixed while open.
+    fn files(&self) -> &[Arc<dyn Storage>];
+
+    /// Appends the extents of `want`, which is not empty, lies inside the disk and is a multiple of
+    /// [`Geometry::SECTOR`] at both ends. The answer is sorted, has no gaps and ends exactly with
+    /// `want`.
+    fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()>;
+
+    /// Called once, before the first change of any kind since the disk was opened: marks the image
+    /// as being written (identifiers, log, dirty flag), durably where the format needs that.
+    fn begin_writes(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Reserves space for writing `want` (as for [`Self::lookup`]), no part of which `lookup` says
+    /// is [`Source::File`]. A plan may cover less than `want`, but at least its first sector; the
+    /// caller asks again for the rest.
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan>;
+
+    /// Makes a filled plan visible to [`Self::lookup`]. Its pieces have been written, not synced.
+    /// On an error nothing became visible, as if the plan had been aborted.
+    fn commit_write(&self, plan: WritePlan) -> Result<()>;
+
+    /// Gives back what a plan reserved. Its pieces may or may not have been written.
+    fn abort_write(&self, plan: WritePlan);
+
+    /// Makes whole blocks inside `want` read as zeroes without storing them, where the format can
+    /// say that (on a child it must hide the parent). Parts that were not unmapped are appended to
+    /// `rest`, in order; the caller writes zeroes there.
+    fn unmap(&self, want: DiskRange, rest: &mut Vec<DiskRange>) -> Result<()> {
+        rest.push(want);
+        Ok(())
+    }
+
+    /// Unpacks unit `unit` of a [`Source::Packed`] and copies its bytes from `skip` into `buf`.
+    fn read_packed(&self, unit: u64, skip: u32, buf: &mut [u8]) -> Result<()> {
+        let _ = (unit, skip, buf);
+        Err(Error::corrupt("compressed data in a format that has none"))
+    }
+
+    /// Makes all committed writes durable: first payload, then the tables that lead to it. When
+    /// nothing but payload changed, one sync of each written file is enough.
+    fn flush(&self) -> Result<()>;
+
+    /// Whether tables changed in memory wait for [`Self::flush`].
+    fn dirty(&self) -> bool {
+        false
+    }
+
+    /// Flushes and marks the image clean. Called at most once, with nothing else under way; also on
+    /// disks that were never written, where it must not write.
+    fn close(&self) -> Result<()>;
+
+    /// Table cache figures for `status`.
+    fn cache_stats(&self) -> super::tables::CacheStats {
+        super::tables::CacheStats::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_merge_only_where_the_file_continues() {
+        let mut list = ExtentList::new();
+        list.push(0, 512, Source::File { file: 0, at: 4096 });
+        list.push(512, 512, Source::File { file: 0, at: 4608 });
+        list.push(1024, 512, Source::File { file: 1, at: 5120 });
+        list.push(1536, 512, Source::Zero);
+        list.push(2048, 512, Source::Zero);
+        list.push(2560, 512, Source::Packed { unit: 1, skip: 0 });
+        list.push(3072, 512, Source::Packed { unit: 1, skip: 512 });
+        let lens: Vec<_> = list.iter().map(|e| e.len).collect();
+        assert_eq!(lens, [1024, 512, 1024, 512, 512]);
+    }
+}

@@ -1,0 +1,615 @@
+//! The disk: the one type every front end holds, and the one place that moves payload.
+//!
+//! A [`Disk`] is a [`BlockMap`] plus an optional parent disk. It does once, for all formats: bounds
+//! and access checks, rounding to sectors, reading through to the parent, copying up, zeroing,
+//! grouping of flushes, and failing for good after metadata could not be made durable.
+//!
+//! # Durability
+//!
+//! A write is visible when it returns and durable when a later [`Disk::flush`] returned. Between the
+//! two a crash leaves each sector old or new. A failed flush latches: what it should have covered may
+//! be lost, so every later write and flush returns the first failure until the image is reopened.
+//!
+//! # Locks, outermost first
+//!
+//! 1. block locks ([`locks`]), of the child before those of its parent;
+//! 2. the flush lock;
+//! 3. the driver's own state (decisions only, no I/O but the driver says why);
+//! 4. a shard of the table cache (no I/O).
+//!
+//! A flush takes 2–4 and never 1, so it never waits for a writer.
+
+mod locks;
+pub mod map;
+pub mod tables;
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+use locks::BlockLocks;
+use map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
+
+/// Largest buffer that copying up and zero filling use.
+const COPY_CHUNK: u64 = 1 << 20;
+/// How much of the disk one step of a long operation (discard, search for data) covers.
+const STEP: u64 = 1 << 30;
+
+/// An open virtual disk: byte-addressed, usable from any thread.
+pub struct Disk {
+    map: Box<dyn BlockMap>,
+    parent: Option<Arc<Disk>>,
+    locks: BlockLocks,
+    /// Why the disk cannot be written, if it cannot.
+    read_only: Option<String>,
+    /// Whether [`BlockMap::begin_writes`] has succeeded.
+    writing: AtomicBool,
+    begin: Mutex<()>,
+    /// Something was written since the last flush began.
+    unflushed: AtomicBool,
+    /// Number of flushes begun; see [`Disk::flush`].
+    flushes_begun: AtomicU64,
+    /// Number, in order of beginning, of the last flush that succeeded.
+    last_flush: Mutex<u64>,
+    failure: OnceLock<Error>,
+}
+
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk").field("geometry", self.geometry()).finish_non_exhaustive()
+    }
+}
+
+impl Disk {
+    /// A disk over `map`; `read_only` says why it cannot be written, if it cannot.
+    pub fn new(
+        map: Box<dyn BlockMap>,
+        parent: Option<Arc<Disk>>,
+        read_only: Option<String>,
+    ) -> Self {
+        let locks = BlockLocks::new(map.geometry().block_size);
+        Self {
+            map,
+            parent,
+            locks,
+            read_only,
+            writing: AtomicBool::new(false),
+            begin: Mutex::new(()),
+            unflushed: AtomicBool::new(false),
+            flushes_begun: AtomicU64::new(0),
+            last_flush: Mutex::new(0),
+            failure: OnceLock::new(),
+        }
+    }
+
+    /// The disk's sizes.
+    pub fn geometry(&self) -> &Geometry {
+        self.map.geometry()
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.geometry().size
+    }
+
+    /// Why the disk cannot be written, if it cannot.
+    pub fn read_only(&self) -> Option<&str> {
+        self.read_only.as_deref()
+    }
+
+    /// The disk this one is a child of.
+    pub fn parent(&self) -> Option<&Arc<Disk>> {
+        self.parent.as_ref()
+    }
+
+    /// Table cache figures.
+    pub fn cache_stats(&self) -> tables::CacheStats {
+        self.map.cache_stats()
+    }
+
+    /// Bytes of host space the image's own files take.
+    pub fn allocated(&self) -> Result<u64> {
+        let mut sum = 0;
+        for file in self.map.files() {
+            sum += file
+                .allocated()
+                .map_err(|e| Error::io("asking for the size", &e).in_file(file.path()))?;
+        }
+        Ok(sum)
+    }
+
+    /// The host file that holds the whole disk and nothing before it, if there is one: byte `n` of
+    /// the disk is byte `n` of the file, for the whole disk.
+    pub fn flat_file(&self) -> Option<Arc<dyn Storage>> {
+        if self.size() == 0 || self.parent.is_some() {
+            return None;
+        }
+        let mut list = ExtentList::new();
+        self.map.lookup(0..self.size(), &mut list).ok()?;
+        match list[..] {
+            [map::Extent { source: Source::File { file, at: 0 }, .. }] => {
+                self.map.files().get(file).cloned()
+            }
+            _ => None,
+        }
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<DiskRange> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(offset..end),
+            _ => Err(Error::new(
+                ErrorKind::OutOfRange,
+                format!(
+                    "{len} bytes at {offset:#x} lie outside the disk of {:#x} bytes",
+                    self.size()
+                ),
+            )),
+        }
+    }
+
+    /// Fills `buf` with the disk's bytes from `offset`.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let range = self.check_range(offset, buf.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _held = self.locks.shared(&range);
+        self.read_held(range, buf)
+    }
+
+    /// [`Self::read_at`] for a caller that holds the range's locks.
+    fn read_held(&self, range: DiskRange, buf: &mut [u8]) -> Result<()> {
+        let mut list = ExtentList::new();
+        self.map.lookup(sectors_around(&range), &mut list)?;
+        for extent in list.iter() {
+            let (part, skip) = overlap(extent, &range);
+            let buf = &mut buf[(part.start - range.start) as usize..][..len(&part)];
+            match extent.source {
+                Source::File { file, at } => {
+                    let file = &self.map.files()[file];
+                    file.read_at(at + skip, buf).map_err(|e| read_failed(file, at + skip, &e))?;
+                }
+                Source::Zero => buf.fill(0),
+                Source::Parent => self.read_parent(part, buf)?,
+                Source::Packed { unit, skip: inner } => {
+                    self.map.read_packed(unit, inner + skip as u32, buf)?;
+                }
+                Source::Bad => {
+                    let what = format!("the image is damaged at disk offset {:#x}", part.start);
+                    return Err(Error::corrupt(what).hint("flatdisk check lists the damage"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads from the parent; bytes past its end are zeroes.
+    fn read_parent(&self, range: DiskRange, buf: &mut [u8]) -> Result<()> {
+        let Some(parent) = &self.parent else {
+            return Err(Error::new(ErrorKind::ParentMissing, "the data is in a missing parent"));
+        };
+        let inside = parent.size().clamp(range.start, range.end);
+        let (below, past) = buf.split_at_mut((inside - range.start) as usize);
+        past.fill(0);
+        parent.read_at(range.start, below).or_else(|e| match below.is_empty() {
+            true => Ok(()),
+            false => Err(e),
+        })
+    }
+
+    /// Checks that writing is possible now, and marks the image as being written before the first
+    /// change.
+    fn ready_to_write(&self) -> Result<()> {
+        if let Some(failure) = self.failure.get() {
+            return Err(latched(failure));
+        }
+        if let Some(reason) = &self.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly, reason.clone()));
+        }
+        if !self.writing.load(Ordering::Acquire) {
+            let _held = self.begin.lock();
+            if !self.writing.load(Ordering::Acquire) {
+                self.map.begin_writes().inspect_err(|e| self.latch(e))?;
+                self.writing.store(true, Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+
+    /// Remembers a failure that leaves it unknown what is on stable storage. Lack of space is not
+    /// one: what could not be written is still dirty in memory.
+    fn latch(&self, failure: &Error) {
+        if failure.kind() != ErrorKind::NoSpace && self.failure.set(failure.clone()).is_ok() {
+            log::error!("{failure}; no more writes until the image is reopened");
+        }
+    }
+
+    /// Writes `data` at `offset`. Durable after [`Self::flush`].
+    pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let range = self.check_range(offset, data.len() as u64)?;
+        self.ready_to_write()?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let in_place = {
+            let _held = self.locks.shared(&range);
+            let mut list = ExtentList::new();
+            self.map.lookup(sectors_around(&range), &mut list)?;
+            let mapped = list.iter().all(|e| matches!(e.source, Source::File { .. }));
+            if mapped {
+                for extent in list.iter() {
+                    self.overwrite(extent, &range, data)?;
+                }
+            }
+            mapped
+        };
+        if !in_place {
+            let _held = self.locks.exclusive(&range);
+            self.write_held(range, Content::Bytes(data))?;
+        }
+        self.unflushed.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes the part of `data` (which covers `range`) that falls into a mapped extent.
+    fn overwrite(&self, extent: &map::Extent, range: &DiskRange, data: &[u8]) -> Result<()> {
+        let Source::File { file, at } = extent.source else { return Ok(()) };
+        let (part, skip) = overlap(extent, range);
+        let data = &data[(part.start - range.start) as usize..][..len(&part)];
+        self.put(file, at + skip, data)
+    }
+
+    fn put(&self, file: usize, at: u64, data: &[u8]) -> Result<()> {
+        let file = &self.map.files()[file];
+        file.write_at(at, data).map_err(|e| write_failed(file, at, &e))
+    }
+
+    /// Makes a range of a file read as zeroes.
+    fn put_zeroes(&self, file: usize, at: u64, len: u64) -> Result<()> {
+        let file = &self.map.files()[file];
+        file.punch_hole(at, len).map_err(|e| write_failed(file, at, &e))
+    }
+
+    /// Writes `content` over `range`, allocating where needed. The caller holds the range's locks
+    /// exclusively.
+    fn write_held(&self, range: DiskRange, content: Content<'_>) -> Result<()> {
+        let want = sectors_around(&range);
+        let mut pos = want.start;
+        let mut list = ExtentList::new();
+        while pos < want.end {
+            list.clear();
+            self.map.lookup(pos..want.end, &mut list)?;
+            let unmapped_until = list
+                .iter()
+                .take_while(|e| !matches!(e.source, Source::File { .. }))
+                .last()
+                .map(map::Extent::end);
+            let Some(end) = unmapped_until else {
+                let first = list[0];
+                match content {
+                    Content::Bytes(data) => self.overwrite(&first, &range, data)?,
+                    Content::Zeroes => {
+                        let Source::File { file, at } = first.source else { return Ok(()) };
+                        let (part, skip) = overlap(&first, &range);
+                        self.put_zeroes(file, at + skip, part.end - part.start)?;
+                    }
+                }
+                pos = first.end();
+                continue;
+            };
+            if list.iter().any(|e| e.source == Source::Bad && e.start < end) {
+                return Err(Error::corrupt(format!(
+                    "the image is damaged at disk offset {pos:#x}"
+                )));
+            }
+            let plan = self.map.prepare_write(pos..end)?;
+            let planned = plan.pieces.last().map_or(pos, |p| p.start + p.len);
+            if planned <= pos {
+                self.map.abort_write(plan);
+                return Err(Error::new(
+                    ErrorKind::Failed,
+                    "a write was planned that covers nothing",
+                ));
+            }
+            if let Err(e) = self.fill(&plan, &range, content) {
+                self.map.abort_write(plan);
+                return Err(e);
+            }
+            self.map.commit_write(plan)?;
+            pos = planned;
+        }
+        Ok(())
+    }
+
+    /// Fills every piece of a plan: `content` inside `range`, the disk's present contents outside.
+    fn fill(&self, plan: &WritePlan, range: &DiskRange, content: Content<'_>) -> Result<()> {
+        for piece in &plan.pieces {
+            let whole = piece.start..piece.start + piece.len;
+            let new = range.start.max(whole.start)..range.end.min(whole.end);
+            if let (true, Content::Bytes(data)) = (new == whole, content) {
+                let data = &data[(new.start - range.start) as usize..][..len(&new)];
+                self.put(piece.file, piece.at, data)?;
+            } else {
+                self.fill_mixed(piece, whole, new, range, content)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills a piece that reaches beyond the new data `new`, or that gets zeroes.
+    fn fill_mixed(
+        &self,
+        piece: &Piece,
+        whole: DiskRange,
+        new: DiskRange,
+        range: &DiskRange,
+        content: Content<'_>,
+    ) -> Result<()> {
+        let keep_before = whole.start..new.start;
+        let keep_after = new.end..whole.end;
+        let blank = self.reads_as_zero(&keep_before)? && self.reads_as_zero(&keep_after)?;
+        let at = |disk: u64| piece.at + (disk - piece.start);
+        if blank {
+            // Only the new bytes count; what surrounds them is zero.
+            if !piece.zeroed {
+                for part in [&keep_before, &keep_after] {
+                    if !part.is_empty() {
+                        self.put_zeroes(piece.file, at(part.start), part.end - part.start)?;
+                    }
+                }
+            }
+            return match content {
+                Content::Bytes(data) => {
+                    let data = &data[(new.start - range.start) as usize..][..len(&new)];
+                    self.put(piece.file, at(new.start), data)
+                }
+                Content::Zeroes if piece.zeroed => Ok(()),
+                Content::Zeroes => self.put_zeroes(piece.file, at(new.start), new.end - new.start),
+            };
+        }
+        let mut pos = whole.start;
+        let mut buf = vec![0u8; piece.len.min(COPY_CHUNK) as usize];
+        while pos < whole.end {
+            let chunk = pos..whole.end.min(pos + COPY_CHUNK);
+            let buf = &mut buf[..len(&chunk)];
+            // Present contents first, then the new bytes over them.
+            let on_disk = chunk.start..chunk.end.min(self.size()).max(chunk.start);
+            let (kept, past_end) = buf.split_at_mut(len(&on_disk));
+            past_end.fill(0);
+            let covered = new.start <= on_disk.start && on_disk.end <= new.end;
+            if !covered && !kept.is_empty() {
+                self.read_held(on_disk, kept)?;
+            }
+            let over = new.start.max(chunk.start)..new.end.min(chunk.end);
+            if over.start < over.end {
+                let target = &mut buf[(over.start - chunk.start) as usize..][..len(&over)];
+                match content {
+                    Content::Bytes(data) => target.copy_from_slice(
+                        &data[(over.start - range.start) as usize..][..len(&over)],
+                    ),
+                    Content::Zeroes => target.fill(0),
+                }
+            }
+            self.put(piece.file, at(chunk.start), buf)?;
+            pos = chunk.end;
+        }
+        Ok(())
+    }
+
+    /// Whether the range, which may reach past the disk's end, holds nothing but unstored zeroes.
+    fn reads_as_zero(&self, range: &DiskRange) -> Result<bool> {
+        let inside = range.start..range.end.min(self.size());
+        if inside.start >= inside.end {
+            return Ok(true);
+        }
+        let mut list = ExtentList::new();
+        self.map.lookup(sectors_around(&inside), &mut list)?;
+        Ok(list.iter().all(|e| e.source == Source::Zero))
+    }
+
+    /// Makes a range read as zeroes, and gives its space back to image and host where the format
+    /// can say that. On a child the parent's data does not come back.
+    pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        let range = self.check_range(offset, len)?;
+        self.ready_to_write()?;
+        let mut pos = range.start;
+        while pos < range.end {
+            let step = pos..range.end.min((pos / STEP + 1) * STEP);
+            let _held = self.locks.exclusive(&step);
+            self.discard_held(&step)?;
+            self.unflushed.store(true, Ordering::Release);
+            pos = step.end;
+        }
+        Ok(())
+    }
+
+    fn discard_held(&self, range: &DiskRange) -> Result<()> {
+        let whole = range.start.next_multiple_of(Geometry::SECTOR)
+            ..range.end / Geometry::SECTOR * Geometry::SECTOR;
+        if whole.start >= whole.end {
+            return self.zero_held(range.clone());
+        }
+        let mut rest = Vec::new();
+        self.map.unmap(whole.clone(), &mut rest)?;
+        for part in [range.start..whole.start, whole.end..range.end] {
+            if !part.is_empty() {
+                self.zero_held(part)?;
+            }
+        }
+        rest.into_iter().try_for_each(|part| self.zero_held(part))
+    }
+
+    /// Writes zeroes over a range where it does not read as zeroes already.
+    fn zero_held(&self, range: DiskRange) -> Result<()> {
+        let mut list = ExtentList::new();
+        self.map.lookup(sectors_around(&range), &mut list)?;
+        for extent in list.iter().filter(|e| e.source != Source::Zero) {
+            let (part, _) = overlap(extent, &range);
+            self.write_held(part, Content::Zeroes)?;
+        }
+        Ok(())
+    }
+
+    /// Makes every write that returned before this call durable. Calls that wait for one another
+    /// share one flush: a flush that began after a caller arrived covers that caller.
+    pub fn flush(&self) -> Result<()> {
+        if self.read_only.is_some() {
+            return Ok(());
+        }
+        let arrived = self.flushes_begun.load(Ordering::SeqCst);
+        let mut last = self.last_flush.lock();
+        if let Some(failure) = self.failure.get() {
+            return Err(latched(failure));
+        }
+        if *last > arrived || !self.unflushed.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let number = self.flushes_begun.fetch_add(1, Ordering::SeqCst) + 1;
+        if let Err(e) = self.map.flush() {
+            self.unflushed.store(true, Ordering::Release);
+            self.latch(&e);
+            return Err(e);
+        }
+        *last = number;
+        Ok(())
+    }
+
+    /// Whether anything was written that no flush has covered yet.
+    pub fn needs_flush(&self) -> bool {
+        self.unflushed.load(Ordering::Acquire)
+    }
+
+    /// Flushes and marks the image clean. The disk must not be used afterwards.
+    pub fn close(&self) -> Result<()> {
+        self.flush()?;
+        if self.read_only.is_some() {
+            return Ok(());
+        }
+        self.map.close()
+    }
+
+    /// The disk's own extents in a range, rounded out to sectors; parents are not looked into.
+    pub fn extents(&self, range: DiskRange) -> Result<ExtentList> {
+        let range = self.check_range(range.start, range.end.saturating_sub(range.start))?;
+        let mut list = ExtentList::new();
+        if !range.is_empty() {
+            let _held = self.locks.shared(&range);
+            self.map.lookup(sectors_around(&range), &mut list)?;
+        }
+        Ok(list)
+    }
+
+    /// The first run of data at or after `from`: everything outside such runs reads as zeroes.
+    /// Looks through parents and at the holes of the host's files.
+    pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        let mut pos = from;
+        while pos < self.size() {
+            let step = pos..self.size().min(pos + STEP);
+            let list = self.extents(step.clone())?;
+            for extent in list.iter() {
+                let (part, skip) = overlap(extent, &step);
+                let found = match extent.source {
+                    Source::Zero => None,
+                    Source::Packed { .. } | Source::Bad => Some(part),
+                    Source::File { file, at } => self.file_data(file, at + skip, part)?,
+                    Source::Parent => match &self.parent {
+                        Some(parent) => parent
+                            .next_data(part.start)?
+                            .map(|d| d.start..d.end.min(part.end))
+                            .filter(|d| d.start < part.end),
+                        None => Some(part),
+                    },
+                };
+                if found.is_some() {
+                    return Ok(found);
+                }
+            }
+            pos = step.end;
+        }
+        Ok(None)
+    }
+
+    /// The first data of a mapped part that is not a hole of its host file.
+    fn file_data(&self, file: usize, at: u64, part: DiskRange) -> Result<Option<DiskRange>> {
+        let file = &self.map.files()[file];
+        let data = file
+            .next_data(at)
+            .map_err(|e| Error::io("looking for data", &e).in_file(file.path()).at(at))?;
+        Ok(data
+            .map(|d| {
+                let start = part.start + d.start.saturating_sub(at);
+                start..part.end.min(part.start + d.end.saturating_sub(at))
+            })
+            .filter(|d| d.start < d.end))
+    }
+
+    /// The first byte at or after `from` that is not stored data; the disk's size if there is none.
+    pub fn next_hole(&self, from: u64) -> Result<u64> {
+        let mut pos = from;
+        while pos < self.size() {
+            match self.next_data(pos)? {
+                Some(data) if data.start <= pos => pos = data.end,
+                _ => return Ok(pos),
+            }
+        }
+        Ok(self.size())
+    }
+}
+
+/// What a write puts into its range.
+#[derive(Clone, Copy)]
+enum Content<'a> {
+    Bytes(&'a [u8]),
+    Zeroes,
+}
+
+fn len(range: &DiskRange) -> usize {
+    (range.end - range.start) as usize
+}
+
+/// The range rounded out to sectors. The disk's size is a multiple of a sector, so it stays inside.
+fn sectors_around(range: &DiskRange) -> DiskRange {
+    range.start / Geometry::SECTOR * Geometry::SECTOR..range.end.next_multiple_of(Geometry::SECTOR)
+}
+
+/// The part of `range` inside an extent, and how far into the extent it begins.
+fn overlap(extent: &map::Extent, range: &DiskRange) -> (DiskRange, u64) {
+    let start = extent.start.max(range.start);
+    (start..extent.end().min(range.end), start - extent.start)
+}
+
+fn read_failed(file: &Arc<dyn Storage>, at: u64, e: &io::Error) -> Error {
+    let error = match e.kind() {
+        io::ErrorKind::UnexpectedEof => Error::corrupt("data lies past the end of the file"),
+        _ => Error::io("read", e),
+    };
+    error.in_file(file.path()).at(at)
+}
+
+fn write_failed(file: &Arc<dyn Storage>, at: u64, e: &io::Error) -> Error {
+    Error::io("write", e).in_file(file.path()).at(at)
+}
+
+fn latched(failure: &Error) -> Error {
+    Error::new(ErrorKind::Failed, format!("refused after an earlier failure: {failure}"))
+        .hint("unmount and mount again")
+}
+
+/// Syncs a file for a driver's flush. The error never counts as lack of space: what a failed sync
+/// should have covered is lost, and waiting for room does not bring it back.
+pub fn sync_file(file: &dyn Storage) -> Result<()> {
+    file.sync().map_err(|e| {
+        let error = Error::io("flush", &e);
+        let error = match error.kind() {
+            ErrorKind::NoSpace => Error::new(ErrorKind::Io, error.what().to_owned()),
+            _ => error,
+        };
+        error.in_file(file.path())
+    })
+}

@@ -1,0 +1,240 @@
+//! Image formats: recognising, opening, creating and checking them.
+//!
+//! Each format is one [`Format`] object in [`FORMATS`]. [`open`] turns a path into an [`Image`]; the
+//! drivers below implement [`BlockMap`](crate::disk::map::BlockMap) and know nothing of what is
+//! above them.
+
+pub mod open;
+pub mod references;
+pub mod report;
+pub mod vhd;
+pub mod vhdx;
+pub mod vmdk;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::disk::map::{BlockMap, DiskRange};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Host, Storage};
+pub use open::{Image, OpenContext, OpenOptions, open};
+pub use report::{Finding, Report, Severity};
+
+/// Every format, in the order of probing.
+pub static FORMATS: [&dyn Format; 3] = [&vhdx::Vhdx, &vmdk::Vmdk, &vhd::Vhd];
+
+/// The beginning and the end of a file, enough to recognise every format.
+#[derive(Debug)]
+pub struct Probe {
+    /// The first 4096 bytes, or fewer when the file is shorter.
+    pub head: Vec<u8>,
+    /// The last 2048 bytes, or fewer when the file is shorter.
+    pub tail: Vec<u8>,
+    /// Length of the file.
+    pub len: u64,
+}
+
+impl Probe {
+    /// Reads what probing needs.
+    pub fn read(file: &dyn Storage) -> Result<Self> {
+        let failed = |e| Error::io("read", &e).in_file(file.path());
+        let len = file.len().map_err(failed)?;
+        let mut head = vec![0; len.min(4096) as usize];
+        file.read_at(0, &mut head).map_err(failed)?;
+        let mut tail = vec![0; len.min(2048) as usize];
+        file.read_at(len - tail.len() as u64, &mut tail).map_err(failed)?;
+        Ok(Self { head, tail, len })
+    }
+}
+
+/// A disk image format.
+pub trait Format: Sync {
+    /// Short lower-case name: `vhd`, `vhdx`, `vmdk`.
+    fn name(&self) -> &'static str;
+
+    /// File name extensions, lower case, the usual one first.
+    fn extensions(&self) -> &'static [&'static str];
+
+    /// Subformats that [`Self::create`] makes, the default first.
+    fn subformats(&self) -> &'static [&'static str];
+
+    /// Whether the file claims to be of this format, intact or not. Looks at nothing else.
+    fn probe(&self, probe: &Probe) -> bool;
+
+    /// Opens an image in time that does not depend on its size. Never writes, whatever the access:
+    /// changes begin with [`BlockMap::begin_writes`].
+    fn open(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened>;
+
+    /// Makes a new image at `path`, whose directory exists and which itself does not. What a failed
+    /// creation leaves is removed by the caller of [`create`].
+    fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()>;
+
+    /// Walks every structure of the image, adding what it finds to `report`. An error only means
+    /// that checking could not go on; damage is a finding. Time is linear in the file's tables.
+    fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()>;
+}
+
+/// What a format driver answers for one opened file.
+pub struct Opened {
+    /// The mapping.
+    pub map: Box<dyn BlockMap>,
+    /// What `info` shows.
+    pub info: ImageInfo,
+    /// Its own identity, as its children know it.
+    pub identity: Identity,
+    /// The parent it needs.
+    pub parent: Option<ParentLink>,
+    /// Why it cannot be written, if it cannot.
+    pub read_only: Option<String>,
+    /// Parts of the disk known to be lost, as far as opening could tell.
+    pub damage: Vec<DiskRange>,
+}
+
+/// How a child names its parent.
+#[derive(Debug, Clone)]
+pub struct ParentLink {
+    /// What the parent must be.
+    pub identity: Identity,
+    /// Where it may be, best guess first, as written in the child (any slash, any form).
+    pub candidates: Vec<String>,
+}
+
+/// What identifies the contents that a child was made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Identity {
+    /// VHD: the footer's unique id.
+    VhdUniqueId([u8; 16]),
+    /// VHDX: the data-write GUID; a child may accept two values.
+    VhdxDataWrite(Vec<uuid::Uuid>),
+    /// VMDK: the content id.
+    VmdkCid(u32),
+}
+
+impl Identity {
+    /// Whether a parent with identity `self` is what a child asks for with `wanted`.
+    pub fn satisfies(&self, wanted: &Self) -> bool {
+        match (self, wanted) {
+            (Self::VhdxDataWrite(own), Self::VhdxDataWrite(wanted)) => {
+                own.iter().any(|id| wanted.contains(id))
+            }
+            _ => self == wanted,
+        }
+    }
+}
+
+impl std::fmt::Display for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::VhdUniqueId(id) => write!(f, "unique id {}", uuid::Uuid::from_bytes(*id)),
+            Self::VhdxDataWrite(ids) => {
+                f.write_str("data-write GUID ")?;
+                for (i, id) in ids.iter().enumerate() {
+                    write!(f, "{}{id}", if i == 0 { "" } else { " or " })?;
+                }
+                Ok(())
+            }
+            Self::VmdkCid(cid) => write!(f, "CID {cid:08x}"),
+        }
+    }
+}
+
+/// What an image says about itself. Field names are the stable names of the JSON form; sizes are
+/// in bytes.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ImageInfo {
+    /// `vhd`, `vhdx`, `vmdk`.
+    pub format: &'static str,
+    /// `fixed`, `dynamic`, `differencing`, or VMDK's createType.
+    pub subformat: String,
+    /// Size of the virtual disk.
+    pub virtual_size: u64,
+    /// The guest's logical sector.
+    pub logical_sector_size: u32,
+    /// The guest's physical sector.
+    pub physical_sector_size: u32,
+    /// Allocation unit; absent where nothing is allocated.
+    pub block_size: Option<u64>,
+    /// The image's own id, in its format's usual text form.
+    pub uuid: Option<String>,
+    /// The program that made it, as far as it says.
+    pub creator: Option<String>,
+    /// The parent as written in the image.
+    pub parent: Option<String>,
+    /// Files other than the image itself that hold parts of it.
+    pub extents: Vec<PathBuf>,
+    /// Whether the image was not closed cleanly (VHDX: a log to replay; VMDK: the unclean flag).
+    pub dirty: bool,
+    /// Fields that only this format has, by name.
+    pub details: serde_json::Map<String, serde_json::Value>,
+    /// What is odd about the image without making it unusable.
+    pub warnings: Vec<String>,
+}
+
+/// What to create. Fields left `None` take the format's default.
+#[derive(Debug, Clone, Default)]
+pub struct CreateSpec {
+    /// One of [`Format::subformats`].
+    pub subformat: Option<String>,
+    /// Virtual size in bytes; drivers reject what they cannot represent exactly.
+    pub size: u64,
+    /// Allocation unit in bytes.
+    pub block_size: Option<u64>,
+    /// Logical sector in bytes.
+    pub logical_sector: Option<u32>,
+    /// Physical sector in bytes.
+    pub physical_sector: Option<u32>,
+    /// VHDX log in bytes.
+    pub log_size: Option<u64>,
+    /// VMDK adapter type.
+    pub adapter: Option<String>,
+}
+
+/// The format called `name`.
+pub fn by_name(name: &str) -> Result<&'static dyn Format> {
+    FORMATS.into_iter().find(|f| f.name().eq_ignore_ascii_case(name)).ok_or_else(|| {
+        let known: Vec<_> = FORMATS.iter().map(|f| f.name()).collect();
+        Error::invalid(format!("unknown format `{name}`")).hint(known.join(", "))
+    })
+}
+
+/// The format that a file name's extension stands for.
+pub fn by_extension(path: &Path) -> Option<&'static dyn Format> {
+    let extension = path.extension()?.to_str()?.to_ascii_lowercase();
+    FORMATS.into_iter().find(|f| f.extensions().contains(&extension.as_str()))
+}
+
+/// The format that a file's contents show.
+pub fn recognise(file: &dyn Storage) -> Result<&'static dyn Format> {
+    let probe = Probe::read(file)?;
+    FORMATS.into_iter().find(|f| f.probe(&probe)).ok_or_else(|| {
+        let what =
+            if probe.len == 0 { "the file is empty" } else { "not a VHD, VHDX or VMDK image" };
+        Error::new(ErrorKind::NotThisFormat, what).in_file(file.path())
+    })
+}
+
+/// Creates an image of `format` at `path`, removing what a failed attempt left.
+pub fn create(format: &dyn Format, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
+    if let Some(subformat) = &spec.subformat
+        && !format.subformats().iter().any(|s| s.eq_ignore_ascii_case(subformat))
+    {
+        let what = format!("{} has no subformat `{subformat}`", format.name());
+        return Err(Error::invalid(what).hint(format.subformats().join(", ")));
+    }
+    if spec.size == 0 || !spec.size.is_multiple_of(512) {
+        return Err(Error::invalid(format!("size {} is not a multiple of 512", spec.size)));
+    }
+    format.create(host, path, spec).map_err(|e| e.in_file(path))
+}
+
+/// Checks the image at `path`.
+pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Report> {
+    let ctx = OpenContext::new(host, path, options);
+    let file = host.open(path, options.access)?;
+    let format = recognise(&*file)?;
+    let mut report = Report::new(format.name());
+    format.check(file, &ctx, &mut report).map_err(|e| e.in_file(path))?;
+    Ok(report)
+}

@@ -1,0 +1,3 @@
+//! The `flatdisk` command.
+
+fn main() {}

@@ -1,0 +1,322 @@
+//! The host's file system: [`HostFs`] and its files.
+//!
+//! # Locks
+//!
+//! Files opened to read or write carry open-file-description locks in the scheme that QEMU uses for
+//! its images, so that the two programs exclude each other. A *permission* is held by a shared lock
+//! on byte 100 + p, a permission denied to others by one on byte 200 + p. Who opens takes its locks
+//! first and then looks whether anybody else holds the opposite ones.
+//!
+//! VMware keeps a directory `<image>.lck` while it uses an image; one that is not empty forbids
+//! writing.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, OpenHow, ResolveFlag, fallocate, fcntl};
+use nix::sys::stat::Mode;
+use nix::unistd::{Whence, lseek64};
+
+use super::{Access, FileIdentity, Host, Storage};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The host's file system.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct HostFs;
+
+impl HostFs {
+    /// The host as drivers take it.
+    pub fn shared() -> Arc<dyn Host> {
+        Arc::new(Self)
+    }
+}
+
+/// A regular file of the host.
+#[derive(Debug)]
+pub struct HostFile {
+    file: File,
+    path: PathBuf,
+    writable: bool,
+}
+
+impl HostFile {
+    /// Wraps an open file, which must be a regular one.
+    fn new(file: File, path: &Path, access: Access) -> Result<Self> {
+        let meta = file.metadata().map_err(|e| Error::io("stat", &e).in_file(path))?;
+        if meta.is_dir() {
+            return Err(Error::invalid("this is a directory, not an image").in_file(path));
+        }
+        if !meta.is_file() {
+            return Err(Error::new(ErrorKind::Denied, "not a regular file").in_file(path));
+        }
+        let file = Self { file, path: path.to_owned(), writable: access == Access::Write };
+        match access {
+            Access::Peek => {}
+            Access::Read => file.lock(READER)?,
+            Access::Write => {
+                file.lock(WRITER)?;
+                refuse_vmware_lock(path)?;
+            }
+        }
+        Ok(file)
+    }
+
+    /// Takes QEMU's locks for `mine` and checks them against everybody else's.
+    fn lock(&self, mine: LockSet) -> Result<()> {
+        for (base, bits) in [(PERMISSION_BASE, mine.holds), (DENIAL_BASE, mine.denies)] {
+            for bit in (0..4).filter(|bit| bits & (1 << bit) != 0) {
+                let lock = byte_lock(libc::F_RDLCK, base + bit);
+                match fcntl(&self.file, FcntlArg::F_OFD_SETLK(&lock)) {
+                    Ok(_) => {}
+                    Err(Errno::EAGAIN | Errno::EACCES) => return Err(self.in_use()),
+                    // A file system without locks: nothing to exclude anybody with.
+                    Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL) => return Ok(()),
+                    Err(e) => return Err(Error::io("lock", &e.into()).in_file(&self.path)),
+                }
+            }
+        }
+        for (base, bits) in [(DENIAL_BASE, mine.holds), (PERMISSION_BASE, mine.denies)] {
+            for bit in (0..4).filter(|bit| bits & (1 << bit) != 0) {
+                let mut lock = byte_lock(libc::F_WRLCK, base + bit);
+                fcntl(&self.file, FcntlArg::F_OFD_GETLK(&mut lock))
+                    .map_err(|e| Error::io("lock", &e.into()).in_file(&self.path))?;
+                if i32::from(lock.l_type) != libc::F_UNLCK {
+                    return Err(self.in_use());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn in_use(&self) -> Error {
+        let how = if self.writable { "for writing" } else { "" };
+        Error::new(ErrorKind::Busy, format!("in use by another program, cannot be opened {how}"))
+            .in_file(&self.path)
+            .hint("flatdisk, qemu or a virtual machine has it open; `lslocks` shows who")
+    }
+}
+
+/// Lock bytes held and denied, a bit per permission: 0 consistent read, 1 write, 2 write unchanged,
+/// 3 resize.
+#[derive(Clone, Copy)]
+struct LockSet {
+    holds: u8,
+    denies: u8,
+}
+
+const PERMISSION_BASE: i64 = 100;
+const DENIAL_BASE: i64 = 200;
+const READER: LockSet = LockSet { holds: 0b0001, denies: 0b1010 };
+const WRITER: LockSet = LockSet { holds: 0b1011, denies: 0b1010 };
+
+fn byte_lock(kind: i32, at: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: at,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+fn refuse_vmware_lock(path: &Path) -> Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lck");
+    let lock_dir = PathBuf::from(name);
+    if std::fs::read_dir(&lock_dir).is_ok_and(|mut entries| entries.next().is_some()) {
+        let what = format!("locked by VMware ({} is not empty)", lock_dir.display());
+        return Err(Error::new(ErrorKind::Busy, what)
+            .in_file(path)
+            .hint("remove it if no virtual machine uses the disk"));
+    }
+    Ok(())
+}
+
+impl Storage for HostFile {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, at)
+    }
+
+    fn write_at(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, at)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn punch_hole(&self, at: u64, len: u64) -> io::Result<()> {
+        let end = at.saturating_add(len).min(self.len()?);
+        if at >= end {
+            return Ok(());
+        }
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(&self.file, mode, at as i64, (end - at) as i64) {
+            Ok(()) => Ok(()),
+            // The host file system has no holes: write the zeroes.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => {
+                let zeroes = vec![0; (end - at).min(1 << 20) as usize];
+                let mut pos = at;
+                while pos < end {
+                    let part = (end - pos).min(zeroes.len() as u64) as usize;
+                    self.write_at(pos, &zeroes[..part])?;
+                    pos += part as u64;
+                }
+                Ok(())
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
+        match fallocate(&self.file, FallocateFlags::empty(), at as i64, len as i64) {
+            Ok(()) => Ok(()),
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                let end = at + len;
+                if self.len()? < end { self.set_len(end) } else { Ok(()) }
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn next_data(&self, at: u64) -> io::Result<Option<Range<u64>>> {
+        let len = self.len()?;
+        if at >= len {
+            return Ok(None);
+        }
+        // The cursor that lseek moves is used by nothing else, and its answer is in the result.
+        let start = match lseek64(&self.file, at as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
+            Err(Errno::ENXIO) => return Ok(None),
+            Err(Errno::EINVAL) => return Ok(Some(at..len)),
+            Err(e) => return Err(e.into()),
+        };
+        let end = lseek64(&self.file, start as i64, Whence::SeekHole).unwrap_or(len as i64) as u64;
+        Ok(Some(start.max(at)..end.max(start + 1)))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn writable(&self) -> bool {
+        self.writable
+    }
+
+    fn identity(&self) -> io::Result<FileIdentity> {
+        let meta = self.file.metadata()?;
+        Ok(FileIdentity { device: meta.dev(), inode: meta.ino() })
+    }
+
+    fn host_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+}
+
+/// Opening must not wait for a FIFO's other end or make a terminal ours.
+const SAFE_OPEN: i32 = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
+
+impl Host for HostFs {
+    fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access == Access::Write && !path.is_dir())
+            .custom_flags(SAFE_OPEN)
+            .open(path)
+            .map_err(|e| Error::io("open", &e).in_file(path))?;
+        Ok(Arc::new(HostFile::new(file, path, access)?))
+    }
+
+    fn open_beneath(&self, root: &Path, name: &Path, access: Access) -> Result<Arc<dyn Storage>> {
+        let path = root.join(name);
+        let failed = |e: Errno| {
+            let error = match e {
+                Errno::ELOOP | Errno::EXDEV => {
+                    Error::new(ErrorKind::Denied, "a symlink or a path that leaves the folder")
+                        .hint("files named by an image must lie beside it")
+                }
+                e => Error::io("open", &e.into()),
+            };
+            error.in_file(&path)
+        };
+        let dir = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+            .open(root)
+            .map_err(|e| Error::io("open", &e).in_file(root))?;
+        let mode = if access == Access::Write { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+        let flags = mode | OFlag::from_bits_truncate(SAFE_OPEN);
+        let how = OpenHow::new()
+            .flags(flags)
+            .mode(Mode::empty())
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+        let fd = nix::fcntl::openat2(dir.as_fd(), name, how).map_err(failed)?;
+        Ok(Arc::new(HostFile::new(File::from(fd), &path, access)?))
+    }
+
+    fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .custom_flags(SAFE_OPEN)
+            .open(path)
+            .map_err(|e| Error::io("create", &e).in_file(path))?;
+        Ok(Arc::new(HostFile::new(file, path, Access::Write)?))
+    }
+
+    fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
+        let failed = |e: io::Error| Error::io("replace", &e).in_file(path);
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{}.tmp", std::process::id()));
+        let temporary = path.with_file_name(name);
+        let mode = std::fs::metadata(path).map(|m| m.mode()).unwrap_or(0o644);
+        let write = || -> io::Result<()> {
+            let file =
+                OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
+            file.write_all_at(contents, 0)?;
+            file.sync_all()?;
+            std::fs::rename(&temporary, path)
+        };
+        write().map_err(|e| {
+            let _ = std::fs::remove_file(&temporary);
+            failed(e)
+        })?;
+        self.sync_dir(path.parent().unwrap_or(Path::new(".")))
+    }
+
+    fn remove(&self, path: &Path) -> Result<()> {
+        std::fs::remove_file(path).map_err(|e| Error::io("remove", &e).in_file(path))
+    }
+
+    fn sync_dir(&self, dir: &Path) -> Result<()> {
+        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+        File::open(dir)
+            .and_then(|d| d.sync_all())
+            .map_err(|e| Error::io("flush directory", &e).in_file(dir))
+    }
+
+    fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
+        let failed = |e: io::Error| Error::io("list", &e).in_file(dir);
+        let entries = std::fs::read_dir(dir).map_err(failed)?;
+        entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect()
+    }
+}
