@@ -80,7 +80,7 @@ struct Rule {
 struct State {
     counts: [u64; Call::COUNT],
     rules: Vec<Rule>,
-    fired: u64,
+    fired: [u64; Call::COUNT],
     /// Bytes that files may still grow by.
     room: Option<u64>,
 }
@@ -115,7 +115,12 @@ impl Faults {
 
     /// How many calls have failed.
     pub fn fired(&self) -> u64 {
-        self.0.lock().fired
+        self.0.lock().fired.iter().sum()
+    }
+
+    /// How many of these calls have failed.
+    pub fn fired_in(&self, call: Call) -> u64 {
+        self.0.lock().fired[call as usize]
     }
 
     /// Counts a call and tells its fault. Delays happen here.
@@ -139,7 +144,7 @@ impl Faults {
             std::thread::sleep(time);
             return None;
         }
-        state.fired += 1;
+        state.fired[call as usize] += 1;
         Some(fault)
     }
 
@@ -158,14 +163,14 @@ impl Faults {
     }
 
     /// Takes room for growth from `len` to `end`; how far the file may grow.
-    fn grow(&self, len: u64, end: u64) -> u64 {
+    fn grow(&self, call: Call, len: u64, end: u64) -> u64 {
         let mut state = self.0.lock();
         let wanted = end.saturating_sub(len);
         let Some(room) = state.room.as_mut() else { return end };
         let granted = wanted.min(*room);
         *room -= granted;
         if granted < wanted {
-            state.fired += 1;
+            state.fired[call as usize] += 1;
         }
         end - (wanted - granted)
     }
@@ -236,6 +241,11 @@ fn no_space() -> io::Error {
     io::Error::from_raw_os_error(libc::ENOSPC)
 }
 
+/// The largest part of `len` bytes from `at` that ends with a sector.
+fn whole_sectors(at: u64, len: usize) -> usize {
+    ((at + len as u64) / 512 * 512).saturating_sub(at) as usize
+}
+
 impl Storage for FaultyFile {
     fn len(&self) -> io::Result<u64> {
         self.faults.pass(Call::Look)?;
@@ -250,7 +260,7 @@ impl Storage for FaultyFile {
     fn write_at(&self, at: u64, data: &[u8]) -> io::Result<()> {
         match self.faults.next(Call::Write) {
             Some(Fault::Half(errno)) => {
-                let half = data.len() / 2 / 512 * 512;
+                let half = whole_sectors(at, data.len() / 2);
                 self.inner.write_at(at, &data[..half])?;
                 return Err(io::Error::from_raw_os_error(errno));
             }
@@ -258,15 +268,18 @@ impl Storage for FaultyFile {
             _ => {}
         }
         let end = at + data.len() as u64;
-        let granted = self.faults.grow(self.inner.len()?, end);
-        let fits = granted.saturating_sub(at).min(data.len() as u64) as usize;
-        self.inner.write_at(at, &data[..fits])?;
-        if fits < data.len() { Err(no_space()) } else { Ok(()) }
+        let granted = self.faults.grow(Call::Write, self.inner.len()?, end);
+        let fits = granted.saturating_sub(at) as usize;
+        if fits < data.len() {
+            self.inner.write_at(at, &data[..whole_sectors(at, fits)])?;
+            return Err(no_space());
+        }
+        self.inner.write_at(at, data)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.faults.pass(Call::SetLen)?;
-        if self.faults.grow(self.inner.len()?, len) < len {
+        if self.faults.grow(Call::SetLen, self.inner.len()?, len) < len {
             return Err(no_space());
         }
         self.inner.set_len(len)
@@ -279,7 +292,7 @@ impl Storage for FaultyFile {
 
     fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
         self.faults.pass(Call::Allocate)?;
-        if self.faults.grow(self.inner.len()?, at + len) < at + len {
+        if self.faults.grow(Call::Allocate, self.inner.len()?, at + len) < at + len {
             return Err(no_space());
         }
         self.inner.allocate(at, len)

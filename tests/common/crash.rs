@@ -1,6 +1,7 @@
 //! Crash states of a workload, each reopened and compared sector by sector with what may be there.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +12,8 @@ use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::{Recording, RecordingHost};
 use flatdisk::storage::{Access, Host};
 
-use super::history::{History, Legal, SECTOR, Sector, sector};
+use super::history::{History, Legal, SECTOR, Sectors, sector};
 use super::images::Kind;
-use super::pattern;
 use super::workload::{Runner, Step, script};
 
 /// Stamps of what recovery writes begin here.
@@ -184,7 +184,8 @@ pub fn check_state(
     each_state(&recording, &mut random, again, |at| history.flushes_before(at), &mut check)
 }
 
-type Recovered = (BTreeMap<u64, Sector>, History, Recording);
+/// What was found after a crash, the history of the recovery, and its recording.
+type Recovered = (Sectors, History, Recording);
 
 fn check_open(
     kind: &dyn Kind,
@@ -196,7 +197,8 @@ fn check_open(
     let recorder = RecordingHost::over(state);
     let host: Arc<dyn Host> = recorder.clone();
     let disk = kind.open(&host, Access::Read).map_err(|e| format!("opening to read: {e}"))?;
-    let found = read(&disk, legal).map_err(|e| format!("reading: {e}"))?;
+    compare(&disk, legal).map_err(|e| format!("reading: {e}"))?;
+    let found = read(&disk, legal)?;
     drop(disk);
     let exactly = Legal(found.iter().map(|(n, s)| (*n, vec![s.clone()])).collect());
     let history = History::new(found.clone());
@@ -232,60 +234,52 @@ fn check_open(
     Ok((found, history, recorder.recording()))
 }
 
-/// Fails unless the disk holds what it may.
+/// Fails unless the disk holds what it may, and zeroes elsewhere.
 pub fn compare(disk: &Disk, legal: &Legal) -> Result<(), String> {
-    read(disk, legal).map(drop)
-}
-
-/// The sectors that are not zeroes, after making sure that each is what it may be.
-fn read(disk: &Disk, legal: &Legal) -> Result<BTreeMap<u64, Sector>, String> {
-    let mut found = BTreeMap::new();
-    for run in legal.runs() {
-        let mut pos = run.start;
-        while pos < run.end {
-            let end = run.end.min(pos + 256);
-            read_run(disk, pos..end, legal, &mut found)?;
-            pos = end;
-        }
-    }
-    // Everything else that is stored must be zeroes.
+    read(disk, legal)?;
     let mut pos = 0;
     while let Some(data) = disk.next_data(pos).map_err(|e| e.to_string())? {
-        let mut at = data.start / SECTOR;
-        while at < data.end.div_ceil(SECTOR) {
-            let end = data.end.div_ceil(SECTOR).min(at + 256);
-            let mut buf = vec![0; ((end - at) * SECTOR) as usize];
-            disk.read_at(at * SECTOR, &mut buf).map_err(|e| e.to_string())?;
-            if buf.iter().any(|byte| *byte != 0) {
-                for (number, bytes) in (at..end).zip(buf.chunks(SECTOR as usize)) {
-                    legal.check(number, bytes)?;
-                }
-            }
-            at = end;
-        }
-        pos = data.end.max(pos + 1);
+        check_run(disk, data.start / SECTOR..data.end.div_ceil(SECTOR), legal, &mut |_, _| ())?;
+        pos = data.end;
+    }
+    Ok(())
+}
+
+/// The sectors that `legal` tells of, after making sure that each is what it may be.
+pub fn read(disk: &Disk, legal: &Legal) -> Result<Sectors, String> {
+    let mut found = Sectors::new();
+    for run in legal.runs() {
+        check_run(disk, run, legal, &mut |number, bytes| {
+            found.insert(number, sector(bytes));
+        })?;
     }
     Ok(found)
 }
 
-fn read_run(
+/// Reads sectors in pieces of 128 KiB, checks and hands on each.
+fn check_run(
     disk: &Disk,
-    sectors: std::ops::Range<u64>,
+    sectors: Range<u64>,
     legal: &Legal,
-    found: &mut BTreeMap<u64, Sector>,
+    see: &mut dyn FnMut(u64, &[u8]),
 ) -> Result<(), String> {
-    let mut buf = vec![0; ((sectors.end - sectors.start) * SECTOR) as usize];
-    disk.read_at(sectors.start * SECTOR, &mut buf).map_err(|e| e.to_string())?;
-    for (number, bytes) in sectors.zip(buf.chunks(SECTOR as usize)) {
-        legal.check(number, bytes)?;
-        found.insert(number, sector(bytes));
+    let mut pos = sectors.start;
+    while pos < sectors.end {
+        let end = sectors.end.min(pos + 256);
+        let mut buf = vec![0; ((end - pos) * SECTOR) as usize];
+        disk.read_at(pos * SECTOR, &mut buf).map_err(|e| e.to_string())?;
+        for (number, bytes) in (pos..end).zip(buf.chunks(SECTOR as usize)) {
+            legal.check(number, bytes)?;
+            see(number, bytes);
+        }
+        pos = end;
     }
     Ok(())
 }
 
 /// All sectors of a disk that are not zeroes.
-fn contents(disk: &Disk) -> Result<BTreeMap<u64, Sector>, String> {
-    let mut all = BTreeMap::new();
+pub fn contents(disk: &Disk) -> Result<Sectors, String> {
+    let mut all = Sectors::new();
     let mut pos = 0;
     while let Some(data) = disk.next_data(pos).map_err(|e| e.to_string())? {
         let first = data.start / SECTOR;
@@ -296,9 +290,4 @@ fn contents(disk: &Disk) -> Result<BTreeMap<u64, Sector>, String> {
         pos = data.end;
     }
     Ok(all)
-}
-
-/// A sector's bytes for messages.
-pub fn text(contents: &Sector) -> String {
-    contents.as_ref().map_or("zeroes".to_owned(), |bytes| pattern::describe(bytes))
 }

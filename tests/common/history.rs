@@ -15,6 +15,9 @@ pub const SECTOR: u64 = 512;
 /// Contents of one sector; `None` for zeroes.
 pub type Sector = Option<Arc<[u8]>>;
 
+/// Contents of sectors by number.
+pub type Sectors = BTreeMap<u64, Sector>;
+
 /// A sector's contents as bytes would have them.
 pub fn sector(bytes: &[u8]) -> Sector {
     if bytes.iter().all(|byte| *byte == 0) { None } else { Some(bytes.into()) }
@@ -37,7 +40,7 @@ struct Value {
 /// The writes and flushes of one disk.
 #[derive(Debug, Clone, Default)]
 pub struct History {
-    initial: BTreeMap<u64, Sector>,
+    initial: Sectors,
     values: BTreeMap<u64, Vec<Value>>,
     /// Every flush that succeeded: the tick when it began, the position when it returned.
     flushes: Vec<(u64, usize)>,
@@ -147,6 +150,21 @@ impl History {
             if value.begin < position && !legal.contains(&value.contents) {
                 legal.push(value.contents.clone());
             }
+        }
+        legal
+    }
+
+    /// What sectors of a range may hold after the newest write of them failed: what they held before,
+    /// or what was written.
+    pub fn candidates(&self, at: u64, len: u64) -> Legal {
+        let mut legal = Legal::default();
+        for number in at / SECTOR..(at + len).div_ceil(SECTOR) {
+            let Some(values) = self.values.get(&number) else { continue };
+            let before = match values.len() {
+                0 | 1 => self.initial.get(&number).cloned().flatten(),
+                count => values[count - 2].contents.clone(),
+            };
+            legal.0.insert(number, vec![before, self.now(number)]);
         }
         legal
     }
