@@ -63,6 +63,12 @@ impl Image {
         self
     }
 
+    /// Whether all of the disk is stored from the beginning.
+    pub fn fixed(&self) -> bool {
+        let subformat = self.spec.subformat.as_deref().unwrap_or_default();
+        matches!(subformat, "fixed" | "monolithicFlat" | "twoGbMaxExtentFlat" | "vmfs")
+    }
+
     /// Where the image lies on a test's host.
     pub fn path(&self) -> PathBuf {
         Path::new("/t/disk").with_extension(self.format)
@@ -107,10 +113,7 @@ impl Kind for Image {
     }
 
     fn flat(&self) -> bool {
-        matches!(
-            self.spec.subformat.as_deref(),
-            Some("monolithicFlat" | "twoGbMaxExtentFlat" | "vmfs")
-        ) || (self.format == "vhd" && self.spec.subformat.as_deref() == Some("fixed"))
+        self.fixed() && self.format != "vhdx"
     }
 }
 
@@ -164,7 +167,7 @@ pub fn large() -> Vec<Image> {
 }
 
 /// The images whose driver makes them; the others are named aloud, once.
-fn offered(images: Vec<Image>) -> Vec<Image> {
+pub fn offered(images: Vec<Image>) -> Vec<Image> {
     let (offered, missing): (Vec<_>, Vec<_>) = images.into_iter().partition(|image| {
         let format = formats::by_name(image.format).expect("a known format");
         let subformat = image.spec.subformat.as_deref().unwrap_or_default();
