@@ -272,7 +272,7 @@ fn a_short_flat_extent_is_readable_as_far_as_it_goes() {
     let host = host(&[("d.vmdk", custom("RW 10 FLAT \"a\" 1").as_bytes()), ("a", &[5; 2100])]);
     let image = open_with(&host, "d.vmdk", Access::Write).unwrap();
     assert!(image.disk.read_only().unwrap().contains("shorter"));
-    assert_eq!(image.damage, [1536..5120]);
+    assert_eq!(image.damage, std::slice::from_ref(&(1536..5120)));
     let mut bytes = [0; 1536];
     image.disk.read_at(0, &mut bytes).unwrap();
     assert_eq!(bytes, [5; 1536]);
