@@ -43,8 +43,7 @@ fn every_broken_rule_of_writing_order_is_noticed() {
 fn every_format_survives_every_crash() {
     let kinds = all_small();
     let results = in_parallel(&kinds, |kind| {
-        // Where only payload is written, states hardly differ.
-        let budget = if kind.flat() { budget() / 4 } else { budget() };
+        let budget = budget() / kind.share();
         let began = std::time::Instant::now();
         (crash::run(&**kind, seed(), budget), began.elapsed())
     });

@@ -234,9 +234,7 @@ fn hidden_and_forgotten_failures_are_noticed() {
 #[test]
 fn every_format_tells_of_every_fault_and_reopens() {
     let kinds = all_small();
-    let results = in_parallel(&kinds, |kind| {
-        run(&**kind, seed(), if kind.flat() { budget() / 4 } else { budget() })
-    });
+    let results = in_parallel(&kinds, |kind| run(&**kind, seed(), budget() / kind.share()));
     let mut failures = Vec::new();
     for (kind, result) in kinds.iter().zip(results) {
         match result {

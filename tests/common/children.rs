@@ -253,6 +253,13 @@ fn link_vmdk(host: &MemoryHost, parent: &Path, child: &Path) {
     }
 }
 
+/// Changes some bytes of the test's image, which is one file.
+pub fn poke(host: &MemoryHost, at: u64, bytes: &[u8]) {
+    let files = host.files();
+    let [file] = &files[..] else { panic!("an image of one file") };
+    put(&**file, at, bytes);
+}
+
 /// Lets grain tables of the test's sparse VMDK say "zeroes".
 pub fn allow_zeroed_grains(host: &Arc<MemoryHost>) {
     zeroed_grains_at(host, Path::new("/t/disk.vmdk"));

@@ -60,7 +60,7 @@ pub struct Unpacked {
 
 /// Unpacks the folder of a row.
 pub fn unpack(folder: &Path, row: &Row) -> Unpacked {
-    let dir = tempfile::tempdir().expect("a temporary folder");
+    let dir = super::folder();
     let case = folder.join(row.path.parent().expect("images lie in folders"));
     for entry in fs::read_dir(&case).expect("the case is there") {
         let from = entry.expect("a readable folder").path();

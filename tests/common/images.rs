@@ -7,7 +7,7 @@ use flatdisk::disk::Disk;
 use flatdisk::error::Result;
 use flatdisk::formats::{self, CreateSpec, OpenOptions};
 use flatdisk::storage::memory::MemoryHost;
-use flatdisk::storage::{Access, Host};
+use flatdisk::storage::{Access, Host, Storage};
 
 /// How a test makes, opens and checks images of one kind.
 pub trait Kind: Sync {
@@ -23,9 +23,9 @@ pub trait Kind: Sync {
     /// The errors that a check of the image finds.
     fn errors(&self, host: &Arc<dyn Host>) -> Result<Vec<String>>;
 
-    /// Whether nothing but payload is ever written: few crash states differ.
-    fn flat(&self) -> bool {
-        false
+    /// How many times fewer states and faults than usual are worth looking at.
+    fn share(&self) -> usize {
+        1
     }
 }
 
@@ -112,8 +112,18 @@ impl Kind for Image {
         errors(host, &self.path())
     }
 
-    fn flat(&self) -> bool {
-        self.fixed() && self.format != "vhdx"
+    fn share(&self) -> usize {
+        if self.fixed() && self.format != "vhdx" {
+            // Nothing but payload is ever written.
+            4
+        } else if self.spec.size > 1 << 30 {
+            // Each state takes long to check.
+            8
+        } else if self.tweak.is_some() {
+            2
+        } else {
+            1
+        }
     }
 }
 
@@ -148,11 +158,28 @@ pub fn small() -> Vec<Image> {
         Image::new("vmdk", "twoGbMaxExtentFlat", 2047 * MIB + SECTOR),
         Image::new("vmdk", "vmfs", MIB),
     ];
-    images.push(
-        Image::new("vmdk", "monolithicSparse", 40 * MIB)
-            .tweaked("zeroed grains", super::children::allow_zeroed_grains),
-    );
+    let vhd = Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2);
+    let vhdx = Image::new("vhdx", "dynamic", 3 * MIB).block(MIB).sector(512);
+    let vmdk = Image::new("vmdk", "monolithicSparse", 40 * MIB);
+    images.extend([
+        vhd.clone().tweaked("footer lost", |host| ruin(host, |len| len - 512)),
+        vhd.tweaked("copy of the footer lost", |host| ruin(host, |_| 0)),
+        vhdx.clone().tweaked("first header lost", |host| ruin(host, |_| 64 << 10)),
+        vhdx.clone().tweaked("second header lost", |host| ruin(host, |_| 128 << 10)),
+        vhdx.clone().tweaked("first region table lost", |host| ruin(host, |_| 192 << 10)),
+        vhdx.tweaked("second region table lost", |host| ruin(host, |_| 256 << 10)),
+        vmdk.clone().tweaked("zeroed grains", super::children::allow_zeroed_grains),
+        vmdk.tweaked("not closed cleanly", |host| super::children::poke(host, 72, &[1])),
+    ]);
     offered(images)
+}
+
+/// Overwrites the sector of the test's image whose place follows from the file's length.
+fn ruin(host: &Arc<MemoryHost>, place: fn(u64) -> u64) {
+    let files = host.files();
+    let [file] = &files[..] else { panic!("an image of one file") };
+    let len = file.len().expect("memory has lengths");
+    super::children::poke(host, place(len), &[0xdb; 512]);
 }
 
 /// Larger geometries for the suites that need no crash states.
@@ -173,8 +200,13 @@ pub fn offered(images: Vec<Image>) -> Vec<Image> {
         let subformat = image.spec.subformat.as_deref().unwrap_or_default();
         format.subformats().contains(&subformat)
     });
-    for image in missing {
-        println!("SKIPPED: the driver does not create {}", image.name());
+    static NAMED: parking_lot::Mutex<Vec<String>> = parking_lot::Mutex::new(Vec::new());
+    for name in missing.iter().map(Image::name) {
+        let mut named = NAMED.lock();
+        if !named.contains(&name) {
+            println!("SKIPPED: the driver does not create {name}");
+            named.push(name);
+        }
     }
     offered
 }
