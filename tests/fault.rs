@@ -233,7 +233,8 @@ fn hidden_and_forgotten_failures_are_noticed() {
 
 #[test]
 fn every_format_tells_of_every_fault_and_reopens() {
-    let kinds = all_small();
+    let mut kinds = all_small();
+    kinds.extend(common::corpus::kinds());
     let results = in_parallel(&kinds, |kind| run(&**kind, seed(), budget() / kind.share()));
     let mut failures = Vec::new();
     for (kind, result) in kinds.iter().zip(results) {

@@ -151,6 +151,7 @@ fn all() -> Vec<Box<dyn Kind>> {
     let mut kinds = all_small();
     kinds.extend(large().into_iter().map(|image| Box::new(image) as Box<dyn Kind>));
     kinds.push(Box::new(Toy { flaw: Flaw::None }));
+    kinds.extend(common::corpus::kinds());
     kinds
 }
 

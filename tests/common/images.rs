@@ -10,7 +10,7 @@ use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::{Access, Host, Storage};
 
 /// How a test makes, opens and checks images of one kind.
-pub trait Kind: Sync {
+pub trait Kind: Send + Sync {
     /// For messages.
     fn name(&self) -> String;
 
@@ -22,6 +22,11 @@ pub trait Kind: Sync {
 
     /// The errors that a check of the image finds.
     fn errors(&self, host: &Arc<dyn Host>) -> Result<Vec<String>>;
+
+    /// For disks whose tables have many pages: writes this many bytes apart change one page each.
+    fn stride(&self) -> Option<u64> {
+        None
+    }
 
     /// How many times fewer states and faults than usual are worth looking at.
     fn share(&self) -> usize {
@@ -39,12 +44,14 @@ pub struct Image {
     pub spec: CreateSpec,
     /// Changed by hand after creation, to get what [`CreateSpec`] cannot ask for.
     pub tweak: Option<Tweak>,
+    /// See [`Kind::stride`].
+    pub stride: Option<u64>,
 }
 
 impl Image {
     pub fn new(format: &'static str, subformat: &str, size: u64) -> Self {
         let spec = CreateSpec { subformat: Some(subformat.into()), size, ..CreateSpec::default() };
-        Self { format, spec, tweak: None }
+        Self { format, spec, tweak: None, stride: None }
     }
 
     pub fn block(mut self, bytes: u64) -> Self {
@@ -60,6 +67,13 @@ impl Image {
 
     pub fn tweaked(mut self, name: &'static str, tweak: fn(&Arc<MemoryHost>)) -> Self {
         self.tweak = Some((name, tweak));
+        self
+    }
+
+    /// A disk of 150 strides, written across all of it.
+    pub fn wide(mut self, stride: u64) -> Self {
+        self.spec.size = stride * 150;
+        self.stride = Some(stride);
         self
     }
 
@@ -90,6 +104,9 @@ impl Kind for Image {
         if let Some(bytes) = self.spec.logical_sector {
             name += &format!(", {bytes}-byte sectors");
         }
+        if self.stride.is_some() {
+            name += ", wide";
+        }
         if let Some((tweak, _)) = self.tweak {
             name += &format!(", {tweak}");
         }
@@ -112,10 +129,16 @@ impl Kind for Image {
         errors(host, &self.path())
     }
 
+    fn stride(&self) -> Option<u64> {
+        self.stride
+    }
+
     fn share(&self) -> usize {
         if self.fixed() && self.format != "vhdx" {
             // Nothing but payload is ever written.
             4
+        } else if self.stride.is_some() {
+            16
         } else if self.spec.size > 1 << 30 {
             // Each state takes long to check.
             8
@@ -211,10 +234,23 @@ pub fn offered(images: Vec<Image>) -> Vec<Image> {
     offered
 }
 
-/// The images of [`small`] and children of several kinds.
+/// Disks whose flushes change more pages than fit into one step of anything.
+fn wide() -> Vec<Image> {
+    offered(vec![
+        Image::new("vhd", "dynamic", 0).wide(2 << 30),
+        Image::new("vhdx", "dynamic", 0).block(MIB).sector(512).wide(512 * MIB),
+        Image::new("vmdk", "monolithicSparse", 0).wide(32 * MIB),
+    ])
+}
+
+/// The images of [`small`], wide ones, and children of several kinds.
 pub fn all_small() -> Vec<Box<dyn Kind>> {
+    let images = small().into_iter().chain(wide());
     let mut kinds: Vec<Box<dyn Kind>> =
-        small().into_iter().map(|image| Box::new(image) as Box<dyn Kind>).collect();
+        images.map(|image| Box::new(image) as Box<dyn Kind>).collect();
     kinds.extend(super::children::all());
+    if let Ok(part) = std::env::var("FLATDISK_ONLY") {
+        kinds.retain(|kind| kind.name().contains(&part));
+    }
     kinds
 }

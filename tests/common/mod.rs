@@ -10,7 +10,8 @@
 //! - [`corpus`], [`tools`]: files and programs from outside.
 //!
 //! Environment: `FLATDISK_SEED` repeats a run; `FLATDISK_CRASH_STATES` and `FLATDISK_MODEL_OPS`
-//! make it longer; `FLATDISK_CORPUS` names the folder of foreign images;
+//! make it longer; `FLATDISK_ONLY` picks the kinds of image whose name has these words;
+//! `FLATDISK_CORPUS` names the folder of foreign images;
 //! `FLATDISK_REQUIRE_TOOLS=1` turns every SKIPPED into a failure.
 
 // Each test program uses its own part of this, and may panic on what it made itself.
