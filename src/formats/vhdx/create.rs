@@ -59,6 +59,11 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
         let what = format!("a VHDX disk cannot be the child of a {} disk", parent.info.format);
         return Err(Error::invalid(what));
     };
+    if parent.disk.read_only().is_none() {
+        // Writing changes the identity that the child records.
+        let what = "a parent must be open for reading only while a child is made";
+        return Err(Error::invalid(what).in_file(&parent.path));
+    }
     let linkage = linkage.first().copied().unwrap_or_default();
     let name = relative_name(path, &parent.path)?;
     let keys = [(PARENT_LINKAGE, braced(linkage)), (RELATIVE_PATH, name)];

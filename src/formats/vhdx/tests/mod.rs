@@ -1,8 +1,10 @@
 //! Tests of the driver as a whole, through the disk.
 
 mod corpus;
+mod crash;
 mod interop;
 mod model;
+mod recorder;
 
 use std::path::Path;
 use std::sync::Arc;
