@@ -70,7 +70,12 @@ fn workload(rng: &mut Rng, sectors: usize, steps: usize) -> Vec<Step> {
             let count = rng.usize(1..longest).min(sectors - at);
             match rng.u8(..10) {
                 0..6 => Step::Write(at, count, 0x0101_0101 * (i as u32 % 200 + 1) + i as u32),
-                6..8 => Step::Discard(at, rng.usize(1..5000).min(sectors - at)),
+                6 => Step::Discard(at, rng.usize(1..5000).min(sectors - at)),
+                7 => {
+                    let block = MIB as usize / SECTOR;
+                    let at = at / block * block;
+                    Step::Discard(at, block.min(sectors - at))
+                }
                 _ => Step::Flush,
             }
         })

@@ -1,7 +1,10 @@
 //! Tests of the driver as a whole, through the disk.
 
+mod children;
 mod corpus;
 mod crash;
+mod damage;
+mod durability;
 mod interop;
 mod model;
 mod recorder;
