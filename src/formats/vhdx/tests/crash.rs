@@ -5,7 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fastrand::Rng;
+use uuid::Uuid;
 
+use super::super::headers::Header;
+use super::super::layout::{HEADER_BYTES, HEADER_OFFSETS};
 use super::recorder::{Op, RecordingHost, crash};
 use super::{MIB, PATH, Vhdx, contents, spec};
 use crate::disk::Disk;
@@ -172,6 +175,44 @@ fn dynamic_disks_survive_every_crash() {
         let mut start = image(&others, PATH);
         // A length that is no multiple of 1 MiB is made one.
         start.resize(start.len() + 100 * seed as usize, 0xee);
+        play(&start, &others, &vec![vec![0]; sectors], &steps, &mut rng, 1);
+    }
+}
+
+#[test]
+fn repairs_of_the_first_write_survive_every_crash() {
+    type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+    let headers = |change: fn(&mut Header)| {
+        move |bytes: &mut Vec<u8>| {
+            for at in HEADER_OFFSETS {
+                let slot = at as usize..at as usize + HEADER_BYTES;
+                let old: [u8; HEADER_BYTES] = bytes[slot.clone()].try_into().unwrap();
+                let mut header = Header::decode(&old).unwrap();
+                change(&mut header);
+                bytes[slot].copy_from_slice(&header.encode());
+            }
+        }
+    };
+    let no_log = headers(|h| (h.log_length, h.log_offset) = (0, 0));
+    let identical = headers(|h| (h.sequence, h.file_write) = (7, Uuid::nil()));
+    let cases: [(&str, Damage<'_>); 6] = [
+        ("first header", &|b| b[70 << 10 | 5] ^= 1),
+        ("second header", &|b| b[130 << 10 | 5] ^= 1),
+        ("first region table", &|b| b[195 << 10] ^= 1),
+        ("second region table", &|b| b[260 << 10] ^= 1),
+        ("no log", &no_log),
+        ("identical headers", &identical),
+    ];
+    for (seed, (what, damage)) in (20..).zip(cases) {
+        println!("{what}");
+        let mut rng = Rng::with_seed(seed);
+        let others = MemoryHost::new();
+        let spec = CreateSpec { block_size: Some(MIB), ..spec(2 * MIB) };
+        formats::create(&Vhdx, &*others, Path::new(PATH), &spec).unwrap();
+        let sectors = spec.size as usize / SECTOR;
+        let steps = workload(&mut rng, sectors, 4);
+        let mut start = image(&others, PATH);
+        damage(&mut start);
         play(&start, &others, &vec![vec![0]; sectors], &steps, &mut rng, 1);
     }
 }

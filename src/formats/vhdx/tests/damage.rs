@@ -246,6 +246,30 @@ fn an_image_without_log_gets_one_when_it_is_written() {
 }
 
 #[test]
+fn two_different_headers_of_one_number_are_refused() {
+    let (host, file) = sample();
+    let mut headers = super::super::headers::Headers::read(&*file).unwrap();
+    let header = headers.slots[headers.current].as_mut().unwrap();
+    file.write_at(64 << 10, &header.encode()).unwrap();
+    file.write_at(128 << 10, &header.encode()).unwrap();
+    assert_eq!(read(&open_with(&host, PATH, Access::Read).unwrap(), 1).unwrap(), 2);
+    header.data_write = uuid::Uuid::new_v4();
+    file.write_at(64 << 10, &header.encode()).unwrap();
+    refused_but_forced(&host);
+}
+
+#[test]
+fn files_that_track_changes_are_warned_about() {
+    let memory = MemoryHost::new();
+    formats::create(&Vhdx, &*memory, Path::new(PATH), &spec(4 * MIB)).unwrap();
+    let host: Arc<dyn Host> = memory.clone();
+    assert!(open_with(&host, PATH, Access::Read).unwrap().info.warnings.is_empty());
+    memory.insert(MemoryFile::new(format!("{PATH}.rct"), b"x"));
+    let warnings = open_with(&host, PATH, Access::Read).unwrap().info.warnings;
+    assert!(warnings.len() == 1 && warnings[0].contains(".rct"), "{warnings:?}");
+}
+
+#[test]
 fn a_version_that_is_not_known_is_refused() {
     let (host, file) = sample();
     let mut headers = super::super::headers::Headers::read(&*file).unwrap();
