@@ -70,6 +70,19 @@ impl Space {
             }
             return Ok(Run { place: start..end, zeroed: run.zeroed });
         }
+        let place = self.take_new(wanted, unit, file, file_len)?;
+        Ok(Run { place, zeroed: true })
+    }
+
+    /// As [`Self::take`], from space that no image ever used, which reads as zeroes, and goes on
+    /// doing so after a crash.
+    pub fn take_new(
+        &mut self,
+        wanted: u64,
+        unit: u64,
+        file: &dyn Storage,
+        file_len: &AtomicU64,
+    ) -> Result<Range<u64>> {
         let start = self.next.next_multiple_of(unit);
         let room = MAX_SECTORS.saturating_sub(start + 1) / unit * unit;
         let end = start + wanted.min(room);
@@ -82,7 +95,12 @@ impl Space {
             file_len.store(self.len * SECTOR, Ordering::Release);
         }
         self.next = end;
-        Ok(Run { place: start..end, zeroed: true })
+        Ok(start..end)
+    }
+
+    /// First sector that was never used.
+    pub fn unused_from(&self) -> u64 {
+        self.next
     }
 
     fn grow(&mut self, needed: u64, file: &dyn Storage) -> Result<()> {
