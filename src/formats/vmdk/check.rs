@@ -4,13 +4,16 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::disk::tables::TableCache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{OpenContext, Report, Severity};
 use crate::storage::Storage;
 
+use super::grains::{Dialect, PAGE};
 use super::layout::SECTOR;
 use super::link::Link;
 use super::map::SparseExtent;
+use super::stream;
 use super::walk::{self, Kind};
 
 /// Checks the disk whose descriptor is in `file`.
@@ -32,7 +35,15 @@ pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> 
     for extent in &link.sparse {
         let own = extent.file.path() == link.descriptor.file.path();
         let name = (!own).then(|| extent.file.path().to_owned());
-        check_extent(extent, name, report)?;
+        if matches!(extent.tables.dialect, Dialect::Packed { .. }) {
+            report.blocks += extent.tables.grains();
+            let cache = TableCache::new(PAGE as usize, &ctx.budget);
+            report.allocated_blocks += stream::check(&extent.tables, &cache, &mut |at, what| {
+                report.add_in(name.clone(), Severity::Error, Some(at), what);
+            })?;
+        } else {
+            check_extent(extent, name, report)?;
+        }
     }
     Ok(())
 }
@@ -41,6 +52,8 @@ pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> 
 fn check_extent(extent: &SparseExtent, name: Option<PathBuf>, report: &mut Report) -> Result<()> {
     let usage = walk::walk(&extent.tables, &mut |problem| {
         let severity = match problem.kind {
+            // What a crash leaves costs nothing: the next writer renews the redundant copy.
+            Kind::Torn if extent.unclean => Severity::Notice,
             Kind::Damage | Kind::Torn => Severity::Error,
             Kind::Oddity => Severity::Notice,
         };
@@ -48,6 +61,13 @@ fn check_extent(extent: &SparseExtent, name: Option<PathBuf>, report: &mut Repor
     })?;
     report.blocks += extent.tables.grains();
     report.allocated_blocks += usage.allocated;
+    if let Some(free) = extent.free_sector.filter(|free| *free < usage.end()) {
+        let what = format!(
+            "free space begins at sector {free} for the header, but in use is up to sector {}",
+            usage.end()
+        );
+        report.add_in(name.clone(), Severity::Error, Some(0), what);
+    }
     for run in usage.unused(extent.overhead) {
         let stored = stored_in(extent, run.start * SECTOR..run.end * SECTOR)?;
         if stored > 0 {

@@ -107,8 +107,8 @@ pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         _ => Shape::Flat("VMFS"),
     };
     let sectors = spec.size / SECTOR;
-    let split = matches!(shape, Shape::SplitSparse | Shape::SplitFlat);
-    if sectors > MAX_SECTORS || (split && sectors.div_ceil(SPLIT) > MAX_EXTENTS) {
+    let in_parts = matches!(shape, Shape::SplitSparse | Shape::SplitFlat);
+    if sectors > MAX_SECTORS || (in_parts && sectors.div_ceil(SPLIT) > MAX_EXTENTS) {
         let what = format!("{} bytes are more than a {subformat} disk can have", spec.size);
         return Err(Error::invalid(what));
     }
@@ -118,10 +118,7 @@ pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         ddb.push(("thinProvisioned".to_owned(), "1".to_owned()));
     }
     let stem = base_name(path)?;
-    let sizes: Vec<u64> = match split {
-        false => vec![sectors],
-        true => (0..sectors.div_ceil(SPLIT)).map(|i| SPLIT.min(sectors - i * SPLIT)).collect(),
-    };
+    let sizes: Vec<u64> = if in_parts { split(sectors).collect() } else { vec![sectors] };
     let names: Vec<String> = (1..=sizes.len())
         .map(|number| match shape {
             Shape::Embedded => file_name(path),
@@ -167,6 +164,11 @@ pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
     let file = made.create(path)?;
     write_text(&*file, &text)?;
     made.keep(path)
+}
+
+/// The sizes, in sectors, of the extents of a split disk.
+pub fn split(sectors: u64) -> impl Iterator<Item = u64> {
+    (0..sectors.div_ceil(SPLIT)).map(move |i| SPLIT.min(sectors - i * SPLIT))
 }
 
 /// The files made so far, removed again unless they are kept.

@@ -17,6 +17,7 @@ use crate::error::Result;
 use crate::storage::Storage;
 
 use super::layout::SECTOR;
+use super::stream::Salvage;
 
 /// Bytes of a page of a directory or table.
 pub const PAGE: u64 = 2048;
@@ -51,14 +52,34 @@ pub enum Dialect {
     /// `KDMV` with plain grains.
     Hosted,
     /// `KDMV` with compressed grains.
-    Packed,
+    Packed {
+        /// Each is preceded by its first sector on the disk.
+        markers: bool,
+    },
+    /// `COWD`.
+    Cowd,
+    /// seSparse. Entries are indices into regions of the file, here as first byte and end.
+    SeSparse {
+        /// The region of grain tables.
+        tables: [u64; 2],
+        /// The region of grains.
+        grains: [u64; 2],
+    },
 }
+
+/// The top half of a seSparse directory entry that leads to a table.
+const SE_TABLE: u64 = 0x1000_0000;
+/// The top digit of a seSparse table entry: unmapped by the guest, zeroes, stored.
+const SE_UNMAPPED: u64 = 1;
+const SE_ZERO: u64 = 2;
+const SE_STORED: u64 = 3;
 
 impl Dialect {
     /// Bytes of an entry, in directory and tables alike.
     fn entry_len(self) -> u64 {
         match self {
-            Self::Hosted | Self::Packed => 4,
+            Self::Hosted | Self::Packed { .. } | Self::Cowd => 4,
+            Self::SeSparse { .. } => 8,
         }
     }
 }
@@ -82,6 +103,8 @@ pub struct GrainTables {
     pub entries_per_table: u64,
     /// Byte offset of the grain directory.
     pub gd: u64,
+    /// Entries that the directory has. Tables beyond them are lost.
+    pub directory_entries: u64,
     /// Byte offset of the redundant grain directory.
     pub rgd: Option<u64>,
     /// Entry value 1 is declared to mean zeroes. It reads as zeroes in any case.
@@ -90,9 +113,24 @@ pub struct GrainTables {
     pub reserved: Vec<Range<u64>>,
     /// Bytes of the file, as far as this open knows: it only grows.
     pub file_len: AtomicU64,
+    /// What was found without tables, where they are lost.
+    pub salvage: Option<Salvage>,
 }
 
+/// In a page's name: it is of a directory, of the redundant one.
 const KIND_DIRECTORY: u64 = 1 << 47;
+const KIND_REDUNDANT: u64 = 1 << 46;
+
+/// Where a changed page goes.
+#[derive(Debug)]
+pub struct PagePlaces {
+    /// Byte of the file.
+    pub primary: Table,
+    /// Byte of the file of its redundant copy.
+    pub redundant: Table,
+    /// Bytes of the page that are written.
+    pub len: usize,
+}
 
 impl GrainTables {
     /// Number of grain tables that the extent's length needs.
@@ -115,9 +153,9 @@ impl GrainTables {
         self.entries_per_table * self.dialect.entry_len()
     }
 
-    /// Bytes of the directory.
+    /// Bytes of the directory, as far as the extent's length needs it.
     pub fn directory_len(&self) -> u64 {
-        self.tables() * self.dialect.entry_len()
+        self.tables().min(self.directory_entries) * self.dialect.entry_len()
     }
 
     /// Bytes of one page of a table.
@@ -139,9 +177,24 @@ impl GrainTables {
         (self.number as u64) << 48 | page
     }
 
-    /// The sparse extent and the table page that a name stands for.
-    pub fn of_key(key: u64) -> (usize, u64) {
-        ((key >> 48) as usize, key & ((1 << 47) - 1))
+    /// The number of the sparse extent whose page a name stands for.
+    pub fn extent_of_key(key: u64) -> usize {
+        (key >> 48) as usize
+    }
+
+    /// Where the page that a name stands for is in the file.
+    pub fn places_of_key(&self, cache: &TableCache, key: u64) -> Result<PagePlaces> {
+        let page = key & ((1 << 46) - 1);
+        if key & KIND_DIRECTORY != 0 {
+            let from = page * PAGE;
+            return Ok(PagePlaces {
+                primary: Table::At(self.gd + from),
+                redundant: Table::Absent,
+                len: (self.directory_len() - from).min(PAGE) as usize,
+            });
+        }
+        let (primary, redundant) = self.page_places(cache, page)?;
+        Ok(PagePlaces { primary, redundant, len: self.page_len() as usize })
     }
 
     /// The entry number `index` of `bytes`.
@@ -155,40 +208,56 @@ impl GrainTables {
 
     /// What the value of a grain table entry says.
     pub fn decode(&self, raw: u64) -> Grain {
-        match self.dialect {
-            Dialect::Hosted | Dialect::Packed => match raw {
-                0 => Grain::Unallocated,
-                1 => Grain::Zero,
-                raw if raw == u64::from(u32::MAX) => Grain::Bad,
-                sector => {
-                    let at = sector * SECTOR;
-                    let in_file = at < self.file_len.load(Ordering::Relaxed);
-                    if in_file && !self.is_reserved(at..at + SECTOR) {
-                        Grain::At(at)
-                    } else {
-                        Grain::Bad
+        if raw == 0 {
+            return Grain::Unallocated;
+        }
+        let at = match self.dialect {
+            Dialect::Hosted | Dialect::Packed { .. } if raw == 1 => return Grain::Zero,
+            Dialect::Hosted | Dialect::Packed { .. } | Dialect::Cowd => {
+                let at = raw * SECTOR;
+                let legal = raw != u64::from(u32::MAX) && !self.is_reserved(at..at + SECTOR);
+                if legal { at } else { return Grain::Bad }
+            }
+            Dialect::SeSparse { grains: [start, end], .. } => match raw >> 60 {
+                SE_UNMAPPED | SE_ZERO => return Grain::Zero,
+                SE_STORED => {
+                    // The low 12 bits of the index stand above its other bits.
+                    let index = (raw >> 48 & 0xfff) | (raw & 0xffff_ffff_ffff) << 12;
+                    let at = index.checked_mul(self.grain).and_then(|at| at.checked_add(start));
+                    match at {
+                        Some(at) if at < end => at,
+                        _ => return Grain::Bad,
                     }
                 }
+                _ => return Grain::Bad,
             },
-        }
+        };
+        if at < self.file_len.load(Ordering::Relaxed) { Grain::At(at) } else { Grain::Bad }
     }
 
     /// What the value of a directory entry says.
     pub fn decode_table(&self, raw: u64) -> Table {
-        match self.dialect {
-            Dialect::Hosted | Dialect::Packed => match raw {
-                0 => Table::Absent,
-                sector => {
-                    let place = sector * SECTOR..sector * SECTOR + self.table_len();
-                    let in_file = place.end <= self.file_len.load(Ordering::Relaxed);
-                    if in_file && !self.is_reserved(place.clone()) {
-                        Table::At(place.start)
-                    } else {
-                        Table::Bad
-                    }
-                }
-            },
+        if raw == 0 {
+            return Table::Absent;
         }
+        let at = match self.dialect {
+            Dialect::Hosted | Dialect::Packed { .. } | Dialect::Cowd => {
+                let at = raw.saturating_mul(SECTOR);
+                if self.is_reserved(at..at.saturating_add(self.table_len())) {
+                    return Table::Bad;
+                }
+                at
+            }
+            Dialect::SeSparse { tables: [start, end], .. } => {
+                let at = start + (raw & u64::from(u32::MAX)) * self.table_len();
+                if raw >> 32 != SE_TABLE || at >= end {
+                    return Table::Bad;
+                }
+                at
+            }
+        };
+        let end = at.saturating_add(self.table_len());
+        if end <= self.file_len.load(Ordering::Relaxed) { Table::At(at) } else { Table::Bad }
     }
 
     /// Whether a place overlaps the header, the descriptor or a directory.
@@ -198,18 +267,31 @@ impl GrainTables {
 
     /// Reads the entry for table `table` of the directory at byte `gd`.
     fn directory_entry(&self, cache: &TableCache, gd: u64, table: u64) -> Result<u64> {
+        if table >= self.directory_entries {
+            return Ok(u64::MAX);
+        }
         let per_page = PAGE / self.dialect.entry_len();
         let (page, index) = (table / per_page, table % per_page);
-        let copy = u64::from(gd != self.gd) << 46;
-        cache.read(
-            self.key(KIND_DIRECTORY | copy | page),
-            |buf| {
-                let from = page * PAGE;
-                let len = (self.directory_len() - from).min(PAGE) as usize;
-                codec::read_exact(&*self.file, gd + from, &mut buf[..len], "the grain directory")
-            },
-            |bytes| self.raw(bytes, index),
-        )
+        let copy = if gd == self.gd { 0 } else { KIND_REDUNDANT };
+        let load = |buf: &mut [u8]| self.load_directory(gd, page, buf);
+        cache.read(self.key(KIND_DIRECTORY | copy | page), load, |bytes| self.raw(bytes, index))
+    }
+
+    fn load_directory(&self, gd: u64, page: u64, buf: &mut [u8]) -> Result<()> {
+        let from = page * PAGE;
+        let len = (self.directory_len() - from).min(PAGE) as usize;
+        codec::read_exact(&*self.file, gd + from, &mut buf[..len], "the grain directory")
+    }
+
+    /// Gives table `table`, which has none yet, a place: sector `sector`, where zeroes are.
+    pub fn set_table(&self, cache: &TableCache, table: u64, sector: u64) -> Result<()> {
+        let width = self.dialect.entry_len();
+        let (page, index) = (table / (PAGE / width), table % (PAGE / width));
+        let load = |buf: &mut [u8]| self.load_directory(self.gd, page, buf);
+        let at = (index * width) as usize;
+        cache.update(self.key(KIND_DIRECTORY | page), load, |bytes| {
+            bytes[at..at + width as usize].copy_from_slice(&sector.to_le_bytes()[..width as usize]);
+        })
     }
 
     /// Where grain table `table` is. A primary entry that leads nowhere gives way to the redundant
@@ -243,6 +325,11 @@ impl GrainTables {
     }
 
     fn load(&self, cache: &TableCache, page: u64, buf: &mut [u8]) -> Result<()> {
+        if let Some(salvage) = &self.salvage {
+            let entries = self.entries_per_page();
+            salvage.fill(page * entries, &mut buf[..self.page_len() as usize]);
+            return Ok(());
+        }
         match self.page_places(cache, page)?.0 {
             Table::Absent => Ok(()),
             Table::At(at) => {
@@ -254,11 +341,6 @@ impl GrainTables {
                 Ok(())
             }
         }
-    }
-
-    /// Bytes of a page that belong to its table.
-    pub fn page_bytes<'a>(&self, page: &'a [u8]) -> &'a [u8] {
-        &page[..self.page_len() as usize]
     }
 
     /// Runs `read` on table page `page`.
@@ -337,7 +419,7 @@ impl GrainTables {
             Grain::Unallocated => out.push(start, len, below),
             Grain::Zero => out.push(start, len, Source::Zero),
             Grain::Bad => out.push(start, len, Source::Bad),
-            Grain::At(_) if self.dialect == Dialect::Packed => {
+            Grain::At(_) if matches!(self.dialect, Dialect::Packed { .. }) => {
                 let unit = packed_unit(self.number, grain);
                 out.push(start, len, Source::Packed { unit, skip: skip as u32 });
             }
@@ -360,6 +442,11 @@ impl GrainTables {
 /// The name of a compressed grain for [`Source::Packed`].
 pub fn packed_unit(extent: usize, grain: u64) -> u64 {
     (extent as u64) << 48 | grain
+}
+
+/// The sparse extent and the grain that [`packed_unit`] named.
+pub fn of_packed_unit(unit: u64) -> (usize, u64) {
+    ((unit >> 48) as usize, unit & ((1 << 48) - 1))
 }
 
 /// One page of a grain table.

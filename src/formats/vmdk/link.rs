@@ -8,7 +8,6 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use crate::codec;
 use crate::disk::map::{DiskRange, FileIndex};
@@ -18,9 +17,9 @@ use crate::storage::{FileIdentity, Storage};
 
 use super::descriptor::{Descriptor, ExtentAccess, ExtentLine, ExtentType, MAX_BYTES};
 use super::extent_file::ExtentFile;
-use super::grains::{Dialect, GrainTables};
-use super::layout::{self, GD_AT_END, Header, SECTOR};
+use super::layout::{self, Header, SECTOR};
 use super::map::{Backing, DescriptorFile, Slot, SparseExtent};
+use super::{cowd, hosted, sesparse};
 
 /// Everything that opening a descriptor and its extents brings together.
 pub struct Link {
@@ -30,8 +29,6 @@ pub struct Link {
     pub slots: Vec<Slot>,
     /// The sparse ones.
     pub sparse: Vec<SparseExtent>,
-    /// The sparse ones' headers, where they are hosted.
-    pub headers: Vec<Header>,
     /// The files that slots refer to.
     pub files: Vec<Arc<ExtentFile>>,
     /// Bytes of the disk.
@@ -46,11 +43,52 @@ pub struct Link {
     pub warnings: Vec<String>,
 }
 
-/// The descriptor that a file holds, and for an embedded one the header it was found through.
+/// The descriptor that a file holds.
 struct Found {
     file: DescriptorFile,
-    /// `None` where the file is, or only wraps, a descriptor.
-    header: Option<Header>,
+    /// The file holds the first extent too.
+    is_extent: bool,
+}
+
+/// A sparse extent that is to be opened.
+pub struct Asked<'a> {
+    /// Its number among the sparse extents of the disk.
+    pub number: usize,
+    /// Where its file stands in the disk's list.
+    pub file_index: FileIndex,
+    /// The file.
+    pub file: &'a Arc<ExtentFile>,
+    /// Sectors that the descriptor says it has.
+    pub sectors: u64,
+}
+
+impl Asked<'_> {
+    /// Length of the file in bytes.
+    pub fn file_len(&self) -> Result<u64> {
+        self.file.len().map_err(|e| Error::io("stat", &e).in_file(self.file.path()))
+    }
+
+    /// Refuses an extent whose header has fewer sectors than the descriptor says.
+    pub fn check_capacity(&self, capacity: u64) -> Result<()> {
+        if capacity >= self.sectors {
+            return Ok(());
+        }
+        let what =
+            format!("the sparse header has {capacity} sectors, the descriptor {}", self.sectors);
+        Err(Error::corrupt(what).in_file(self.file.path()))
+    }
+}
+
+/// A sparse extent as its own file describes it.
+pub struct OpenedSparse {
+    /// The extent.
+    pub extent: SparseExtent,
+    /// Why it cannot be written, if it cannot.
+    pub read_only: Option<String>,
+    /// What is damaged, as far as opening could tell.
+    pub problem: Option<String>,
+    /// Parts of the extent, in bytes, that are lost as far as opening could tell.
+    pub damage: Vec<Range<u64>>,
 }
 
 impl Link {
@@ -105,7 +143,7 @@ fn find_descriptor(file: &Arc<dyn Storage>) -> Result<Found> {
     if magic != layout::MAGIC && magic != layout::MAGIC_UNFINISHED {
         let mut text = vec![0; len.min(MAX_BYTES + 1) as usize];
         file.read_at(0, &mut text).map_err(failed)?;
-        return Ok(Found { file: wrap(0, &text)?, header: None });
+        return Ok(Found { file: wrap(0, &text)?, is_extent: false });
     }
     let header = Header::read(&**file, 0)?;
     if header.descriptor_at == 0 {
@@ -121,8 +159,8 @@ fn find_descriptor(file: &Arc<dyn Storage>) -> Result<Found> {
     if text[0] == 0 {
         return Err(lone_extent());
     }
-    let header = Some(header).filter(|h| h.capacity != 0);
-    Ok(Found { file: wrap(at, &text).map_err(|e| e.at(at))?, header })
+    let file = wrap(at, &text).map_err(|e| e.at(at))?;
+    Ok(Found { file, is_extent: header.capacity != 0 })
 }
 
 fn lone_extent() -> Error {
@@ -177,7 +215,7 @@ struct Builder<'a> {
     ctx: &'a OpenContext,
     link: Link,
     /// The file that the user named, if it is an extent itself.
-    embedded: Option<(Arc<dyn Storage>, Header)>,
+    embedded: Option<Arc<dyn Storage>>,
     /// Files opened so far, by name as opened.
     opened: HashMap<PathBuf, Arc<dyn Storage>>,
     /// Which file is already in use, and under what name.
@@ -194,7 +232,7 @@ impl<'a> Builder<'a> {
         let warnings = found.file.descriptor.warnings.clone();
         Ok(Self {
             ctx,
-            embedded: found.header.map(|header| (file.clone(), header)),
+            embedded: found.is_extent.then(|| file.clone()),
             opened: HashMap::new(),
             identities: HashMap::from([(identity, file.path().to_owned())]),
             indices: HashMap::new(),
@@ -203,7 +241,6 @@ impl<'a> Builder<'a> {
                 descriptor: found.file,
                 slots: Vec::new(),
                 sparse: Vec::new(),
-                headers: Vec::new(),
                 files: Vec::new(),
                 size: 0,
                 read_only: None,
@@ -228,10 +265,7 @@ impl<'a> Builder<'a> {
             (_, ExtentType::Zero) => Backing::Zero,
             (ExtentAccess::None, _) => Backing::NoAccess,
             (_, ExtentType::Flat | ExtentType::Vmfs) => self.flat(line, start, len)?,
-            (_, ExtentType::Sparse) => self.sparse(index, line, len)?,
-            (_, kind) => {
-                return Err(Error::unsupported(format!("{} extents", kind.word())));
-            }
+            _ => self.sparse(index, line, len)?,
         };
         self.link.size = start + len;
         self.link.slots.push(Slot { start, end: start + len, backing });
@@ -301,48 +335,39 @@ impl<'a> Builder<'a> {
     }
 
     fn sparse(&mut self, index: usize, line: &ExtentLine, len: u64) -> Result<Backing> {
-        let (file_index, file, header) = match &self.embedded {
-            Some((storage, header)) if index == 0 => {
+        let (file_index, file) = match &self.embedded {
+            Some(storage) if index == 0 => {
                 // Files are renamed; an embedded descriptor means the file it is in.
                 let file = match line.access {
                     ExtentAccess::ReadWrite => self.link.descriptor.file.clone(),
                     _ => ExtentFile::new(storage.clone(), true),
                 };
-                let header = header.clone();
                 self.link.files.push(file.clone());
-                (self.link.files.len() - 1, file, header)
+                (self.link.files.len() - 1, file)
             }
-            _ => {
-                let (file_index, file) = self.file(line, 0..u64::MAX)?;
-                let header = Header::read(&*file, 0).map_err(|e| e.in_file(file.path()))?;
-                (file_index, file, header)
-            }
+            _ => self.file(line, 0..u64::MAX)?,
         };
-        if header.capacity < line.sectors {
-            let what = format!(
-                "the sparse header has {} sectors, the descriptor {}",
-                header.capacity, line.sectors
-            );
-            return Err(Error::corrupt(what).in_file(file.path()));
+        let number = self.link.sparse.len();
+        let asked = Asked { number, file_index, file: &file, sectors: line.sectors };
+        let found = match line.kind {
+            ExtentType::SeSparse => sesparse::open(&asked)?,
+            ExtentType::VmfsSparse => cowd::open(&asked, true)?,
+            _ if is_cowd(&file)? => cowd::open(&asked, false)?,
+            _ => hosted::open(&asked)?,
+        };
+        if let Some(problem) = found.problem {
+            self.link.problems.push(format!("{}: {problem}", file.path().display()));
         }
-        if let Some(reason) = header.read_only() {
+        if let Some(reason) = found.read_only {
             self.read_only(|| reason);
         }
-        let number = self.link.sparse.len();
-        let (tables, reason) = hosted_tables(number, file_index, &file, &header, len)?;
-        if let Some(reason) = reason {
-            self.link.problems.push(format!("{}: {reason}", file.path().display()));
-            self.read_only(|| reason.to_owned());
+        let start = self.link.size;
+        for lost in found.damage {
+            self.link.damage.push(start + lost.start..start + lost.end.min(len));
         }
-        let end = tables.reserved.iter().map(|r| r.end).max().unwrap_or(SECTOR).div_ceil(SECTOR);
-        self.link.sparse.push(SparseExtent {
-            tables,
-            writable: line.access == ExtentAccess::ReadWrite,
-            unclean: header.unclean,
-            overhead: header.overhead.max(end),
-            file,
-        });
-        self.link.headers.push(header);
+        let mut extent = found.extent;
+        extent.writable &= line.access == ExtentAccess::ReadWrite;
+        self.link.sparse.push(extent);
         Ok(Backing::Sparse(number))
     }
 
@@ -369,7 +394,7 @@ impl<'a> Builder<'a> {
         if let Some(reason) = reason {
             self.read_only(|| reason.to_owned());
         }
-        if descriptor_lacks_cid(&self.link) {
+        if self.link.descriptor.descriptor.cid().is_none() {
             self.link.warnings.push("the descriptor has no CID".to_owned());
         }
         if self.link.sparse.iter().any(|s| s.unclean) {
@@ -379,72 +404,10 @@ impl<'a> Builder<'a> {
     }
 }
 
-fn descriptor_lacks_cid(link: &Link) -> bool {
-    link.descriptor.descriptor.cid().is_none()
-}
-
-/// Finds the tables of a hosted extent of `len` bytes; the text says why they can only be read.
-fn hosted_tables(
-    number: usize,
-    file_index: FileIndex,
-    file: &Arc<ExtentFile>,
-    header: &Header,
-    len: u64,
-) -> Result<(GrainTables, Option<&'static str>)> {
-    if header.compressed() || header.gd == GD_AT_END {
-        return Err(Error::unsupported("stream-optimised extents").in_file(file.path()));
-    }
-    let file_len = file.len().map_err(|e| Error::io("stat", &e).in_file(file.path()))?;
-    let directory = header.tables() * 4;
-    let header_place = 0..SECTOR;
-    let mut reserved = vec![header_place];
-    if header.descriptor_at != 0 {
-        let at = header.descriptor_at * SECTOR;
-        reserved.push(at..at.saturating_add(header.descriptor_len * SECTOR));
-    }
-    let place = |sector: u64| -> Option<Range<u64>> {
-        let start = layout::bytes(sector)?;
-        let place = start..start.checked_add(directory)?;
-        let free = reserved.iter().all(|r| r.end <= place.start || place.end <= r.start);
-        (place.end <= file_len && free).then_some(place)
-    };
-    let redundant_wanted = header.flags & layout::FLAG_REDUNDANT != 0 && header.rgd != 0;
-    let redundant = if redundant_wanted { place(header.rgd) } else { None };
-    let (primary, redundant, reason) = match (place(header.gd), redundant) {
-        (Some(gd), Some(rgd)) if gd.start < rgd.end && rgd.start < gd.end => {
-            (gd, None, Some("the grain directory and its redundant copy overlap"))
-        }
-        (Some(gd), None) if redundant_wanted => {
-            (gd, None, Some("the redundant grain directory lies outside the file"))
-        }
-        (Some(gd), rgd) => (gd, rgd, None),
-        (None, Some(rgd)) => {
-            (rgd, None, Some("the grain directory is lost, its redundant copy is used"))
-        }
-        (None, None) => {
-            let what = "the grain directory lies outside the file or inside its header";
-            return Err(Error::corrupt(what)
-                .in_file(file.path())
-                .at(header.gd.saturating_mul(SECTOR)));
-        }
-    };
-    reserved.push(primary.clone());
-    reserved.extend(redundant.clone());
-    let tables = GrainTables {
-        number,
-        file_index,
-        file: file.clone(),
-        dialect: Dialect::Hosted,
-        len,
-        grain: header.grain * SECTOR,
-        entries_per_table: header.entries_per_table,
-        gd: primary.start,
-        rgd: redundant.map(|r| r.start),
-        zeroed_grains: header.flags & layout::FLAG_ZEROED_GRAINS != 0,
-        reserved,
-        file_len: AtomicU64::new(file_len),
-    };
-    Ok((tables, reason))
+/// Whether a file begins as ESX copy-on-write extents do.
+fn is_cowd(file: &ExtentFile) -> Result<bool> {
+    let magic: [u8; 4] = codec::read_array(file, 0, "the sparse header")?;
+    Ok(magic == layout::MAGIC_COWD)
 }
 
 /// The disk's parent as its descriptor names it.

@@ -18,11 +18,13 @@ use crate::disk::tables::{CacheStats, PageImage, TableCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
+use super::cowd;
 use super::descriptor::Descriptor;
 use super::extent_file::ExtentFile;
-use super::grains::{Grain, GrainTables, Table};
-use super::layout::{SECTOR, UNCLEAN_AT};
+use super::grains::{self, Grain, GrainTables, Table};
+use super::layout::SECTOR;
 use super::space::{Run, Space};
+use super::stream::{self, InflatedGrains};
 use super::walk;
 
 /// Changed table pages that may wait in memory: 8 MiB. Beyond, whoever allocates flushes first.
@@ -72,8 +74,16 @@ pub struct SparseExtent {
     pub writable: bool,
     /// It was not closed after its last writing.
     pub unclean: bool,
+    /// Byte of the file that says so.
+    pub unclean_at: u64,
+    /// Where unused space begins, as the header says it, for extents that say so.
+    pub free_sector: Option<u64>,
     /// First sector that grains use.
     pub overhead: u64,
+    /// The header's version.
+    pub version: u32,
+    /// The header's flags.
+    pub flags: u32,
 }
 
 /// The descriptor and where it lies.
@@ -113,6 +123,7 @@ pub struct VmdkMap {
     descriptor: Mutex<DescriptorFile>,
     has_parent: bool,
     cache: TableCache,
+    inflated: InflatedGrains,
     /// One flush at a time. Taken before `state`.
     flushing: Mutex<()>,
     state: Mutex<WriteState>,
@@ -125,6 +136,8 @@ struct Token {
     extent: usize,
     first: u64,
     runs: SmallVec<[Run; 2]>,
+    /// Sectors, of zeroes, for the grain table where there was none.
+    table: Option<Range<u64>>,
 }
 
 /// The parts that [`VmdkMap::new`] puts together.
@@ -161,6 +174,7 @@ impl VmdkMap {
             descriptor: Mutex::new(parts.descriptor),
             has_parent: parts.has_parent,
             cache: parts.cache,
+            inflated: InflatedGrains::default(),
             flushing: Mutex::new(()),
             state: Mutex::default(),
             landed: Condvar::new(),
@@ -208,7 +222,25 @@ impl VmdkMap {
             for run in &token.runs {
                 space.release(run.place.clone(), false);
             }
+            if let Some(table) = &token.table {
+                space.release(table.clone(), true);
+            }
         }
+    }
+
+    /// Makes the table that a plan brought part of the extent, unless another plan was faster. It
+    /// holds zeroes, so nothing changes for readers.
+    fn adopt_table(&self, state: &mut WriteState, token: &mut Token) -> Result<()> {
+        let Some(place) = token.table.clone() else { return Ok(()) };
+        let tables = &self.sparse[token.extent].tables;
+        let table = token.first / tables.entries_per_table;
+        if tables.table(&self.cache, table)? == Table::Absent {
+            tables.set_table(&self.cache, table, place.start)?;
+        } else if let Some(space) = state.spaces[token.extent].as_mut() {
+            space.release(place, true);
+        }
+        token.table = None;
+        Ok(())
     }
 
     /// Flushes when too many changed pages wait already.
@@ -224,7 +256,8 @@ impl VmdkMap {
         let first = part.start / tables.grain;
         let page = first / tables.entries_per_page();
         let end = part.end.div_ceil(tables.grain).min((page + 1) * tables.entries_per_page());
-        if tables.page_places(&self.cache, page)?.0 == Table::Absent && tables.preallocated() {
+        let lacks_table = tables.page_places(&self.cache, page)?.0 == Table::Absent;
+        if lacks_table && tables.preallocated() {
             let what = "this part of the extent has no grain table, and tables are made only with the extent";
             return Err(Error::unsupported(what).in_file(sparse.file.path()));
         }
@@ -251,7 +284,11 @@ impl VmdkMap {
         let Some(space) = state.spaces.get_mut(extent).and_then(Option::as_mut) else {
             return Err(Error::new(ErrorKind::ReadOnly, "the extent is not open for writing"));
         };
-        let mut token = Token { extent, first, runs: SmallVec::new() };
+        let mut token = Token { extent, first, runs: SmallVec::new(), table: None };
+        if lacks_table {
+            let sectors = tables.table_len() / SECTOR;
+            token.table = Some(space.take_new(sectors, 1, &*sparse.file, &tables.file_len)?);
+        }
         let mut left = unmapped * grain_sectors;
         while left > 0 {
             match space.take(left, grain_sectors, &*sparse.file, &tables.file_len) {
@@ -259,7 +296,10 @@ impl VmdkMap {
                     left -= run.place.end - run.place.start;
                     token.runs.push(run);
                 }
-                Err(e) if token.runs.is_empty() => return Err(e),
+                Err(e) if token.runs.is_empty() => {
+                    self.give_back(&mut state, &token);
+                    return Err(e);
+                }
                 Err(_) => break,
             }
         }
@@ -355,16 +395,16 @@ impl VmdkMap {
     fn write_tables(&self, pages: &[PageImage]) -> Result<()> {
         let (mut redundant, mut primary) = (Vec::new(), Vec::new());
         for (key, page) in pages {
-            let (extent, number) = GrainTables::of_key(*key);
+            let extent = GrainTables::extent_of_key(*key);
             let sparse = &self.sparse[extent];
-            let (first, second) = sparse.tables.page_places(&self.cache, number)?;
-            let bytes = sparse.tables.page_bytes(page);
-            let Table::At(at) = first else {
+            let places = sparse.tables.places_of_key(&self.cache, *key)?;
+            let bytes = &page[..places.len];
+            let Table::At(at) = places.primary else {
                 let what = "a grain table that was changed has no place in the file";
                 return Err(Error::corrupt(what).in_file(sparse.file.path()));
             };
             primary.push((extent, at, bytes));
-            if let Table::At(at) = second {
+            if let Table::At(at) = places.redundant {
                 redundant.push((extent, at, bytes));
             }
         }
@@ -398,9 +438,18 @@ impl VmdkMap {
         }
     }
 
+    /// Where unused space begins in each extent whose header says so.
+    fn free_sectors(&self, state: &WriteState) -> Vec<(usize, u64)> {
+        let spaces = self.sparse.iter().zip(&state.spaces).enumerate();
+        spaces
+            .filter(|(_, (sparse, _))| sparse.free_sector.is_some())
+            .filter_map(|(extent, (_, space))| Some((extent, space.as_ref()?.unused_from())))
+            .collect()
+    }
+
     /// Sets or clears the mark of an extent that is being written.
     fn mark_unclean(&self, sparse: &SparseExtent, unclean: bool) -> Result<()> {
-        codec::write_all(&*sparse.file, UNCLEAN_AT, &[unclean.into()], "the unclean mark")
+        codec::write_all(&*sparse.file, sparse.unclean_at, &[unclean.into()], "the unclean mark")
     }
 }
 
@@ -485,15 +534,17 @@ impl BlockMap for VmdkMap {
     }
 
     fn commit_write(&self, plan: WritePlan) -> Result<()> {
-        let Ok(token) = plan.token.downcast::<Token>() else { return Ok(()) };
+        let Ok(mut token) = plan.token.downcast::<Token>() else { return Ok(()) };
         let tables = &self.sparse[token.extent].tables;
         let grain_sectors = tables.grain / SECTOR;
-        let places =
-            token.runs.iter().flat_map(|run| run.place.clone().step_by(grain_sectors as usize));
+        let runs = token.runs.clone();
+        let places = runs.iter().flat_map(|run| run.place.clone().step_by(grain_sectors as usize));
         // Brings the page into memory before the state is locked.
         let loaded = tables.read_page(&self.cache, token.first / tables.entries_per_page(), |_| ());
         let mut state = self.state.lock();
-        let result = loaded.and_then(|()| tables.update(&self.cache, token.first, places));
+        let result = loaded
+            .and_then(|()| self.adopt_table(&mut state, &mut token))
+            .and_then(|()| tables.update(&self.cache, token.first, places));
         if result.is_err() {
             self.give_back(&mut state, &token);
         }
@@ -524,16 +575,42 @@ impl BlockMap for VmdkMap {
         Ok(())
     }
 
+    fn read_packed(&self, unit: u64, skip: u32, buf: &mut [u8]) -> Result<()> {
+        let (extent, grain) = grains::of_packed_unit(unit);
+        let Some(sparse) = self.sparse.get(extent) else {
+            return Err(Error::invalid("no such compressed grain"));
+        };
+        let data = self.inflated.get(unit, || {
+            let tables = &sparse.tables;
+            let page = grain / tables.entries_per_page();
+            match tables.read_page(&self.cache, page, |view| view.grain(grain))? {
+                Grain::At(at) => stream::inflate(tables, grain, at),
+                _ => Err(Error::corrupt(format!("grain {grain} is not stored"))),
+            }
+        })?;
+        let skip = skip as usize;
+        let Some(data) = data.get(skip..skip + buf.len()) else {
+            return Err(Error::invalid("no such part of a compressed grain"));
+        };
+        buf.copy_from_slice(data);
+        Ok(())
+    }
+
     fn flush(&self) -> Result<()> {
         let _one = self.flushing.lock();
-        let (pages, freed) = {
+        let (pages, freed, ends) = {
             let mut state = self.state.lock();
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            (self.cache.snapshot(), std::mem::take(&mut state.pending))
+            let pages = self.cache.snapshot();
+            let ends = if pages.is_empty() { Vec::new() } else { self.free_sectors(&state) };
+            (pages, std::mem::take(&mut state.pending), ends)
         };
-        let flushed = self.sync_written().and_then(|()| {
+        let announced = ends.into_iter().try_for_each(|(extent, sector)| {
+            cowd::write_free_sector(&*self.sparse[extent].file, sector)
+        });
+        let flushed = announced.and_then(|()| self.sync_written()).and_then(|()| {
             if pages.is_empty() {
                 return Ok(());
             }
@@ -570,6 +647,9 @@ impl BlockMap for VmdkMap {
                 sparse.file.set_len(needed * SECTOR).map_err(|e| {
                     Error::io("trim", &e).in_file(sparse.file.path()).at(needed * SECTOR)
                 })?;
+            }
+            if sparse.free_sector.is_some() {
+                cowd::write_free_sector(&*sparse.file, needed)?;
             }
             self.mark_unclean(sparse, false)?;
         }

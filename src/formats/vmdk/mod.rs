@@ -35,14 +35,19 @@
 //! written with zeroes where it has not.
 
 mod check;
+mod child;
+mod cowd;
 mod create;
 pub mod descriptor;
 mod extent_file;
 mod grains;
+mod hosted;
 mod layout;
 mod link;
 mod map;
+mod sesparse;
 mod space;
+mod stream;
 mod walk;
 
 use std::path::Path;
@@ -57,6 +62,7 @@ use crate::disk::map::Geometry;
 use crate::disk::tables::TableCache;
 use crate::error::Result;
 use crate::storage::{Host, Storage};
+pub use child::create_child;
 use descriptor::ExtentAccess;
 use link::{Link, parent_link};
 use map::{Backing, Parts, VmdkMap};
@@ -213,10 +219,8 @@ fn extent_info(link: &Link, backing: &Backing, line: &descriptor::ExtentLine) ->
             let sparse = &link.sparse[*number];
             value["file"] = json!(sparse.file.path());
             value["grain_size"] = json!(sparse.tables.grain);
-            if let Some(header) = link.headers.get(*number) {
-                value["version"] = json!(header.version);
-                value["flags"] = json!(header.flags);
-            }
+            value["version"] = json!(sparse.version);
+            value["flags"] = json!(sparse.flags);
         }
     }
     value

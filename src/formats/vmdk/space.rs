@@ -63,13 +63,28 @@ impl Space {
         file: &dyn Storage,
         file_len: &AtomicU64,
     ) -> Result<Run> {
-        if let Some((start, run)) = self.free.pop_first() {
-            let end = run.end.min(start + wanted);
+        let fits = |(start, run): &(&u64, &Free)| run.end - **start >= unit;
+        if let Some((&start, &run)) = self.free.iter().find(fits) {
+            self.free.remove(&start);
+            let end = start + (run.end - start).min(wanted) / unit * unit;
             if end < run.end {
                 self.free.insert(end, run);
             }
             return Ok(Run { place: start..end, zeroed: run.zeroed });
         }
+        let place = self.take_new(wanted, unit, file, file_len)?;
+        Ok(Run { place, zeroed: true })
+    }
+
+    /// As [`Self::take`], from space that no image ever used, which reads as zeroes, and goes on
+    /// doing so after a crash.
+    pub fn take_new(
+        &mut self,
+        wanted: u64,
+        unit: u64,
+        file: &dyn Storage,
+        file_len: &AtomicU64,
+    ) -> Result<Range<u64>> {
         let start = self.next.next_multiple_of(unit);
         let room = MAX_SECTORS.saturating_sub(start + 1) / unit * unit;
         let end = start + wanted.min(room);
@@ -82,7 +97,12 @@ impl Space {
             file_len.store(self.len * SECTOR, Ordering::Release);
         }
         self.next = end;
-        Ok(Run { place: start..end, zeroed: true })
+        Ok(start..end)
+    }
+
+    /// First sector that was never used.
+    pub fn unused_from(&self) -> u64 {
+        self.next
     }
 
     fn grow(&mut self, needed: u64, file: &dyn Storage) -> Result<()> {
@@ -170,6 +190,16 @@ mod tests {
         assert_eq!(take(&mut space, 8, &file), (8..16, false));
         assert_eq!(take(&mut space, 80, &file), (16..32, false));
         assert_eq!(take(&mut space, 80, &file), (32..40, true));
+        assert_eq!(take(&mut space, 8, &file), (64..72, true));
+    }
+
+    #[test]
+    fn runs_too_short_for_a_unit_are_left_alone() {
+        let file = MemoryFile::new("x", &[]);
+        let mut space = Space::new(64);
+        space.release(5..12, true);
+        space.release(20..39, true);
+        assert_eq!(take(&mut space, 80, &file), (20..36, true));
         assert_eq!(take(&mut space, 8, &file), (64..72, true));
     }
 

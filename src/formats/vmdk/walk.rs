@@ -154,6 +154,15 @@ impl Usage {
         })
     }
 
+    /// One past the last sector in use.
+    pub fn end(&self) -> u64 {
+        let last = |units: &Units| {
+            let (index, word) = units.0.iter().enumerate().rfind(|(_, word)| **word != 0)?;
+            Some((index as u64 * 64 + u64::from(64 - word.leading_zeros())) * self.unit)
+        };
+        last(&self.grains).max(last(&self.metadata)).unwrap_or(0)
+    }
+
     /// The free space of the file: whole grains that nothing uses, at or after sector `from`.
     fn space(&self, from: u64) -> Space {
         let mut space = Space::new(self.file);

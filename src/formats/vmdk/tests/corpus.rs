@@ -85,7 +85,7 @@ fn open_file(path: &Path, access: Access) -> Result<Image> {
 #[test]
 fn images_of_other_programs_have_their_contents() {
     let Some((folder, rows)) = rows() else { return };
-    for row in rows.iter().filter(|row| row.expected == "opens" && supported(row)) {
+    for row in rows.iter().filter(|row| row.expected == "opens") {
         let (_keep, path) = unpack(&folder, row);
         let image = open_file(&path, Access::Read).unwrap_or_else(|e| panic!("{}: {e}", row.id));
         assert_eq!(image.disk.size(), row.size, "{}", row.id);
@@ -94,11 +94,6 @@ fn images_of_other_programs_have_their_contents() {
             formats::check(&HostFs::shared(), &path, &OpenOptions::new(Access::Read)).unwrap();
         assert_eq!(report.errors, 0, "{}: {:#?}", row.id, report.findings);
     }
-}
-
-/// Kinds that the driver reads.
-fn supported(row: &Row) -> bool {
-    !row.kind.contains("stream") && !row.kind.contains("seSparse")
 }
 
 #[test]

@@ -1,9 +1,13 @@
 //! Tests of the driver as a whole, through `formats::open` and [`Disk`].
 
+mod chains;
 mod corpus;
+mod crash;
+mod hostile;
 mod model;
 mod opening;
 mod qemu;
+mod streaming;
 mod writing;
 
 use std::path::{Path, PathBuf};

@@ -16,6 +16,24 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
     let small = CreateSpec { block_size: Some(4096), ..spec("monolithicSparse", 9000 * KIB) };
     shapes.push(("small grains", created("d.vmdk", &small)));
 
+    let cowd = MemoryHost::new();
+    let file = cowd.create(&at("d-delta.vmdk")).unwrap();
+    formats::vmdk::cowd::write_new(&*file, 9001, "d").unwrap();
+    add(&cowd, "d.vmdk", custom("RW 9001 VMFSSPARSE \"d-delta.vmdk\"").as_bytes());
+    shapes.push(("vmfsSparse", cowd));
+
+    for subformat in ["monolithicSparse", "vmfs"] {
+        let host = created("base.vmdk", &spec(subformat, 3 * 1024 * KIB));
+        let base = open_rw(&host, "base.vmdk");
+        let mut pattern = vec![0; 1024 * KIB as usize];
+        fastrand::Rng::with_seed(1).fill(&mut pattern);
+        base.disk.write_at(512 * KIB + 5, &pattern).unwrap();
+        base.disk.close().unwrap();
+        let base = open_with(&host, "base.vmdk", Access::Read).unwrap();
+        formats::vmdk::create_child(&*host, &at("d.vmdk"), &base).unwrap();
+        shapes.push(("child", host));
+    }
+
     let split = MemoryHost::new();
     let mut lines = String::new();
     for number in 1..=5 {
