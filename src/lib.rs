@@ -21,6 +21,7 @@
 //! only what differs from its parent.
 #![deny(unsafe_code)]
 
+pub mod cli;
 pub mod codec;
 pub mod disk;
 pub mod error;
