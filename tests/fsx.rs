@@ -1,4 +1,5 @@
 //! The `fsx` exerciser on flat files: reads, writes, mappings and holes checked byte by byte.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod live;
 

@@ -1,4 +1,5 @@
 //! Many images, and huge ones.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod live;
 
