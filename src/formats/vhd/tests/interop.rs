@@ -1,0 +1,203 @@
+//! Images of other programs, and ours in other programs.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use sha2::{Digest, Sha256};
+
+use super::*;
+use crate::storage::file::HostFs;
+
+/// Whether a test that cannot run for `reason` may be skipped.
+fn skip(reason: &str) {
+    assert!(std::env::var_os("FLATDISK_REQUIRE_TOOLS").is_none(), "required: {reason}");
+    println!("SKIPPED: {reason}");
+}
+
+/// Whether a program is installed.
+fn has(program: &str) -> bool {
+    let found = Command::new(program).arg("--version").output().is_ok();
+    if !found {
+        skip(&format!("{program} is not installed"));
+    }
+    found
+}
+
+/// Runs a program that must succeed, and returns what it printed.
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{program} {args:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn open_file(path: &Path) -> Image {
+    formats::open(&HostFs::shared(), path, &OpenOptions::new(Access::Write)).unwrap()
+}
+
+fn check_file(path: &Path) -> Report {
+    formats::check(&HostFs::shared(), path, &OpenOptions::new(Access::Read)).unwrap()
+}
+
+fn create_file(path: &Path, subformat: &str, size: u64, block_size: Option<u64>) {
+    let spec = CreateSpec {
+        subformat: Some(subformat.to_owned()),
+        size,
+        block_size,
+        ..CreateSpec::default()
+    };
+    formats::create(&Vhd, &HostFs, path, &spec).unwrap();
+}
+
+fn sha256(image: &Image) -> String {
+    let mut hash = Sha256::new();
+    let mut buf = vec![0; 1 << 20];
+    let mut pos = 0;
+    while pos < image.disk.size() {
+        let len = (image.disk.size() - pos).min(buf.len() as u64) as usize;
+        image.disk.read_at(pos, &mut buf[..len]).unwrap();
+        hash.update(&buf[..len]);
+        pos += len as u64;
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Larger disks, which the corpus has only empty, are not hashed but looked through for data.
+const LARGEST_HASHED: u64 = 4 << 30;
+
+#[test]
+fn images_of_other_programs_read_as_other_programs_read_them() {
+    let Some(corpus) = std::env::var_os("FLATDISK_CORPUS").map(PathBuf::from) else {
+        return skip("FLATDISK_CORPUS is not set");
+    };
+    if !has("zstd") {
+        return;
+    }
+    let manifest = std::fs::read_to_string(corpus.join("manifest.tsv")).unwrap();
+    let mut seen = 0;
+    for row in manifest.lines().skip(1) {
+        let columns: Vec<_> = row.split('\t').collect();
+        let [id, _, path, expected, size, sha, ..] = columns[..] else { panic!("{row}") };
+        // Differencing disks are not read yet.
+        if id.starts_with("vhd-diff-") {
+            continue;
+        }
+        if !id.starts_with("vhd-") && !id.starts_with("bad-vhd-") {
+            continue;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(corpus.join(id)).unwrap() {
+            let packed = entry.unwrap().path();
+            let target = dir.path().join(packed.file_stem().unwrap());
+            run("zstd", &["-q", "-d", packed.to_str().unwrap(), "-o", target.to_str().unwrap()]);
+        }
+        let path = dir.path().join(Path::new(path).file_name().unwrap());
+        seen += 1;
+        let options = OpenOptions::new(Access::Read);
+        let opened = formats::open(&HostFs::shared(), &path, &options);
+        if expected != "opens" {
+            let error = opened.expect_err(id);
+            println!("{id}: {error}");
+            continue;
+        }
+        let image = opened.unwrap_or_else(|e| panic!("{id}: {e}"));
+        assert_eq!(image.disk.size(), size.parse::<u64>().unwrap(), "{id}");
+        if image.disk.size() > LARGEST_HASHED {
+            assert_eq!(image.disk.next_data(0).unwrap(), None, "{id}");
+        } else {
+            assert_eq!(sha256(&image), sha, "{id}");
+        }
+        let report = check_file(&path);
+        assert_eq!(report.errors, 0, "{id}: {:?}", report.findings);
+    }
+    assert!(seen >= 16, "{seen} images in the corpus");
+}
+
+/// Writes the same pattern through us and, as raw commands, through qemu-io.
+const PATTERN: [(u64, usize, u8); 5] = [
+    (0, 4096, 1),
+    ((2 << 20) - 512, 1024, 2),
+    (5 << 20, 3 << 20, 3),
+    ((9 << 20) + 4096, 512, 4),
+    ((10 << 20) - 512, 512, 5),
+];
+
+fn write_pattern(image: &Image) {
+    for (at, len, byte) in PATTERN {
+        image.disk.write_at(at, &vec![byte; len]).unwrap();
+    }
+}
+
+#[test]
+fn qemu_reads_what_we_write_with_the_exact_size() {
+    if !has("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let raw = dir.path().join("raw");
+    let mut expected = vec![0; 10 << 20];
+    for (at, len, byte) in PATTERN {
+        expected[at as usize..][..len].fill(byte);
+    }
+    std::fs::write(&raw, &expected).unwrap();
+    for (subformat, block_size) in
+        [("fixed", None), ("dynamic", None), ("dynamic", Some(512 << 10)), ("dynamic", Some(4096))]
+    {
+        let path = dir.path().join(format!("{subformat}-{block_size:?}.vhd"));
+        create_file(&path, subformat, 10 << 20, block_size);
+        let image = open_file(&path);
+        write_pattern(&image);
+        image.disk.close().unwrap();
+        drop(image);
+        let path = path.to_str().unwrap();
+        let info = run("qemu-img", &["info", "-f", "vpc", "--output=json", path]);
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        assert_eq!(info["virtual-size"], 10 << 20, "{path}");
+        run("qemu-img", &["compare", "-f", "vpc", "-F", "raw", path, raw.to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn we_read_what_qemu_writes_and_go_on_writing() {
+    if !has("qemu-img") || !has("qemu-io") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (index, options) in
+        ["subformat=dynamic", "subformat=dynamic,force_size=on", "subformat=fixed,force_size=on"]
+            .into_iter()
+            .enumerate()
+    {
+        let path = dir.path().join(format!("{index}.vhd"));
+        let name = path.to_str().unwrap();
+        run("qemu-img", &["create", "-q", "-f", "vpc", "-o", options, name, "10M"]);
+        for (at, len, byte) in PATTERN {
+            run("qemu-io", &["-f", "vpc", "-c", &format!("write -P {byte} {at} {len}"), name]);
+        }
+        let image = open_file(&path);
+        for (at, len, byte) in PATTERN {
+            assert_eq!(read(&image, at, len), vec![byte; len], "{options}");
+        }
+        image.disk.write_at(4 << 20, &[0x77; 5000]).unwrap();
+        image.disk.discard(0, 2 << 20).unwrap();
+        image.disk.close().unwrap();
+        drop(image);
+        let report = check_file(&path);
+        assert_eq!(report.errors, 0, "{options}: {:?}", report.findings);
+        let verify = [
+            "read -P 0 0 2096640",
+            "read -P 2 2097152 512",
+            "read -P 119 4194304 5000",
+            "read -P 3 5242880 3145728",
+        ];
+        for command in verify {
+            let out = run("qemu-io", &["-f", "vpc", "-c", command, name]);
+            assert!(!out.contains("failed"), "{options}: {command}: {out}");
+        }
+        // And QEMU goes on in turn.
+        run("qemu-io", &["-f", "vpc", "-c", "write -P 9 0 100k", name]);
+        let image = open_file(&path);
+        assert_eq!(read(&image, 0, 100 << 10), vec![9; 100 << 10], "{options}");
+        assert_eq!(read(&image, 4 << 20, 5000), [0x77; 5000], "{options}");
+    }
+}
