@@ -26,6 +26,7 @@ pub mod codec;
 pub mod disk;
 pub mod error;
 pub mod formats;
+pub mod fuse;
 pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};
