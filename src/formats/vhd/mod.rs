@@ -37,7 +37,7 @@
 //! A crash before 4 has ended leaves for every sector of the tables the old or the new contents.
 //! New BAT entries lead to complete blocks, or on a differencing disk to blocks whose bitmap is old
 //! (the parent's data shows) or new (the data is there). Old entries lead to blocks that nobody has
-//! touched since. At worst space is lost, which a later session finds again as a hole.
+//! touched since. At worst space is lost, which is found again as a hole before the next first write.
 //!
 //! Closing writes the footer behind the last block, syncs, and cuts the file off there. A crash in
 //! between leaves two footers, of which the last one counts, and unused space before it.
