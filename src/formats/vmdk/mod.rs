@@ -1,11 +1,71 @@
 //! The VMDK driver.
+//!
+//! A VMDK is a descriptor ([`descriptor`]) and the extents it lists ([`link`]). Extents are raw files or
+//! sparse ones; a sparse extent has a directory of grain tables ([`grains`]), twice. [`map`] answers for the disk
+//! they make together.
+//!
+//! # The order of writes
+//!
+//! 1. Before the first change ([`map::VmdkMap::begin_writes`](crate::disk::map::BlockMap::begin_writes))
+//!    every sparse extent is walked ([`walk`]): damage refuses the write, and the walk leaves what is
+//!    free ([`space`]). Then each extent is marked unclean and the descriptor gets a new content id;
+//!    one sync of each file.
+//! 2. A new grain lies in space that no durable table leads to: behind the end of the file, which is
+//!    extended first, or where a grain was freed by tables that are durable. The disk fills it
+//!    completely; only then its entry changes, in memory.
+//! 3. A flush takes a snapshot of the changed table pages, syncs the payload, writes the redundant
+//!    tables, then the primary ones, and syncs again. What the snapshot freed is free from here on.
+//! 4. Closing, with all tables durable, cuts off unused space at the end, clears the unclean marks
+//!    and syncs.
+//!
+//! # What a crash leaves
+//!
+//! - After 1: an unclean mark and a new content id on an unchanged disk.
+//! - After 2: space at the end that nothing uses, or used grains of which nobody knows: leaks. The
+//!   next writer's walk finds them free.
+//! - Inside 3: sectors of tables old or new, independently in both copies. Either entry is right, for
+//!   both lead to durable payload: old space is not reused before 3 is over. Readers see the
+//!   primary; the next writer finds the unclean mark and renews the redundant copies from it. In an
+//!   image that is marked clean a difference is damage, and refuses the write.
+//! - After 3 all that was flushed is there.
+//! - Inside 4: a clean image with unused space, or an unclean one without.
+//!
+//! Freed grains become entry 0 on a disk without parent, which is how the image was made and what all
+//! readers take for zeroes; over a parent they become 1 where the image has zeroed grains, and are
+//! written with zeroes where it has not.
+
+mod check;
+mod child;
+mod cowd;
+mod create;
+pub mod descriptor;
+mod extent_file;
+mod grains;
+mod hosted;
+mod layout;
+mod link;
+mod map;
+mod sesparse;
+mod space;
+mod stream;
+mod walk;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, OpenContext, Opened, Probe, Report};
-use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+
+use super::{
+    CreateSpec, Format, Identity, ImageInfo, OpenContext, Opened, ParentLink, Probe, Report,
+};
+use crate::disk::map::Geometry;
+use crate::disk::tables::TableCache;
+use crate::error::Result;
 use crate::storage::{Host, Storage};
+pub use child::create_child;
+use descriptor::ExtentAccess;
+use link::{Link, parent_link};
+use map::{Backing, Parts, VmdkMap};
 
 /// The VMDK format.
 pub struct Vmdk;
@@ -20,27 +80,151 @@ impl Format for Vmdk {
     }
 
     fn subformats(&self) -> &'static [&'static str] {
-        &[]
+        &create::SUBFORMATS
     }
 
-    fn probe(&self, _probe: &Probe) -> bool {
-        false
+    fn probe(&self, probe: &Probe) -> bool {
+        let head = probe.head.as_slice();
+        head.starts_with(&layout::MAGIC)
+            || head.starts_with(&layout::MAGIC_UNFINISHED)
+            || head.starts_with(&layout::MAGIC_COWD)
+            || head.starts_with(&layout::MAGIC_ENCRYPTED)
+            || head.starts_with(&layout::MAGIC_SESPARSE)
+            || descriptor::looks_like(head)
     }
 
-    fn open(&self, _file: Arc<dyn Storage>, _ctx: &OpenContext) -> Result<Opened> {
-        Err(Error::unsupported("not yet"))
+    fn open(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> {
+        let link = Link::open(file, ctx)?;
+        let parent = parent_link(&link.descriptor.descriptor)?
+            .map(|(cid, candidates)| ParentLink { identity: Identity::VmdkCid(cid), candidates });
+        let geometry = geometry(&link);
+        let info = info(&link, &geometry);
+        let identity = Identity::VmdkCid(link.descriptor.descriptor.cid().unwrap_or(0));
+        let Link { descriptor, slots, sparse, files, read_only, damage, .. } = link;
+        let map = VmdkMap::new(Parts {
+            slots,
+            sparse,
+            files,
+            descriptor,
+            has_parent: parent.is_some(),
+            geometry,
+            cache: TableCache::new(grains::PAGE as usize, &ctx.budget),
+        });
+        Ok(Opened { map: Box::new(map), info, identity, parent, read_only, damage })
     }
 
-    fn create(&self, _host: &dyn Host, _path: &Path, _spec: &CreateSpec) -> Result<()> {
-        Err(Error::unsupported("not yet"))
+    fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
+        create::create(host, path, spec)
     }
 
-    fn check(
-        &self,
-        _file: Arc<dyn Storage>,
-        _ctx: &OpenContext,
-        _report: &mut Report,
-    ) -> Result<()> {
-        Err(Error::unsupported("not yet"))
+    fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
+        check::check(file, ctx, report)
     }
 }
+
+/// The disk's sizes.
+fn geometry(link: &Link) -> Geometry {
+    let descriptor = &link.descriptor.descriptor;
+    let sector = |key| match descriptor.get(key) {
+        Some("4096") if link.size.is_multiple_of(4096) => 4096,
+        _ => 512,
+    };
+    let grain = link.sparse.iter().map(|s| s.tables.grain).max();
+    let logical_sector = sector("ddb.logicalSectorSize");
+    Geometry {
+        size: link.size,
+        logical_sector,
+        physical_sector: sector("ddb.physicalSectorSize").max(logical_sector),
+        block_size: grain.unwrap_or(link.size),
+    }
+}
+
+/// What `info` shows.
+fn info(link: &Link, geometry: &Geometry) -> ImageInfo {
+    let descriptor = &link.descriptor.descriptor;
+    let mut details = Map::new();
+    let mut put = |key: &str, value: Value| {
+        details.insert(key.to_owned(), value);
+    };
+    put("create_type", json!(descriptor.create_type()));
+    put("cid", json!(descriptor.get("CID")));
+    put("parent_cid", json!(descriptor.get("parentCID")));
+    put("adapter_type", json!(descriptor.get("ddb.adapterType")));
+    put("hw_version", json!(descriptor.get("ddb.virtualHWVersion")));
+    let chs = ["cylinders", "heads", "sectors"]
+        .map(|part| descriptor.get(&format!("ddb.geometry.{part}")).and_then(|v| v.parse().ok()));
+    if let [Some(cylinders), Some(heads), Some(sectors)] = chs {
+        let [cylinders, heads, sectors]: [u64; 3] = [cylinders, heads, sectors];
+        put("chs", json!({ "cylinders": cylinders, "heads": heads, "sectors": sectors }));
+    }
+    put("unclean_shutdown", json!(link.sparse.iter().any(|s| s.unclean)));
+    let extents: Vec<Value> = link
+        .slots
+        .iter()
+        .zip(&descriptor.extents)
+        .map(|(slot, line)| extent_info(link, &slot.backing, line))
+        .collect();
+    put("extents", Value::Array(extents));
+    let ddb: Map<String, Value> = descriptor
+        .settings()
+        .filter_map(|(key, value)| Some((key.strip_prefix("ddb.")?.to_owned(), json!(value))))
+        .collect();
+    put("ddb", Value::Object(ddb));
+
+    let own = link.descriptor.file.path();
+    let tools = descriptor.get("ddb.toolsVersion");
+    ImageInfo {
+        format: "vmdk",
+        subformat: descriptor.create_type().to_owned(),
+        virtual_size: link.size,
+        logical_sector_size: geometry.logical_sector,
+        physical_sector_size: geometry.physical_sector,
+        block_size: (!link.sparse.is_empty()).then_some(geometry.block_size),
+        uuid: descriptor
+            .get("ddb.uuid")
+            .or_else(|| descriptor.get("ddb.uuid.image"))
+            .map(str::to_owned),
+        creator: match (descriptor.get("ddb.uuid.image"), tools) {
+            (Some(_), _) => Some("VirtualBox".to_owned()),
+            (None, Some("2147483647")) => Some("QEMU".to_owned()),
+            _ => None,
+        },
+        parent: descriptor.get("parentFileNameHint").map(str::to_owned),
+        extents: link.files.iter().map(|f| f.path().to_owned()).filter(|p| p != own).collect(),
+        dirty: link.sparse.iter().any(|s| s.unclean),
+        details,
+        warnings: link.problems.iter().chain(&link.warnings).cloned().collect(),
+    }
+}
+
+/// One extent as `info` shows it; sizes in bytes.
+fn extent_info(link: &Link, backing: &Backing, line: &descriptor::ExtentLine) -> Value {
+    let access = match line.access {
+        ExtentAccess::ReadWrite => "RW",
+        ExtentAccess::ReadOnly => "RDONLY",
+        ExtentAccess::None => "NOACCESS",
+    };
+    let mut value = json!({
+        "access": access,
+        "type": line.kind.word(),
+        "size": line.sectors * layout::SECTOR,
+    });
+    match backing {
+        Backing::Zero | Backing::NoAccess => {}
+        Backing::Flat { file, at, .. } => {
+            value["file"] = json!(link.files[*file].path());
+            value["offset"] = json!(at);
+        }
+        Backing::Sparse(number) => {
+            let sparse = &link.sparse[*number];
+            value["file"] = json!(sparse.file.path());
+            value["grain_size"] = json!(sparse.tables.grain);
+            value["version"] = json!(sparse.version);
+            value["flags"] = json!(sparse.flags);
+        }
+    }
+    value
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,95 @@
+//! Checking: everything a walk of the tables finds, and what opening found odd. Writes nothing.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::disk::tables::TableCache;
+use crate::error::{Error, ErrorKind, Result};
+use crate::formats::{OpenContext, Report, Severity};
+use crate::storage::Storage;
+
+use super::grains::{Dialect, PAGE};
+use super::layout::SECTOR;
+use super::link::Link;
+use super::map::SparseExtent;
+use super::stream;
+use super::walk::{self, Kind};
+
+/// Checks the disk whose descriptor is in `file`.
+pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
+    let link = match Link::open(file, ctx) {
+        Ok(link) => link,
+        Err(e) if e.kind() == ErrorKind::Corrupt => {
+            report.add_in(e.path().map(PathBuf::from), Severity::Error, e.offset(), e.what());
+            return Ok(());
+        }
+        Err(e) => return Err(e),
+    };
+    for problem in &link.problems {
+        report.add(Severity::Error, None, problem.as_str());
+    }
+    for warning in &link.warnings {
+        report.add(Severity::Notice, None, warning.as_str());
+    }
+    for extent in &link.sparse {
+        let own = extent.file.path() == link.descriptor.file.path();
+        let name = (!own).then(|| extent.file.path().to_owned());
+        if matches!(extent.tables.dialect, Dialect::Packed { .. }) {
+            report.blocks += extent.tables.grains();
+            let cache = TableCache::new(PAGE as usize, &ctx.budget);
+            report.allocated_blocks += stream::check(&extent.tables, &cache, &mut |at, what| {
+                report.add_in(name.clone(), Severity::Error, Some(at), what);
+            })?;
+        } else {
+            check_extent(extent, name, report)?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks one sparse extent, called `name` where it is not the image itself.
+fn check_extent(extent: &SparseExtent, name: Option<PathBuf>, report: &mut Report) -> Result<()> {
+    let usage = walk::walk(&extent.tables, &mut |problem| {
+        let severity = match problem.kind {
+            Kind::Damage | Kind::Torn => Severity::Error,
+            Kind::Oddity => Severity::Notice,
+        };
+        report.add_in(name.clone(), severity, Some(problem.at), problem.what);
+    })?;
+    report.blocks += extent.tables.grains();
+    report.allocated_blocks += usage.allocated;
+    if let Some(free) = extent.free_sector.filter(|free| *free < usage.end()) {
+        let what = format!(
+            "free space begins at sector {free} for the header, but in use is up to sector {}",
+            usage.end()
+        );
+        report.add_in(name.clone(), Severity::Error, Some(0), what);
+    }
+    for run in usage.unused(extent.overhead) {
+        let stored = stored_in(extent, run.start * SECTOR..run.end * SECTOR)?;
+        if stored > 0 {
+            report.leaked_bytes += stored;
+            let what = format!("{stored} bytes that no grain table leads to");
+            report.add_in(name.clone(), Severity::Leak, Some(run.start * SECTOR), what);
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of a part of the file that take space on the host. Freed grains are holes there, and cost
+/// nothing.
+fn stored_in(extent: &SparseExtent, part: Range<u64>) -> Result<u64> {
+    let mut stored = 0;
+    let mut pos = part.start;
+    while pos < part.end {
+        let data = extent
+            .file
+            .next_data(pos)
+            .map_err(|e| Error::io("looking for data", &e).in_file(extent.file.path()).at(pos))?;
+        let Some(data) = data else { break };
+        stored += data.end.min(part.end).saturating_sub(data.start);
+        pos = data.end;
+    }
+    Ok(stored)
+}

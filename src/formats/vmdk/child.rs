@@ -1,0 +1,80 @@
+//! Children: disks that hold only what was written since they were made, and show their parent for
+//! the rest. Always sparse, and of the family of their parent: hosted programs take hosted chains,
+//! ESX takes its own.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::formats::{Identity, Image};
+use crate::storage::Host;
+
+use super::cowd;
+use super::create::{
+    MadeFiles, NewDescriptor, base_name, file_name, split, write_sparse, write_text,
+};
+use super::layout::{DEFAULT_GRAIN, SECTOR};
+
+/// Makes a child of `parent` at `path`, which does not exist. The parent is not touched; from now on
+/// it must not be written.
+pub fn create_child(host: &dyn Host, path: &Path, parent: &Image) -> Result<()> {
+    let Identity::VmdkCid(cid) = parent.identity else {
+        return Err(Error::invalid("the parent of a VMDK is a VMDK"));
+    };
+    if parent.info.details["cid"].is_null() {
+        return Err(Error::invalid("the parent has no CID by which a child could know it"));
+    }
+    let hint = hint(path, &parent.path)?;
+    let sectors = parent.disk.size() / SECTOR;
+    let stem = base_name(path)?;
+    let long_cid = match parent.info.details["ddb"]["longContentID"].as_str() {
+        Some(long) => long.to_owned(),
+        None => format!("{:024x}{cid:08x}", fastrand::u128(..) >> 32),
+    };
+    let text = |create_type: &str, extents: &[String]| {
+        let descriptor = NewDescriptor {
+            create_type,
+            cid,
+            long_cid: long_cid.clone(),
+            parent: Some((cid, &hint)),
+            extents,
+            ddb: Vec::new(),
+        };
+        descriptor.text()
+    };
+    let mut made = MadeFiles::new(host);
+    let family = parent.info.subformat.to_ascii_lowercase();
+    if family.starts_with("vmfs") || family == "sesparse" {
+        let name = format!("{stem}-delta.vmdk");
+        let extent = made.create(&path.with_file_name(&name))?;
+        cowd::write_new(&*extent, sectors, &name)?;
+        let line = format!("RW {sectors} VMFSSPARSE \"{name}\"");
+        write_text(&*made.create(path)?, &text("vmfsSparse", &[line]))?;
+    } else if family.contains("gbmaxextent") {
+        let mut lines = Vec::new();
+        for (number, size) in (1..).zip(split(sectors)) {
+            let name = format!("{stem}-s{number:03}.vmdk");
+            let extent = made.create(&path.with_file_name(&name))?;
+            write_sparse(&*extent, size, DEFAULT_GRAIN, None)?;
+            lines.push(format!("RW {size} SPARSE \"{name}\""));
+        }
+        write_text(&*made.create(path)?, &text("twoGbMaxExtentSparse", &lines))?;
+    } else {
+        let line = format!("RW {sectors} SPARSE \"{}\"", file_name(path)?);
+        let text = text("monolithicSparse", &[line]);
+        write_sparse(&*made.create(path)?, sectors, DEFAULT_GRAIN, Some(&text))?;
+    }
+    made.keep(path)
+}
+
+/// How the child at `path` names its parent: from its own directory on where the parent lies beneath,
+/// from the root otherwise.
+fn hint(path: &Path, parent: &Path) -> Result<String> {
+    let dir = path.parent().unwrap_or(Path::new(""));
+    let name = parent.strip_prefix(dir).unwrap_or(parent);
+    match name.to_str() {
+        Some(name) if !name.contains('"') && !name.chars().any(char::is_control) => {
+            Ok(name.to_owned())
+        }
+        _ => Err(Error::invalid("a descriptor cannot hold the parent's file name")),
+    }
+}

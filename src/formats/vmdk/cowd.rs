@@ -1,0 +1,156 @@
+//! ESX copy-on-write extents (`COWD`): one directory, tables of 4096 entries made on demand, grains
+//! of one sector as a rule, and a header field that says where unused space begins.
+
+use std::sync::atomic::AtomicU64;
+
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::codec;
+use crate::error::{Error, Result};
+use crate::storage::Storage;
+
+use super::grains::{Dialect, GrainTables};
+use super::layout::{MAGIC_COWD, MAX_GRAIN, MAX_TABLES, SECTOR};
+use super::link::{Asked, OpenedSparse};
+use super::map::SparseExtent;
+
+/// Entries per grain table.
+pub const ENTRIES_PER_TABLE: u64 = 4096;
+/// Sectors of the header; the directory follows it.
+const HEADER_SECTORS: u64 = 4;
+
+/// The header, byte for byte.
+#[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    magic: [u8; 4],
+    version: U32,
+    flags: U32,
+    num_sectors: U32,
+    grain_size: U32,
+    gd_offset: U32,
+    num_gd_entries: U32,
+    free_sector: U32,
+    /// Of a root: cylinders, heads, sectors. Of a child: the parent's name, as a rule empty.
+    parent_file_name: [u8; 1024],
+    parent_generation: U32,
+    generation: U32,
+    name: [u8; 60],
+    description: [u8; 512],
+    saved_generation: U32,
+    reserved: [u8; 8],
+    unclean_shutdown: U32,
+    padding: [u8; 396],
+}
+
+const _: () = assert!(size_of::<RawHeader>() as u64 == HEADER_SECTORS * SECTOR);
+const FREE_SECTOR_AT: u64 = std::mem::offset_of!(RawHeader, free_sector) as u64;
+const UNCLEAN_AT: u64 = std::mem::offset_of!(RawHeader, unclean_shutdown) as u64;
+const _: () = assert!(FREE_SECTOR_AT == 28 && UNCLEAN_AT == 1648);
+
+fn tables(capacity: u64, grain: u64) -> u64 {
+    capacity.div_ceil(grain * ENTRIES_PER_TABLE)
+}
+
+/// Opens the extent whose header is at the start of the file. `declared`: the descriptor says that
+/// it is of this kind.
+pub fn open(asked: &Asked<'_>, declared: bool) -> Result<OpenedSparse> {
+    let file = asked.file;
+    let corrupt = |what: String| Error::corrupt(what).in_file(file.path());
+    let bytes: [u8; size_of::<RawHeader>()] = codec::read_array(&**file, 0, "the COWD header")?;
+    let header: RawHeader = zerocopy::transmute!(bytes);
+    if header.magic != MAGIC_COWD {
+        return Err(corrupt("the extent has no COWD signature".into()));
+    }
+    if header.version.get() != 1 {
+        let what = format!("COWD header version {}", header.version);
+        return Err(Error::unsupported(what).in_file(file.path()));
+    }
+    let capacity = u64::from(header.num_sectors.get());
+    let grain = u64::from(header.grain_size.get());
+    asked.check_capacity(capacity)?;
+    if !grain.is_power_of_two() || grain > MAX_GRAIN {
+        return Err(corrupt(format!("grain size of {grain} sectors")));
+    }
+    let entries = u64::from(header.num_gd_entries.get());
+    if entries != tables(capacity, grain) && !declared {
+        let what = "a copy-on-write disk of VMware Workstation 3 or older";
+        return Err(Error::unsupported(what).in_file(file.path()));
+    }
+    let file_len = asked.file_len()?;
+    let gd = u64::from(header.gd_offset.get()) * SECTOR;
+    let needed = tables(asked.sectors, grain);
+    let present = entries.min(needed).min(file_len.saturating_sub(gd) / 4).min(MAX_TABLES);
+    if gd < HEADER_SECTORS * SECTOR || present == 0 {
+        return Err(corrupt(
+            "the grain directory lies outside the file or inside its header".into(),
+        )
+        .at(gd));
+    }
+    let problem = (present < needed).then(|| "the grain directory is too short".to_owned());
+    let gd_end = (gd + entries.min(MAX_TABLES) * 4).next_multiple_of(SECTOR);
+    let tables = GrainTables {
+        number: asked.number,
+        file_index: asked.file_index,
+        file: file.clone(),
+        dialect: Dialect::Cowd,
+        len: asked.sectors * SECTOR,
+        grain: grain * SECTOR,
+        entries_per_table: ENTRIES_PER_TABLE,
+        gd,
+        directory_entries: present,
+        rgd: None,
+        zeroed_grains: false,
+        reserved: std::iter::once(0..gd_end).collect(),
+        file_len: AtomicU64::new(file_len),
+        salvage: None,
+    };
+    let span = grain * SECTOR * ENTRIES_PER_TABLE;
+    let lost = present * span..asked.sectors * SECTOR;
+    let extent = SparseExtent {
+        tables,
+        writable: problem.is_none(),
+        unclean: header.unclean_shutdown.get() != 0,
+        unclean_at: UNCLEAN_AT,
+        free_sector: Some(header.free_sector.get().into()),
+        overhead: gd_end / SECTOR,
+        version: 1,
+        flags: header.flags.get(),
+        file: file.clone(),
+    };
+    let damage = std::iter::once(lost).filter(|lost| !lost.is_empty()).collect();
+    Ok(OpenedSparse { extent, read_only: problem.clone(), problem, damage })
+}
+
+/// Writes where unused space begins. A value that is too large wastes space; one that is too small
+/// would let other programs write over grains, so it goes to disk before the tables do.
+pub fn write_free_sector(file: &dyn Storage, sector: u64) -> Result<()> {
+    let value = U32::new(u32::try_from(sector).unwrap_or(u32::MAX));
+    codec::write_all(file, FREE_SECTOR_AT, value.as_bytes(), "the COWD header")
+}
+
+/// Fills a new extent of `capacity` sectors, durably.
+pub fn write_new(file: &dyn Storage, capacity: u64, name: &str) -> Result<()> {
+    const GRAIN: u64 = 1;
+    let Ok(num_sectors) = u32::try_from(capacity) else {
+        return Err(Error::invalid("a vmfsSparse disk has less than 2 TiB"));
+    };
+    let entries = tables(capacity, GRAIN);
+    let free = HEADER_SECTORS + (entries * 4).div_ceil(SECTOR);
+    let mut header = RawHeader::new_zeroed();
+    header.magic = MAGIC_COWD;
+    header.version = 1.into();
+    header.flags = 3.into();
+    header.num_sectors = num_sectors.into();
+    header.grain_size = (GRAIN as u32).into();
+    header.gd_offset = (HEADER_SECTORS as u32).into();
+    header.num_gd_entries = (entries as u32).into();
+    header.free_sector = (free as u32).into();
+    for (to, from) in header.name[..59].iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    file.set_len(free * SECTOR).map_err(|e| Error::io("extend", &e).in_file(file.path()))?;
+    codec::write_all(file, 0, header.as_bytes(), "the COWD header")?;
+    file.sync().map_err(|e| Error::io("flush", &e).in_file(file.path()))
+}

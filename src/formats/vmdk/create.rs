@@ -1,0 +1,376 @@
+//! Creating disks. The layout is the one that VMware's own tools and QEMU write, so that every
+//! program takes the result for its own. Grain tables stay holes of the host file: a new disk takes
+//! a few KiB for each TiB.
+
+use std::path::{Path, PathBuf};
+
+use crate::codec;
+use crate::error::{Error, Result};
+use crate::formats::{CreateSpec, references};
+use crate::storage::{Host, Storage};
+
+use super::descriptor::NEVER_WRITTEN;
+use super::layout::{
+    DEFAULT_GRAIN, DESCRIPTOR_SECTORS, ENTRIES_PER_TABLE, FLAG_REDUNDANT, Header, MAX_GRAIN,
+    NewLayout, SECTOR,
+};
+
+/// What can be created, the default first.
+pub const SUBFORMATS: [&str; 6] = [
+    "monolithicSparse",
+    "monolithicFlat",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+    "vmfs",
+    "vmfsThin",
+];
+
+const ADAPTERS: [&str; 4] = ["ide", "buslogic", "lsilogic", "legacyESX"];
+const DEFAULT_ADAPTER: &str = "lsilogic";
+
+/// Sectors of each extent of a split disk but the last: 2047 MiB, for hosts whose files end at 2 GiB.
+const SPLIT: u64 = 4_192_256;
+/// Largest disk made, in sectors: 64 TiB, beyond what any VMware product takes.
+const MAX_SECTORS: u64 = (64 << 40) / SECTOR;
+/// Most extents of a disk made; readers have limits.
+const MAX_EXTENTS: u64 = 4096;
+/// Cylinders beyond which old IDE geometries do not count.
+const MAX_IDE_CYLINDERS: u64 = 16_383;
+
+/// What holds the data of a new disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// One sparse file with the descriptor inside.
+    Embedded,
+    /// One raw file, of this type.
+    Flat(&'static str),
+    /// Sparse files of limited size.
+    SplitSparse,
+    /// Raw files of limited size.
+    SplitFlat,
+}
+
+/// The settings of a new descriptor.
+pub struct NewDescriptor<'a> {
+    /// `createType`.
+    pub create_type: &'a str,
+    /// Content id and its long form.
+    pub cid: u32,
+    /// The long form of the content id.
+    pub long_cid: String,
+    /// `parentCID` and `parentFileNameHint`.
+    pub parent: Option<(u32, &'a str)>,
+    /// The extent lines.
+    pub extents: &'a [String],
+    /// Further `ddb` keys with their values.
+    pub ddb: Vec<(String, String)>,
+}
+
+impl NewDescriptor<'_> {
+    /// The descriptor's text.
+    pub fn text(&self) -> String {
+        let (parent, hint) = match self.parent {
+            None => (super::descriptor::NO_PARENT, String::new()),
+            Some((cid, hint)) => (cid, format!("parentFileNameHint=\"{hint}\"\n")),
+        };
+        let mut text = format!(
+            "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID={:08x}\n\
+             parentCID={parent:08x}\ncreateType=\"{}\"\n{hint}\n# Extent description\n",
+            self.cid, self.create_type
+        );
+        for line in self.extents {
+            text.push_str(line);
+            text.push('\n');
+        }
+        text.push_str("\n# The Disk Data Base\n#DDB\n\n");
+        let mut ddb = self.ddb.clone();
+        ddb.push(("longContentID".to_owned(), self.long_cid.clone()));
+        ddb.sort();
+        for (key, value) in ddb {
+            text.push_str(&format!("ddb.{key} = \"{value}\"\n"));
+        }
+        text
+    }
+}
+
+/// Makes the disk that `spec` asks for.
+pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
+    let wanted = spec.subformat.as_deref().unwrap_or(SUBFORMATS[0]);
+    let Some(subformat) = SUBFORMATS.into_iter().find(|s| s.eq_ignore_ascii_case(wanted)) else {
+        return Err(Error::invalid(format!("vmdk has no subformat `{wanted}`")));
+    };
+    let shape = match subformat {
+        "monolithicSparse" => Shape::Embedded,
+        "twoGbMaxExtentSparse" => Shape::SplitSparse,
+        "twoGbMaxExtentFlat" => Shape::SplitFlat,
+        "monolithicFlat" => Shape::Flat("FLAT"),
+        _ => Shape::Flat("VMFS"),
+    };
+    let sectors = spec.size / SECTOR;
+    let in_parts = matches!(shape, Shape::SplitSparse | Shape::SplitFlat);
+    if sectors > MAX_SECTORS || (in_parts && sectors.div_ceil(SPLIT) > MAX_EXTENTS) {
+        let what = format!("{} bytes are more than a {subformat} disk can have", spec.size);
+        return Err(Error::invalid(what));
+    }
+    let grain = grain(spec, matches!(shape, Shape::Embedded | Shape::SplitSparse))?;
+    let mut ddb = hardware(spec, sectors)?;
+    if subformat == "vmfsThin" {
+        ddb.push(("thinProvisioned".to_owned(), "1".to_owned()));
+    }
+    let stem = base_name(path)?;
+    let sizes: Vec<u64> = if in_parts { split(sectors).collect() } else { vec![sectors] };
+    let names: Vec<String> = (1..=sizes.len())
+        .map(|number| match shape {
+            Shape::Embedded => file_name(path),
+            Shape::Flat(_) => Ok(format!("{stem}-flat.vmdk")),
+            Shape::SplitSparse => Ok(format!("{stem}-s{number:03}.vmdk")),
+            Shape::SplitFlat => Ok(format!("{stem}-f{number:03}.vmdk")),
+        })
+        .collect::<Result<_>>()?;
+    let lines: Vec<String> = sizes
+        .iter()
+        .zip(&names)
+        .map(|(size, name)| match shape {
+            Shape::Embedded | Shape::SplitSparse => format!("RW {size} SPARSE \"{name}\""),
+            Shape::Flat("VMFS") => format!("RW {size} VMFS \"{name}\""),
+            Shape::Flat(_) | Shape::SplitFlat => format!("RW {size} FLAT \"{name}\" 0"),
+        })
+        .collect();
+    let text = NewDescriptor {
+        // What ESX writes for thin disks too: `vmfsThin` is in documents, not in files.
+        create_type: if subformat == "vmfsThin" { "vmfs" } else { subformat },
+        cid: NEVER_WRITTEN,
+        long_cid: format!("{:024x}{NEVER_WRITTEN:08x}", fastrand::u128(..) >> 32),
+        parent: None,
+        extents: &lines,
+        ddb,
+    }
+    .text();
+
+    let mut made = MadeFiles::new(host);
+    if shape == Shape::Embedded {
+        let file = made.create(path)?;
+        write_sparse(&*file, sectors, grain, Some(&text))?;
+        return made.keep(path);
+    }
+    for (size, name) in sizes.iter().zip(&names) {
+        let extent = path.with_file_name(name);
+        let file = made.create(&extent)?;
+        match shape {
+            Shape::SplitSparse => write_sparse(&*file, *size, grain, None)?,
+            _ => write_flat(&*file, *size)?,
+        }
+    }
+    let file = made.create(path)?;
+    write_text(&*file, &text)?;
+    made.keep(path)
+}
+
+/// The sizes, in sectors, of the extents of a split disk.
+pub fn split(sectors: u64) -> impl Iterator<Item = u64> {
+    (0..sectors.div_ceil(SPLIT)).map(move |i| SPLIT.min(sectors - i * SPLIT))
+}
+
+/// The files made so far, removed again unless they are kept.
+pub struct MadeFiles<'a> {
+    host: &'a dyn Host,
+    paths: Vec<PathBuf>,
+}
+
+impl<'a> MadeFiles<'a> {
+    /// No files yet.
+    pub fn new(host: &'a dyn Host) -> Self {
+        Self { host, paths: Vec::new() }
+    }
+
+    /// Makes a file that does not exist yet.
+    pub fn create(&mut self, path: &Path) -> Result<std::sync::Arc<dyn Storage>> {
+        let file = self.host.create(path)?;
+        self.paths.push(path.to_owned());
+        Ok(file)
+    }
+
+    /// Makes the existence of the files in the directory of `path` durable, and keeps them.
+    pub fn keep(mut self, path: &Path) -> Result<()> {
+        self.host.sync_dir(path.parent().unwrap_or(Path::new(".")))?;
+        self.paths.clear();
+        Ok(())
+    }
+}
+
+impl Drop for MadeFiles<'_> {
+    fn drop(&mut self) {
+        for path in &self.paths {
+            if let Err(e) = self.host.remove(path) {
+                log::warn!("{e}");
+            }
+        }
+    }
+}
+
+/// Sectors per grain.
+fn grain(spec: &CreateSpec, sparse: bool) -> Result<u64> {
+    if spec.log_size.is_some() {
+        return Err(Error::invalid("a VMDK has no log"));
+    }
+    for (what, sector) in [("logical", spec.logical_sector), ("physical", spec.physical_sector)] {
+        if sector.is_some_and(|s| u64::from(s) != SECTOR) {
+            return Err(Error::invalid(format!("a VMDK has {what} sectors of 512 bytes")));
+        }
+    }
+    match spec.block_size {
+        None => Ok(DEFAULT_GRAIN),
+        Some(_) if !sparse => Err(Error::invalid("flat extents have no grains")),
+        Some(bytes) if bytes.is_power_of_two() && (8..=MAX_GRAIN).contains(&(bytes / SECTOR)) => {
+            Ok(bytes / SECTOR)
+        }
+        Some(bytes) => Err(Error::invalid(format!("grains of {bytes} bytes"))
+            .hint("a power of two from 4096 to 33554432")),
+    }
+}
+
+/// The `ddb` keys that describe the virtual hardware.
+fn hardware(spec: &CreateSpec, sectors: u64) -> Result<Vec<(String, String)>> {
+    let wanted = spec.adapter.as_deref().unwrap_or(DEFAULT_ADAPTER);
+    let Some(adapter) = ADAPTERS.into_iter().find(|a| a.eq_ignore_ascii_case(wanted)) else {
+        let what = format!("unknown adapter `{wanted}`");
+        return Err(Error::invalid(what).hint(ADAPTERS.join(", ")));
+    };
+    let [cylinders, heads, per_track] = chs(sectors, adapter == "ide");
+    // VMware's own numbers begin like this, a network address authority and VMware's place in it.
+    let mut uuid = format!("60 00 C2 9{:x}", fastrand::u8(..16));
+    for index in 4..16 {
+        uuid.push(if index == 8 { '-' } else { ' ' });
+        uuid.push_str(&format!("{:02x}", fastrand::u8(..)));
+    }
+    let entries = [
+        ("adapterType", adapter.to_owned()),
+        ("geometry.cylinders", cylinders.to_string()),
+        ("geometry.heads", heads.to_string()),
+        ("geometry.sectors", per_track.to_string()),
+        ("uuid", uuid),
+        ("virtualHWVersion", "10".to_owned()),
+    ];
+    Ok(entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+}
+
+/// Cylinders, heads and sectors per track of a disk. Guests address by sector; this is for firmware
+/// that asks.
+fn chs(sectors: u64, ide: bool) -> [u64; 3] {
+    const GIB: u64 = (1 << 30) / SECTOR;
+    let (heads, per_track) = match sectors.div_ceil(GIB) {
+        _ if ide => (16, 63),
+        _ if sectors < GIB => (64, 32),
+        ..=2 => (128, 32),
+        _ => (255, 63),
+    };
+    let cylinders = sectors / (heads * per_track);
+    [if ide { cylinders.min(MAX_IDE_CYLINDERS) } else { cylinders }, heads, per_track]
+}
+
+/// The file's own name, checked for what a descriptor can hold.
+pub fn file_name(path: &Path) -> Result<String> {
+    let name = path
+        .file_name()
+        .and_then(|name| name.to_str())
+        .ok_or_else(|| Error::invalid("the file's name is not UTF-8"))?;
+    let plain = references::beneath(name).is_ok_and(|beneath| beneath == Path::new(name));
+    if name.contains('"') || !plain {
+        let what = format!("a descriptor cannot hold the file name `{name}`");
+        return Err(Error::invalid(what).hint("quotes, backslashes and control characters"));
+    }
+    Ok(name.to_owned())
+}
+
+/// The name from which those of the extents are made.
+pub fn base_name(path: &Path) -> Result<String> {
+    let name = file_name(path)?;
+    Ok(match name.rsplit_once('.') {
+        Some((stem, extension)) if extension.eq_ignore_ascii_case("vmdk") && !stem.is_empty() => {
+            stem.to_owned()
+        }
+        _ => name,
+    })
+}
+
+/// Fills a new sparse extent, durably.
+pub fn write_sparse(
+    file: &dyn Storage,
+    capacity: u64,
+    grain: u64,
+    descriptor: Option<&str>,
+) -> Result<()> {
+    let area = if descriptor.is_some() { DESCRIPTOR_SECTORS } else { 0 };
+    let layout = NewLayout::new(capacity, grain, area);
+    if layout.overhead >= u64::from(u32::MAX) {
+        let what = format!("grains of {} bytes are too small for this disk", grain * SECTOR);
+        return Err(Error::invalid(what));
+    }
+    let header = Header {
+        version: 1,
+        flags: FLAG_REDUNDANT | 1,
+        capacity,
+        grain,
+        descriptor_at: area.min(1),
+        descriptor_len: area,
+        entries_per_table: ENTRIES_PER_TABLE,
+        rgd: layout.rgd,
+        gd: layout.gd,
+        overhead: layout.overhead,
+        unclean: false,
+    };
+    file.set_len(layout.overhead * SECTOR)
+        .map_err(|e| Error::io("extend", &e).in_file(file.path()))?;
+    for directory in [layout.rgd, layout.gd] {
+        let entries = layout.directory(directory);
+        codec::write_all(file, directory * SECTOR, &entries, "a grain directory")?;
+    }
+    if let Some(text) = descriptor {
+        if text.len() as u64 > area * SECTOR {
+            return Err(Error::invalid("the descriptor does not fit into the image"));
+        }
+        codec::write_all(file, SECTOR, text.as_bytes(), "the descriptor")?;
+    }
+    codec::write_all(file, 0, &header.encode(), "the sparse header")?;
+    file.sync().map_err(|e| Error::io("flush", &e).in_file(file.path()))
+}
+
+/// Gives a raw extent its length, durably. Its bytes are a hole of the host file.
+fn write_flat(file: &dyn Storage, sectors: u64) -> Result<()> {
+    file.set_len(sectors * SECTOR)
+        .and_then(|()| file.sync())
+        .map_err(|e| Error::io("extend", &e).in_file(file.path()))
+}
+
+/// Fills a new descriptor file, durably.
+pub fn write_text(file: &dyn Storage, text: &str) -> Result<()> {
+    codec::write_all(file, 0, text.as_bytes(), "the descriptor")?;
+    file.sync().map_err(|e| Error::io("flush", &e).in_file(file.path()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn geometry_follows_size_and_adapter() {
+        const MIB: u64 = 2048;
+        assert_eq!(chs(2 * MIB, false), [2, 64, 32]);
+        assert_eq!(chs(1024 * MIB, false), [512, 128, 32]);
+        assert_eq!(chs(4 * 1024 * MIB, false), [522, 255, 63]);
+        assert_eq!(chs(60 * 1024 * MIB, false), [7832, 255, 63]);
+        assert_eq!(chs(10 * MIB, true), [20, 16, 63]);
+        assert_eq!(chs(200 * 1024 * MIB, true), [16_383, 16, 63]);
+    }
+
+    #[test]
+    fn names_lose_their_extension_whatever_its_case() {
+        let base = |name: &str| base_name(Path::new(name)).unwrap();
+        assert_eq!(base("/x/a.b.vmdk"), "a.b");
+        assert_eq!(base("a.VMDK"), "a");
+        assert_eq!((base("disk"), base(".vmdk")), ("disk".into(), ".vmdk".into()));
+        for name in ["a\"b.vmdk", "a\\b.vmdk", "a\nb.vmdk"] {
+            assert!(file_name(Path::new(name)).is_err(), "{name:?}");
+        }
+    }
+}

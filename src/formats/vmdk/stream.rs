@@ -1,0 +1,277 @@
+//! Stream-optimised extents: compressed grains in the order of writing, tables among or behind them.
+//!
+//! They are read, never written in place. Files come in several layouts; what they have in common is
+//! a directory, found through the header or through a footer at the end. Where neither leads to one,
+//! as in a file that was cut off, the grains are found by following them from the first one on
+//! ([`Salvage`]); what lies behind the last one found is lost, and says so.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use flate2::{Decompress, FlushDecompress, Status};
+use parking_lot::Mutex;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use crate::codec;
+use crate::disk::tables::TableCache;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+
+use super::grains::{Dialect, Grain, GrainTables};
+use super::layout::{self, GD_AT_END, Header, SECTOR};
+
+/// How far from the end a footer is looked for, over sectors of zeroes.
+const FOOTER_SEARCH: u64 = 1 << 20;
+/// Inflated grains kept, in bytes; at least one is.
+const INFLATED_BYTES: usize = 4 << 20;
+/// Most sectors that a marker may announce to be followed over.
+const MAX_SKIPPED: u64 = 64;
+
+/// What precedes a compressed grain.
+#[derive(Debug, Clone, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct GrainHead {
+    /// The grain's first sector on the disk.
+    lba: U64,
+    /// Bytes of compressed data that follow.
+    size: U32,
+}
+
+/// What precedes metadata. Read in place of a [`GrainHead`] it has a size of 0.
+#[derive(Debug, Clone, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Marker {
+    /// Of a marker: sectors that follow.
+    head: GrainHead,
+    /// Which metadata.
+    kind: U32,
+}
+
+const _: () = assert!(size_of::<GrainHead>() == 12);
+const _: () = assert!(size_of::<Marker>() == 16);
+
+/// Bytes before the compressed data of a grain in a stream without markers: its size alone.
+const BARE_HEAD: u64 = 4;
+
+const END_OF_STREAM: u32 = 0;
+const GRAIN_DIRECTORY: u32 = 2;
+const FOOTER: u32 = 3;
+
+impl Marker {
+    fn read(file: &dyn Storage, at: u64) -> Result<Self> {
+        let bytes: [u8; 16] = codec::read_array(file, at, "a marker")?;
+        Ok(zerocopy::transmute!(bytes))
+    }
+}
+
+/// Finds the footer of a stream, whose fields stand in for those of `header`.
+pub fn find_footer(file: &dyn Storage, file_len: u64, header: &Header) -> Result<Option<Header>> {
+    let end = file_len / SECTOR * SECTOR;
+    let mut tail = vec![0; end.min(FOOTER_SEARCH) as usize];
+    let from = end - tail.len() as u64;
+    codec::read_exact(file, from, &mut tail, "the end of the file")?;
+    let sectors = tail.chunks_exact(SECTOR as usize);
+    let Some(last) = sectors.clone().rposition(|s| s.iter().any(|b| *b != 0)) else {
+        return Ok(None);
+    };
+    let footer_at = from + last as u64 * SECTOR;
+    if !tail[last * SECTOR as usize..].starts_with(&layout::MAGIC) || footer_at < 2 * SECTOR {
+        return Ok(None);
+    }
+    let marker = Marker::read(file, footer_at - SECTOR)?;
+    let footer = Header::read(file, footer_at)?;
+    if marker.kind.get() != FOOTER || marker.head.size.get() != 0 || footer.gd == GD_AT_END {
+        return Ok(None);
+    }
+    let same = |h: &Header| (h.capacity, h.grain, h.entries_per_table, h.compressed());
+    if same(&footer) != same(header) {
+        let what = "header and footer disagree about capacity, grains or tables";
+        return Err(Error::corrupt(what).at(footer_at).in_file(file.path()));
+    }
+    Ok(Some(footer))
+}
+
+/// The grains of a stream without directory.
+#[derive(Debug)]
+pub struct Salvage {
+    /// Number and sector in the file of each grain found, in order.
+    pub grains: Vec<(u64, u32)>,
+    /// Grains before this one that were not found are zeroes; those from here on are lost.
+    pub known: u64,
+}
+
+impl Salvage {
+    /// Follows the grains from the first one on. A file in which none is found is refused.
+    pub fn scan(file: &dyn Storage, file_len: u64, header: &Header) -> Result<Self> {
+        let total = header.capacity.div_ceil(header.grain);
+        let mut grains: Vec<(u64, u32)> = Vec::new();
+        let mut ascending = true;
+        let mut complete = false;
+        let mut sector = header.overhead.max(1);
+        while let Some(at) = layout::bytes(sector).filter(|at| at + SECTOR <= file_len) {
+            let marker = Marker::read(file, at)?;
+            let (value, size) = (marker.head.lba.get(), marker.head.size.get());
+            if size > 0 {
+                let end = at + size_of::<GrainHead>() as u64 + u64::from(size);
+                let legal = value < header.capacity
+                    && value.is_multiple_of(header.grain)
+                    && u64::from(size) <= largest(header.grain * SECTOR)
+                    && end <= file_len;
+                let Ok(place) = u32::try_from(sector) else { break };
+                if !legal {
+                    break;
+                }
+                let grain = value / header.grain;
+                ascending &= grains.last().is_none_or(|(last, _)| *last < grain);
+                grains.push((grain, place));
+                sector = end.div_ceil(SECTOR);
+                continue;
+            }
+            sector += match marker.kind.get() {
+                // All grains come before the directory.
+                END_OF_STREAM | GRAIN_DIRECTORY | FOOTER => {
+                    complete = true;
+                    break;
+                }
+                // A grain table, or something unknown.
+                _ if value <= MAX_SKIPPED => 1 + value,
+                _ => break,
+            };
+        }
+        if grains.is_empty() {
+            return Err(Error::corrupt(
+                "the file was cut off: neither a grain directory nor any grain is left",
+            ));
+        }
+        let known = match grains.last() {
+            _ if complete => total,
+            Some((last, _)) if ascending => last + 1,
+            _ => 0,
+        };
+        // Where a grain was written twice the first one counts.
+        grains.sort_by_key(|(grain, _)| *grain);
+        grains.dedup_by_key(|(grain, _)| *grain);
+        Ok(Self { grains, known })
+    }
+
+    /// Writes the entries of the grains from `first` on as a grain table has them.
+    pub fn fill(&self, first: u64, page: &mut [u8]) {
+        let (entries, _) = page.as_chunks_mut::<4>();
+        for (entry, grain) in entries.iter_mut().zip(first..) {
+            let value = match self.grains.binary_search_by_key(&grain, |(g, _)| *g) {
+                Ok(index) => self.grains[index].1,
+                Err(_) if grain < self.known => 0,
+                Err(_) => u32::MAX,
+            };
+            *entry = value.to_le_bytes();
+        }
+    }
+}
+
+/// Most bytes that a grain of `grain` bytes takes when it does not compress, with room to spare.
+fn largest(grain: u64) -> u64 {
+    grain + grain / 8 + 1024
+}
+
+/// Reads and inflates grain number `grain`, which begins at byte `at` of the file. The result has the
+/// length of a grain.
+pub fn inflate(tables: &GrainTables, grain: u64, at: u64) -> Result<Arc<[u8]>> {
+    let file = &*tables.file;
+    let damaged = |what: String| {
+        Error::corrupt(format!("compressed grain {grain}: {what}")).at(at).in_file(file.path())
+    };
+    let (size, head) = match tables.dialect {
+        Dialect::Packed { markers: false } => {
+            (codec::read_array(file, at, "a grain").map(u32::from_le_bytes)?, BARE_HEAD)
+        }
+        _ => {
+            let bytes: [u8; size_of::<GrainHead>()] = codec::read_array(file, at, "a grain")?;
+            let head: GrainHead = zerocopy::transmute!(bytes);
+            if head.lba.get() != grain * (tables.grain / SECTOR) {
+                return Err(damaged(format!("it says it belongs to sector {}", head.lba)));
+            }
+            (head.size.get(), bytes.len() as u64)
+        }
+    };
+    if size == 0 || u64::from(size) > largest(tables.grain) {
+        return Err(damaged(format!("{size} bytes are no size of a grain")));
+    }
+    let mut packed = vec![0; size as usize];
+    codec::read_exact(file, at + head, &mut packed, "a compressed grain")?;
+    // One byte more than a grain, so that too much shows.
+    let mut data = vec![0; tables.grain as usize + 1];
+    let mut inflater = Decompress::new(true);
+    let status = inflater
+        .decompress(&packed, &mut data, FlushDecompress::Finish)
+        .map_err(|e| damaged(e.to_string()))?;
+    if status != Status::StreamEnd {
+        return Err(damaged("the compressed data does not end with the grain".to_owned()));
+    }
+    let needed = tables.grain.min(tables.len - grain * tables.grain);
+    if !(needed..=tables.grain).contains(&inflater.total_out()) {
+        return Err(damaged(format!("it inflates to {} bytes", inflater.total_out())));
+    }
+    data.truncate(tables.grain as usize);
+    Ok(data.into())
+}
+
+/// The grains inflated last, for readers that come back in pieces.
+#[derive(Default)]
+pub struct InflatedGrains {
+    recent: Mutex<VecDeque<(u64, Arc<[u8]>)>>,
+}
+
+impl InflatedGrains {
+    /// The grain that `unit` names, from memory or by `inflate`.
+    pub fn get(&self, unit: u64, inflate: impl FnOnce() -> Result<Arc<[u8]>>) -> Result<Arc<[u8]>> {
+        let known = |recent: &VecDeque<(u64, Arc<[u8]>)>| {
+            recent.iter().find(|(name, _)| *name == unit).map(|(_, data)| data.clone())
+        };
+        if let Some(data) = known(&self.recent.lock()) {
+            return Ok(data);
+        }
+        let data = inflate()?;
+        let mut recent = self.recent.lock();
+        if known(&recent).is_none() {
+            while recent.iter().map(|(_, d)| d.len()).sum::<usize>() + data.len() > INFLATED_BYTES
+                && recent.pop_front().is_some()
+            {}
+            recent.push_back((unit, data.clone()));
+        }
+        Ok(data)
+    }
+}
+
+/// Checks a stream: inflates every grain, calling `found` with the place and the fault of each bad
+/// one. Says how many grains there are.
+pub fn check(
+    tables: &GrainTables,
+    cache: &TableCache,
+    found: &mut dyn FnMut(u64, String),
+) -> Result<u64> {
+    let mut stored = 0;
+    for page in 0..tables.grains().div_ceil(tables.entries_per_page()) {
+        let first = page * tables.entries_per_page();
+        let end = (first + tables.entries_per_page()).min(tables.grains());
+        let entries: Vec<(u64, Grain)> = tables.read_page(cache, page, |view| {
+            let entry = |grain| (grain, view.grain(grain));
+            let stored = |(_, entry): &(u64, Grain)| matches!(entry, Grain::At(_) | Grain::Bad);
+            (first..end).map(entry).filter(stored).collect()
+        })?;
+        for (grain, entry) in entries {
+            stored += 1;
+            let checked = match entry {
+                Grain::At(at) => inflate(tables, grain, at).map(drop),
+                _ => Err(Error::corrupt(format!("grain {grain} lies outside the file"))),
+            };
+            match checked {
+                Err(e) if e.kind() == ErrorKind::Corrupt => {
+                    found(e.offset().unwrap_or(0), e.what().to_owned());
+                }
+                other => other?,
+            }
+        }
+    }
+    Ok(stored)
+}
