@@ -13,7 +13,7 @@ use super::layout::{
     BAT_REGION, BLOCK_SIZES, FILE_SIGNATURE, HEADER_OFFSETS, LOG_SECTOR, MAX_DISK, MAX_LOG,
     METADATA_REGION, MIB, REGION_TABLE_OFFSETS, RawFileParameters,
 };
-use super::locator::{Locator, PARENT_LINKAGE, RELATIVE_PATH, braced};
+use super::locator::{ABSOLUTE_WIN32_PATH, Locator, PARENT_LINKAGE, RELATIVE_PATH, braced};
 use super::metadata::NewMetadata;
 use super::regions::{self, Region};
 use crate::codec::{to_utf16, write_all};
@@ -59,9 +59,18 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
         let what = format!("a VHDX disk cannot be the child of a {} disk", parent.info.format);
         return Err(Error::invalid(what));
     };
+    if parent.disk.read_only().is_none() {
+        // Writing changes the identity that the child records.
+        let what = "a parent must be open for reading only while a child is made";
+        return Err(Error::invalid(what).in_file(&parent.path));
+    }
     let linkage = linkage.first().copied().unwrap_or_default();
-    let name = relative_name(path, &parent.path)?;
-    let keys = [(PARENT_LINKAGE, braced(linkage)), (RELATIVE_PATH, name)];
+    let (relative, absolute) = parent_names(path, &parent.path)?;
+    let keys = [
+        (PARENT_LINKAGE, braced(linkage)),
+        (RELATIVE_PATH, relative),
+        (ABSOLUTE_WIN32_PATH, absolute),
+    ];
     let locator = Locator(keys.into_iter().map(|(k, v)| (k.to_owned(), v)).collect());
     let geometry = parent.disk.geometry();
     let disk_id = parent.info.uuid.as_deref().and_then(|id| Uuid::try_parse(id).ok());
@@ -79,8 +88,10 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
     NewFile::new(metadata, spec.log_size)?.write(host, path)
 }
 
-/// How the parent is named in a child at `path`: from the child's directory, as Windows writes it.
-fn relative_name(path: &Path, parent: &Path) -> Result<String> {
+/// How the parent is named in a child at `path`, as Windows writes it: from the child's directory,
+/// and as an absolute path. The latter leads nowhere on Windows, where there is no root of all
+/// paths, but some programs insist on one for the file name in it.
+fn parent_names(path: &Path, parent: &Path) -> Result<(String, String)> {
     let absolute = |path: &Path| {
         std::path::absolute(path).map_err(|e| Error::io("resolving the path", &e).in_file(path))
     };
@@ -88,15 +99,17 @@ fn relative_name(path: &Path, parent: &Path) -> Result<String> {
     let dir: Vec<_> = child.parent().into_iter().flat_map(Path::components).collect();
     let target: Vec<_> = parent.components().collect();
     let common = dir.iter().zip(&target).take_while(|(a, b)| a == b).count();
-    let mut names = vec![if common < dir.len() { ".." } else { "." }];
-    names.extend((common + 1..dir.len()).map(|_| ".."));
-    for component in &target[common..] {
+    let mut names = Vec::new();
+    for component in target.iter().skip(1) {
         let name = component.as_os_str().to_str();
         names.push(name.filter(|name| !name.contains('\\')).ok_or_else(|| {
             Error::invalid("the parent's path cannot be written in the image").in_file(&parent)
         })?);
     }
-    Ok(names.join("\\"))
+    let climb = if common < dir.len() { vec![".."; dir.len() - common] } else { vec!["."] };
+    let below = names.get(common.saturating_sub(1)..).unwrap_or_default();
+    let relative = [&climb, below].concat().join("\\");
+    Ok((relative, format!("\\\\?\\C:\\{}", names.join("\\"))))
 }
 
 fn block_size(size: u64) -> Result<u32> {

@@ -287,6 +287,7 @@ pub(super) fn open(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> 
         replayed: parts.replayed,
         ring: None,
         unapplied: Vec::new(),
+        failure: None,
     };
     let map = Blocks {
         shape,

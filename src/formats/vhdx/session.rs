@@ -22,7 +22,7 @@ use super::writes::WriteState;
 use crate::codec::write_all;
 use crate::disk::sync_file;
 use crate::disk::tables::PageImage;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
 /// Length of a log where the file has none.
@@ -38,6 +38,9 @@ pub(super) struct Session {
     pub ring: Option<Ring>,
     /// Pages that the log holds durably and that could not be written to their place.
     pub unapplied: Vec<PageImage>,
+    /// A flush that failed for good. What it should have made durable is lost, whatever later
+    /// flushes achieve, so that they must not succeed.
+    pub failure: Option<Error>,
 }
 
 impl Blocks {
@@ -55,19 +58,16 @@ impl Blocks {
         let mut state = WriteState { space: self.take_stock()?, freed: Vec::new() };
 
         if let Some(replayed) = &session.replayed {
-            if session.headers.header().dirty() {
-                session.headers.update(|h| h.file_write = Uuid::new_v4())?;
-                replayed.apply()?;
-                sync_file(&**file)?;
-                session.headers.update(|h| h.log = Uuid::nil())?;
-            } else {
-                // Only the length was made up.
-                replayed.apply()?;
-            }
+            session.headers.update(|h| h.file_write = Uuid::new_v4())?;
+            replayed.apply()?;
+            sync_file(&**file)?;
             replayed.forget();
             session.replayed = None;
         }
         if session.ring.is_none() {
+            if session.headers.header().dirty() {
+                session.headers.update(|h| h.log = Uuid::nil())?;
+            }
             let ring = self.start_log(session, &mut state)?;
             session.ring = Some(ring);
         }
@@ -145,7 +145,18 @@ impl Blocks {
     /// Makes payload and tables durable.
     pub(super) fn flush_tables(&self) -> Result<()> {
         let mut session = self.session.lock();
-        let Session { ring: Some(ring), unapplied, .. } = &mut *session else { return Ok(()) };
+        if let Some(failure) = &session.failure {
+            return Err(failure.clone());
+        }
+        self.flush_session(&mut session).inspect_err(|e| {
+            if e.kind() != ErrorKind::NoSpace {
+                session.failure = Some(e.clone());
+            }
+        })
+    }
+
+    fn flush_session(&self, session: &mut Session) -> Result<()> {
+        let Session { ring: Some(ring), unapplied, .. } = session else { return Ok(()) };
         let file = self.file();
         if !unapplied.is_empty() {
             apply(file, unapplied)?;
@@ -217,10 +228,8 @@ impl Blocks {
         if self.session.lock().ring.is_none() {
             return Ok(());
         }
-        if self.cache.dirty_pages() > 0 || !self.session.lock().unapplied.is_empty() {
-            self.flush_tables()?;
-        }
         let file = self.file();
+        self.flush_tables()?;
         sync_file(file)?;
         let mut session = self.session.lock();
         session.headers.update(|h| h.log = Uuid::nil())?;

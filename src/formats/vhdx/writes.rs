@@ -183,7 +183,8 @@ impl Blocks {
     }
 
     /// Gives the chunk of `block` a sector bitmap of clear bits. Until the block itself names it by
-    /// its state nobody looks at it.
+    /// its state nobody looks at it. Growing the file and punching a hole are short enough to be
+    /// done under the lock, and rare: a bitmap serves 2^23 sectors.
     fn add_bitmap(&self, block: u64, state: &mut WriteState) -> Result<()> {
         let index = self.shape.layout.bitmap_entry(block);
         if self.entry(index)? != Entry(0) {

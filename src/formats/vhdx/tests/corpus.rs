@@ -137,3 +137,54 @@ fn every_generation_of_a_chain_reads_right() {
     check("vhdx-ms-chain3");
     check("vhdx-ms-chain4k");
 }
+
+#[test]
+fn images_of_other_programs_are_written_and_stay_whole() {
+    let Some(corpus) = std::env::var_os("FLATDISK_CORPUS").map(PathBuf::from) else {
+        return skip("FLATDISK_CORPUS is not set");
+    };
+    let host: Arc<dyn Host> = HostFs::shared();
+    for row in rows(&corpus, "vhdx-").iter().filter(|row| row.size <= 100 << 20) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = unpack(&corpus, row, dir.path());
+        let open = |access| formats::open(&host, &path, &OpenOptions::new(access)).unwrap();
+        let mut model = super::contents(&open(Access::Read).disk);
+        let image = open(Access::Write);
+        let mut rng = fastrand::Rng::with_seed(9);
+        for round in 0..60 {
+            let start = rng.usize(..model.len());
+            let range = start..(start + rng.usize(1..400_000)).min(model.len());
+            if round % 5 == 4 {
+                image.disk.discard(start as u64, range.len() as u64).unwrap();
+                model[range].fill(0);
+            } else {
+                let data: Vec<u8> = range.clone().map(|_| rng.u8(..)).collect();
+                image.disk.write_at(start as u64, &data).unwrap();
+                model[range].copy_from_slice(&data);
+            }
+            if round % 7 == 6 {
+                image.disk.flush().unwrap();
+            }
+        }
+        image.disk.close().unwrap();
+        drop(image);
+        assert!(super::contents(&open(Access::Read).disk) == model, "{}", row.id);
+        let report = formats::check(&host, &path, &OpenOptions::new(Access::Read)).unwrap();
+        assert_eq!(report.errors, 0, "{}: {:?}", row.id, report.findings);
+    }
+}
+
+#[test]
+fn checks_find_no_damage_in_images_of_other_programs() {
+    let Some(corpus) = std::env::var_os("FLATDISK_CORPUS").map(PathBuf::from) else {
+        return skip("FLATDISK_CORPUS is not set");
+    };
+    let host: Arc<dyn Host> = HostFs::shared();
+    for row in rows(&corpus, "vhdx-") {
+        let dir = tempfile::tempdir().unwrap();
+        let path = unpack(&corpus, &row, dir.path());
+        let report = formats::check(&host, &path, &OpenOptions::new(Access::Read)).unwrap();
+        println!("{}: {:?}", row.id, report.findings);
+        assert_eq!(report.errors, 0, "{}: {:?}", row.id, report.findings);
+    }
+}

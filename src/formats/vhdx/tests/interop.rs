@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::{MIB, contents, skip, spec};
-use crate::formats::vhdx::Vhdx;
+use crate::formats::vhdx::{Vhdx, create_child};
 use crate::formats::{self, CreateSpec, Image, OpenOptions};
 use crate::storage::file::HostFs;
 use crate::storage::{Access, Host};
@@ -157,4 +157,73 @@ fn images_made_by_qemu_are_read_and_written() {
             }
         }
     }
+}
+
+/// Mounts an image with libvhdi and returns the disk it shows last: the whole chain.
+fn libvhdi_reads(path: &Path) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    run("vhdimount", &[text(path), text(dir.path())]);
+    let bytes = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .max()
+        .map(|disk| std::fs::read(disk).unwrap());
+    run("fusermount", &["-u", text(dir.path())]);
+    bytes.unwrap()
+}
+
+#[test]
+fn libvhdi_reads_discarded_blocks_as_zeroes() {
+    if !have("vhdimount") || !Path::new("/dev/fuse").exists() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for sector in [512, 4096] {
+        let path = dir.path().join(format!("{sector}.vhdx"));
+        let spec =
+            CreateSpec { block_size: Some(MIB), logical_sector: Some(sector), ..spec(16 * MIB) };
+        formats::create(&Vhdx, &HostFs, &path, &spec).unwrap();
+        let mut model = vec![0; 16 << 20];
+        let image = open(&path);
+        scribble(&image, &mut model, 3);
+        image.disk.write_at(5 * MIB, &vec![1; 4 << 20]).unwrap();
+        model[5 << 20..9 << 20].fill(1);
+        image.disk.discard(6 * MIB, 2 * MIB).unwrap();
+        model[6 << 20..8 << 20].fill(0);
+        image.disk.close().unwrap();
+        drop(image);
+        assert!(libvhdi_reads(&path) == model, "{sector}");
+    }
+}
+
+#[test]
+fn libvhdi_reads_children() {
+    if !have("vhdimount") || !Path::new("/dev/fuse").exists() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (base, child) = (dir.path().join("base.vhdx"), dir.path().join("child.vhdx"));
+    let spec = CreateSpec { block_size: Some(MIB), ..spec(16 * MIB) };
+    formats::create(&Vhdx, &HostFs, &base, &spec).unwrap();
+    let mut model = vec![0; 16 << 20];
+    let image = open(&base);
+    scribble(&image, &mut model, 4);
+    image.disk.close().unwrap();
+    drop(image);
+    let host: Arc<dyn Host> = HostFs::shared();
+    let parent = formats::open(&host, &base, &OpenOptions::new(Access::Read)).unwrap();
+    create_child(&HostFs, &child, &parent, &CreateSpec::default()).unwrap();
+    // No discards: libvhdi takes every block of a child that is not stored for the parent's.
+    let image = open(&child);
+    let mut rng = fastrand::Rng::with_seed(5);
+    for _ in 0..60 {
+        let start = rng.usize(..model.len() - 100_000);
+        let data: Vec<u8> = (0..rng.usize(1..100_000)).map(|_| rng.u8(..)).collect();
+        image.disk.write_at(start as u64, &data).unwrap();
+        model[start..start + data.len()].copy_from_slice(&data);
+    }
+    image.disk.close().unwrap();
+    assert!(contents(&image.disk) == model);
+    drop((image, parent));
+    assert!(libvhdi_reads(&child) == model);
 }

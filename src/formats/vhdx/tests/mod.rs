@@ -1,8 +1,13 @@
 //! Tests of the driver as a whole, through the disk.
 
+mod children;
 mod corpus;
+mod crash;
+mod damage;
+mod durability;
 mod interop;
 mod model;
+mod recorder;
 
 use std::path::Path;
 use std::sync::Arc;
