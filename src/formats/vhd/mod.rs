@@ -1,13 +1,15 @@
-//! The VHD driver: fixed and dynamic disks.
+//! The VHD driver: fixed, dynamic and differencing disks.
 //!
 //! ```text
-//! fixed     data ............................................. footer
-//! dynamic   footer copy, header, BAT, [bitmap, data], [bitmap, data], ... footer
+//! fixed         data ......................................................... footer
+//! dynamic       footer copy, header, BAT, [bitmap, data], [bitmap, data], ... footer
+//! differencing  as dynamic, with the parent's names behind the BAT as a rule
 //! ```
 //!
-//! [`layout`] has the structures, [`footers`] and [`structure`] read and judge them, [`fixed`] and
-//! [`blocks`] are the mappings, [`space`] hands out room in the file, [`survey`] walks the whole BAT
-//! before the first write and for a check.
+//! [`layout`] has the structures; [`footers`], [`structure`], [`locators`] and [`batmap`] read and
+//! judge them. [`fixed`] and [`blocks`] are the mappings, [`differencing`] is what a child adds to
+//! the latter; [`bat`] and [`bitmaps`] are the cached tables and [`space`] hands out room in the
+//! file. [`survey`] walks the whole BAT, before the first write and for a check.
 //!
 //! # The order of writes
 //!
@@ -17,30 +19,36 @@
 //! *Fixed*: payload in place, synced by a flush. A footer of the 511-byte form gets its last byte
 //! before the first write, by extending the file.
 //!
-//! *Dynamic*, before the first write: the BAT is checked as a whole and writing refused if it is
+//! *Dynamic and differencing*, before the first write: the BAT is checked as a whole and writing refused if it is
 //! damaged. Then the copy of the footer is repaired if it is not what it should be, and synced.
 //! From there on an image opens whatever happens to the trailing footer, so moving that needs no
 //! order of its own: the file is extended, the new footer written, the old one zeroed.
 //!
-//! Allocating writes a block's bitmap and data where nothing points. A flush then
+//! Allocating writes a block's bitmap and data where nothing points: all bits set on a dynamic disk,
+//! none on a differencing one, where payload also goes to sectors of stored blocks whose bits are
+//! clear. A flush then
 //!
 //! 1. writes the batmap if there is one that changed (it only loses bits, which is always true);
-//! 2. syncs: payload, bitmaps, footer, length;
-//! 3. writes the changed pages of the BAT;
+//! 2. syncs: payload, bitmaps of new blocks, footer, length;
+//! 3. writes the changed sector bitmaps of a differencing disk, and the changed pages of the BAT;
 //! 4. syncs;
 //! 5. punches the blocks that the BAT pointed at before and makes them reusable.
 //!
-//! A crash before 4 has ended leaves for every sector of the BAT the old or the new entries. The new
-//! ones lead to complete blocks, the old ones to blocks that nobody has touched since: at worst
-//! space is lost, which a later session finds again as a hole.
+//! A crash before 4 has ended leaves for every sector of the tables the old or the new contents.
+//! New BAT entries lead to complete blocks, or on a differencing disk to blocks whose bitmap is old
+//! (the parent's data shows) or new (the data is there). Old entries lead to blocks that nobody has
+//! touched since. At worst space is lost, which a later session finds again as a hole.
 //!
 //! Closing writes the footer behind the last block, syncs, and cuts the file off there. A crash in
 //! between leaves two footers, of which the last one counts, and unused space before it.
 
+mod bat;
 mod batmap;
+mod bitmaps;
 mod blocks;
 mod check;
 mod create;
+mod differencing;
 mod fixed;
 mod footers;
 mod info;
@@ -52,10 +60,12 @@ mod survey;
 #[cfg(test)]
 mod tests;
 
+pub use create::create_child;
+
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, Identity, OpenContext, Opened, Probe, Report};
+use super::{CreateSpec, Format, Identity, OpenContext, Opened, ParentLink, Probe, Report};
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
 use blocks::SparseMap;
@@ -96,8 +106,7 @@ impl Format for Vhd {
         let forced = footers.forced.as_ref().map(|what| format!("opened by force: {what}"));
         let opened = match footers.disk_type {
             DiskType::Fixed => open_fixed(file, &footers)?,
-            DiskType::Dynamic => open_sparse(file, footers, ctx)?,
-            DiskType::Differencing => return Err(Error::unsupported("a differencing disk")),
+            DiskType::Dynamic | DiskType::Differencing => open_sparse(file, footers, ctx)?,
         };
         Ok(Opened { read_only: forced.or(opened.read_only), ..opened })
     }
@@ -135,14 +144,32 @@ fn open_fixed(file: Arc<dyn Storage>, footers: &Footers) -> Result<Opened> {
 
 fn open_sparse(file: Arc<dyn Storage>, footers: Footers, ctx: &OpenContext) -> Result<Opened> {
     let structure = Structure::read(&*file, &footers, ctx.force)?;
+    let parent = match footers.disk_type {
+        DiskType::Differencing => Some(parent_link(&footers, &structure)?),
+        _ => None,
+    };
     let covered = structure.blocks * structure.block_size;
     let damage = (covered < structure.size).then_some(covered..structure.size);
     Ok(Opened {
         info: info::sparse(&footers, &structure),
         identity: Identity::VhdUniqueId(footers.footer.unique_id),
-        parent: None,
+        parent,
         read_only: structure.read_only.clone(),
         damage: damage.into_iter().collect(),
         map: Box::new(SparseMap::new(file, footers, structure, &ctx.budget)),
     })
+}
+
+fn parent_link(footers: &Footers, structure: &Structure) -> Result<ParentLink> {
+    let id = structure.header.parent_unique_id;
+    let candidates = structure.locators.candidates();
+    if id == [0; 16] {
+        return Err(if footers.footer.creator_is(b"tap") {
+            let names = candidates.join(", ");
+            Error::unsupported(format!("a differencing disk over a raw parent ({names})"))
+        } else {
+            Error::corrupt("a differencing disk that names no parent")
+        });
+    }
+    Ok(ParentLink { identity: Identity::VhdUniqueId(id), candidates })
 }

@@ -2,6 +2,7 @@
 //! other programs.
 
 mod checking;
+mod differencing;
 mod interop;
 mod model;
 mod opening;
@@ -12,8 +13,8 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::Vhd;
 use super::layout::{DynamicHeader, Footer};
+use super::{Vhd, create_child};
 use crate::error::{Error, Result};
 use crate::formats::{self, CreateSpec, Image, OpenOptions, Report};
 use crate::storage::memory::{MemoryFile, MemoryHost};
@@ -44,6 +45,27 @@ pub(super) fn holding(bytes: &[u8]) -> Arc<MemoryHost> {
     let host = MemoryHost::new();
     host.insert(MemoryFile::new(PATH, bytes));
     host
+}
+
+pub(super) const PARENT: &str = "/images/parent.vhd";
+
+/// Makes the image at [`PATH`] the parent of a new child, which takes its place.
+pub(super) fn add_child(host: &Arc<MemoryHost>, block_size: Option<u64>) {
+    host.insert(MemoryFile::new(PARENT, &bytes(host)));
+    host.remove(Path::new(PATH)).unwrap();
+    let shared: Arc<dyn Host> = host.clone();
+    let options = OpenOptions::new(Access::Read);
+    let parent = formats::open(&shared, Path::new(PARENT), &options).unwrap();
+    create_child(&**host, Path::new(PATH), &parent, block_size).unwrap();
+}
+
+/// The files as they are now, as after the process died.
+pub(super) fn copy(host: &Arc<MemoryHost>) -> Arc<MemoryHost> {
+    let copy = MemoryHost::new();
+    for file in host.files() {
+        copy.insert(MemoryFile::new(file.path(), &file.to_vec()));
+    }
+    copy
 }
 
 pub(super) fn file(host: &Arc<MemoryHost>) -> Arc<MemoryFile> {

@@ -13,8 +13,10 @@ struct Model {
 }
 
 impl Model {
-    fn new(size: u64) -> Self {
-        Self { now: vec![0; size as usize], unflushed: vec![false; size as usize / 512] }
+    /// A model of what the image holds now.
+    fn of(image: &Image) -> Self {
+        let size = image.disk.size() as usize;
+        Self { now: read(image, 0, size), unflushed: vec![false; size / 512] }
     }
 
     fn change(&mut self, range: Range<usize>, with: impl FnOnce(&mut [u8])) {
@@ -74,10 +76,11 @@ fn step(rng: &mut fastrand::Rng, disk: &Disk, within: &Range<usize>, model: &mut
     }
 }
 
-fn run(seed: u64, host: &Arc<MemoryHost>, size: u64, steps: usize) {
+fn run(seed: u64, host: &Arc<MemoryHost>, steps: usize) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let mut model = Model::new(size);
     let mut image = open(host);
+    let mut model = Model::of(&image);
+    let size = image.disk.size();
     for number in 0..steps {
         step(&mut rng, &image.disk, &(0..size as usize), &mut model);
         match rng.u8(..40) {
@@ -94,7 +97,7 @@ fn run(seed: u64, host: &Arc<MemoryHost>, size: u64, steps: usize) {
             }
             5 => {
                 // What would be left if the process died here.
-                let killed = holding(&bytes(host));
+                let killed = copy(host);
                 let left = open(&killed);
                 model.assert_survives(&left, &format!("seed {seed}, step {number}"));
                 left.disk.write_at(0, &read(&left, 0, 1)).unwrap();
@@ -114,7 +117,7 @@ fn run(seed: u64, host: &Arc<MemoryHost>, size: u64, steps: usize) {
 fn random_operations_on_fixed_disks_match_a_plain_array() {
     for seed in 0..4 {
         let size = (1 << 20) + 512;
-        run(seed, &made("fixed", size, None), size, 300);
+        run(seed, &made("fixed", size, None), 300);
     }
 }
 
@@ -122,7 +125,7 @@ fn random_operations_on_fixed_disks_match_a_plain_array() {
 fn random_operations_on_blocks_of_4_kib_match_a_plain_array() {
     for seed in 0..8 {
         let size = (200 << 10) + 512;
-        run(seed, &made("dynamic", size, Some(4096)), size, 500);
+        run(seed, &made("dynamic", size, Some(4096)), 500);
     }
 }
 
@@ -130,7 +133,7 @@ fn random_operations_on_blocks_of_4_kib_match_a_plain_array() {
 fn random_operations_on_blocks_of_512_kib_match_a_plain_array() {
     for seed in 0..4 {
         let size = (5 << 20) + 1024;
-        run(seed, &made("dynamic", size, Some(512 << 10)), size, 200);
+        run(seed, &made("dynamic", size, Some(512 << 10)), 200);
     }
 }
 
@@ -138,51 +141,79 @@ fn random_operations_on_blocks_of_512_kib_match_a_plain_array() {
 fn random_operations_on_blocks_of_2_mib_match_a_plain_array() {
     for seed in 0..3 {
         let size = 7 << 20;
-        run(seed, &made("dynamic", size, None), size, 150);
+        run(seed, &made("dynamic", size, None), 150);
     }
+}
+
+/// A child of a parent that holds random data in places.
+fn child(seed: u64, size: u64, block_size: Option<u64>) -> Arc<MemoryHost> {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let host = made(if rng.bool() { "fixed" } else { "dynamic" }, size, None);
+    let image = open(&host);
+    let mut model = Model::of(&image);
+    for _ in 0..20 {
+        step(&mut rng, &image.disk, &(0..size as usize), &mut model);
+    }
+    image.disk.close().unwrap();
+    add_child(&host, block_size);
+    model.assert_survives(&open(&host), "before the first write");
+    host
+}
+
+#[test]
+fn random_operations_on_children_match_a_plain_array() {
+    for seed in 0..4 {
+        run(seed, &child(seed, (100 << 10) + 512, Some(4096)), 400);
+        run(seed, &child(seed, (3 << 20) + 1024, Some(512 << 10)), 200);
+        run(seed, &child(seed, 5 << 20, None), 150);
+    }
+    // A bitmap of two pages.
+    run(9, &child(9, 33 << 20, Some(32 << 20)), 100);
 }
 
 #[test]
 fn threads_on_neighbouring_ranges_do_not_disturb_each_other() {
-    let cases =
-        [("fixed", None), ("dynamic", Some(4096)), ("dynamic", Some(512 << 10)), ("dynamic", None)];
-    for (seed, (subformat, block_size)) in cases.into_iter().enumerate() {
-        let size = (6 << 20) + 1536;
-        let host = made(subformat, size, block_size);
-        let image = open(&host);
-        let models: Vec<_> = std::thread::scope(|scope| {
-            let disk = &image.disk;
-            let threads: Vec<_> = (0..4)
-                .map(|thread| {
-                    scope.spawn(move || {
-                        let mut rng = fastrand::Rng::with_seed(seed as u64 * 10 + thread);
-                        let quarter = size as usize / 4;
-                        // Neighbours share blocks, and even a sector.
-                        let start = thread as usize * quarter + 100 * usize::from(thread > 0);
-                        let end = if thread == 3 { size as usize } else { start + quarter };
-                        let part = start
-                            ..end.min((thread as usize + 1) * quarter + 100).min(size as usize);
-                        let mut model = Model::new(size);
-                        for _ in 0..120 {
-                            step(&mut rng, disk, &part, &mut model);
-                            if rng.u8(..20) == 0 {
-                                disk.flush().unwrap();
-                            }
+    let size = (6 << 20) + 1536;
+    for (seed, (subformat, block_size)) in
+        [("fixed", None), ("dynamic", Some(4096)), ("dynamic", Some(512 << 10)), ("dynamic", None)]
+            .into_iter()
+            .enumerate()
+    {
+        run_threads(seed as u64, &made(subformat, size, block_size));
+    }
+    for (seed, block_size) in [4096, 512 << 10, 2 << 20].into_iter().enumerate() {
+        run_threads(seed as u64, &child(seed as u64, size, Some(block_size)));
+    }
+}
+
+fn run_threads(seed: u64, host: &Arc<MemoryHost>) {
+    let image = open(host);
+    let size = image.disk.size() as usize;
+    let models: Vec<_> = std::thread::scope(|scope| {
+        let image = &image;
+        let threads: Vec<_> = (0..4)
+            .map(|thread| {
+                // Neighbours share blocks, and even a sector.
+                let part = (size * thread / 4 + 100)..(size * (thread + 1) / 4 + 100).min(size);
+                let mut model = Model::of(image);
+                scope.spawn(move || {
+                    let mut rng = fastrand::Rng::with_seed(seed * 10 + thread as u64);
+                    for _ in 0..120 {
+                        step(&mut rng, &image.disk, &part, &mut model);
+                        if rng.u8(..20) == 0 {
+                            image.disk.flush().unwrap();
                         }
-                        (part, model)
-                    })
+                    }
+                    (part, model)
                 })
-                .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-        });
-        image.disk.close().unwrap();
-        assert_eq!(check(&host).errors, 0);
-        let image = open(&host);
-        for (part, model) in models {
-            assert!(
-                read(&image, part.start as u64, part.len()) == model.now[part.clone()],
-                "{part:?}"
-            );
-        }
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    image.disk.close().unwrap();
+    assert_eq!(check(host).errors, 0);
+    let image = open(host);
+    for (part, model) in models {
+        assert!(read(&image, part.start as u64, part.len()) == model.now[part.clone()], "{part:?}");
     }
 }
