@@ -243,7 +243,7 @@ impl ImageFile {
     ) -> Result<R> {
         let current = self.current.read();
         if let Some(open) = &*current {
-            return act(&open.disk);
+            return act(&open.disk).map_err(|e| e.in_file(&self.place.path()));
         }
         drop(current);
         // The readers' disk was lost between two writers.
@@ -262,7 +262,10 @@ impl ImageFile {
     pub fn read(&self, images: &FactsCache, offset: u64, buf: &mut [u8]) -> Result<usize> {
         self.with_disk(images, |disk| {
             let len = disk.size().saturating_sub(offset).min(buf.len() as u64) as usize;
-            disk.read_at(offset, &mut buf[..len]).map(|()| len)
+            if len > 0 {
+                disk.read_at(offset, &mut buf[..len])?;
+            }
+            Ok(len)
         })
     }
 
