@@ -17,7 +17,7 @@ use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use super::log_sink;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::daemon::{MountRequest, Prepared};
+use crate::fuse::daemon::{MountRequest, Prepared, check_host};
 use crate::fuse::options::MountOptions;
 
 /// Exit status for wrong usage, as of mount(8).
@@ -96,7 +96,8 @@ struct Words {
     /// Never let the kernel read flat extents by itself.
     #[arg(long)]
     nopassthrough: bool,
-    /// Writes vanish at close (not supported yet).
+    /// What is written to a flat file vanishes when nobody has it open any more; images stay as
+    /// they are.
     #[arg(long)]
     nonpersistent: bool,
     /// Show each partition as a file of its own (not supported yet).
@@ -241,6 +242,9 @@ fn serve(request: &MountRequest, ready: impl FnOnce() -> Result<()>) -> u8 {
 fn in_background(request: &MountRequest) -> u8 {
     if std::env::var_os(DAEMON).is_some() {
         return serve_detached(request);
+    }
+    if let Err(e) = check_host() {
+        return report(&e, MOUNT_FAILURE);
     }
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_else(|| "flatdisk".into());

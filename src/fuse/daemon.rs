@@ -71,11 +71,13 @@ pub struct Prepared {
 impl Prepared {
     /// Checks sources, mount point and options.
     pub fn new(request: &MountRequest) -> Result<Self> {
+        check_host()?;
         let mountpoint = check_mountpoint(&request.mountpoint)?;
         check_allowed(&request.options)?;
         let options = &request.options;
         let look = Look {
             read_only: options.read_only,
+            nonpersistent: options.nonpersistent,
             uid: options.uid,
             gid: options.gid,
             fmask: options.fmask,
@@ -181,6 +183,21 @@ fn unmount_own(device: &str, lazy: bool) -> Result<()> {
             .in_file(&own.target));
     }
     mounts::unmount(&own.target, lazy)
+}
+
+/// Checks that this user can make FUSE mounts on this host.
+pub fn check_host() -> Result<()> {
+    if !Path::new("/dev/fuse").exists() {
+        return Err(Error::new(ErrorKind::NotFound, "there is no /dev/fuse")
+            .hint("`modprobe fuse` may bring it"));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let helper = || std::env::split_paths(&path).any(|dir| dir.join("fusermount3").exists());
+    if !geteuid().is_root() && !helper() {
+        return Err(Error::new(ErrorKind::NotFound, "there is no fusermount3")
+            .hint("users other than root need it; it is in the package fuse3"));
+    }
+    Ok(())
 }
 
 /// Checks that a mount can be made at `path` and returns its absolute form. What a dead daemon of

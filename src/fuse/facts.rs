@@ -152,6 +152,7 @@ impl Host for Confined {
 /// See the module's documentation.
 pub struct FactsCache {
     opener: Box<dyn Opener>,
+    nonpersistent: bool,
     known: Mutex<Known>,
 }
 
@@ -183,9 +184,14 @@ impl Entry {
 }
 
 impl FactsCache {
-    /// An empty cache over `opener`.
-    pub fn new(opener: Box<dyn Opener>) -> Self {
-        Self { opener, known: Mutex::default() }
+    /// An empty cache over `opener`. With `nonpersistent`, images are never written.
+    pub fn new(opener: Box<dyn Opener>, nonpersistent: bool) -> Self {
+        Self { opener, nonpersistent, known: Mutex::default() }
+    }
+
+    /// Whether what is written vanishes.
+    pub fn nonpersistent(&self) -> bool {
+        self.nonpersistent
     }
 
     /// Opens an image for use.

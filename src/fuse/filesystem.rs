@@ -4,6 +4,7 @@
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
+use std::fmt::Display;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -57,15 +58,15 @@ impl Shell {
 }
 
 /// The errno of a failed request, and a line in the log unless the failure is an everyday answer.
-fn failed(request: &str, ino: INodeNo, error: &Error) -> Errno {
+fn failed(request: impl Display, error: &Error) -> Errno {
     let errno = errno(error);
     match error.kind() {
         ErrorKind::NotFound => {}
         ErrorKind::Denied | ErrorKind::ReadOnly | ErrorKind::Exists | ErrorKind::Busy => {
-            log::info!("{request} of inode {ino}: {error}");
+            log::info!("{request}: {error}");
         }
         _ if errno == libc::ESTALE || errno == libc::ENOTDIR => {}
-        _ => log::error!("{request} of inode {ino}: {error}"),
+        _ => log::error!("{request}: {error}"),
     }
     Errno::from_i32(errno)
 }
@@ -138,7 +139,7 @@ impl Filesystem for Shell {
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.tree.lookup(parent.0, name) {
             Ok(found) => reply.entry(&TTL, &file_attr(&found), Generation(0)),
-            Err(e) => reply.error(failed("lookup", parent, &e)),
+            Err(e) => reply.error(failed("lookup", &e)),
         }
     }
 
@@ -149,7 +150,7 @@ impl Filesystem for Shell {
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         match self.tree.attributes(ino.0) {
             Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
-            Err(e) => reply.error(failed("stat", ino, &e)),
+            Err(e) => reply.error(failed("stat", &e)),
         }
     }
 
@@ -173,14 +174,14 @@ impl Filesystem for Shell {
     ) {
         match self.tree.change(ino.0, size, mode, (uid, gid)) {
             Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
-            Err(e) => reply.error(failed("change of attributes", ino, &e)),
+            Err(e) => reply.error(failed("change of attributes", &e)),
         }
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
         match self.tree.link_target(ino.0) {
             Ok(target) => reply.data(target.as_os_str().as_encoded_bytes()),
-            Err(e) => reply.error(failed("readlink", ino, &e)),
+            Err(e) => reply.error(failed("readlink", &e)),
         }
     }
 
@@ -198,7 +199,7 @@ impl Filesystem for Shell {
         match self.tree.link(parent.0, link_name, target) {
             // Not to be remembered: the next lookup finds a flat file under this name.
             Ok(link) => reply.entry(&Duration::ZERO, &file_attr(&link), Generation(0)),
-            Err(e) => reply.error(failed("symlink", parent, &e)),
+            Err(e) => reply.error(failed("symlink", &e)),
         }
     }
 
@@ -208,7 +209,7 @@ impl Filesystem for Shell {
         }
         match self.tree.unpin(parent.0, name) {
             Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed("unlink", parent, &e)),
+            Err(e) => reply.error(failed("unlink", &e)),
         }
     }
 
@@ -224,7 +225,7 @@ impl Filesystem for Shell {
                 flags.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, write);
                 reply.opened(FileHandle(opened.handle), flags);
             }
-            Err(e) => reply.error(failed("open", ino, &e)),
+            Err(e) => reply.error(failed("open", &e)),
         }
     }
 
@@ -247,7 +248,9 @@ impl Filesystem for Shell {
             let buf = &mut pages.as_mut_slice().as_mut_bytes()[..size as usize];
             match self.tree.read(ino.0, fh.0, offset, buf) {
                 Ok(len) => reply.data(&buf[..len]),
-                Err(e) => reply.error(failed("read", ino, &e)),
+                Err(e) => {
+                    reply.error(failed(format_args!("read of {size} bytes at {offset:#x}"), &e));
+                }
             }
         });
     }
@@ -266,7 +269,10 @@ impl Filesystem for Shell {
     ) {
         match self.tree.write(ino.0, offset, data) {
             Ok(len) => reply.written(len as u32),
-            Err(e) => reply.error(failed("write", ino, &e)),
+            Err(e) => {
+                let len = data.len();
+                reply.error(failed(format_args!("write of {len} bytes at {offset:#x}"), &e));
+            }
         }
     }
 
@@ -280,7 +286,7 @@ impl Filesystem for Shell {
     ) {
         match self.tree.flush(ino.0, fh.0) {
             Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed("close", ino, &e)),
+            Err(e) => reply.error(failed("close", &e)),
         }
     }
 
@@ -296,7 +302,7 @@ impl Filesystem for Shell {
     ) {
         match self.tree.release(ino.0, fh.0) {
             Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed("release", ino, &e)),
+            Err(e) => reply.error(failed("release", &e)),
         }
     }
 
@@ -310,7 +316,7 @@ impl Filesystem for Shell {
     ) {
         match self.tree.sync(ino.0) {
             Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed("fsync", ino, &e)),
+            Err(e) => reply.error(failed("fsync", &e)),
         }
     }
 
@@ -326,7 +332,10 @@ impl Filesystem for Shell {
     ) {
         match self.tree.allocate(ino.0, offset, length, mode) {
             Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed("fallocate", ino, &e)),
+            Err(e) => {
+                let request = format_args!("fallocate of {length} bytes at {offset:#x}");
+                reply.error(failed(request, &e));
+            }
         }
     }
 
@@ -346,28 +355,28 @@ impl Filesystem for Shell {
         match self.tree.seek(ino.0, offset, whence == libc::SEEK_DATA) {
             Ok(Some(offset)) => reply.offset(offset as i64),
             Ok(None) => reply.error(Errno::ENXIO),
-            Err(e) => reply.error(failed("lseek", ino, &e)),
+            Err(e) => reply.error(failed("lseek", &e)),
         }
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         match self.tree.open_folder(ino.0) {
             Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
-            Err(e) => reply.error(failed("opendir", ino, &e)),
+            Err(e) => reply.error(failed("opendir", &e)),
         }
     }
 
     fn readdir(
         &self,
         _req: &Request,
-        ino: INodeNo,
+        _ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
         let entries = match self.tree.entries(fh.0) {
             Ok(entries) => entries,
-            Err(e) => return reply.error(failed("readdir", ino, &e)),
+            Err(e) => return reply.error(failed("readdir", &e)),
         };
         for (i, entry) in entries.iter().enumerate().skip(offset as usize) {
             let kind = file_type(entry.kind);
@@ -416,7 +425,7 @@ impl Filesystem for Shell {
                 host.name_max() as u32,
                 host.fragment_size() as u32,
             ),
-            Err(e) => reply.error(failed("statfs", ino, &e)),
+            Err(e) => reply.error(failed("statfs", &e)),
         }
     }
 
@@ -426,7 +435,7 @@ impl Filesystem for Shell {
                 Some((_, value)) => reply_xattr(reply, size, value),
                 None => reply.error(Errno::NO_XATTR),
             },
-            Err(e) => reply.error(failed("getxattr", ino, &e)),
+            Err(e) => reply.error(failed("getxattr", &e)),
         }
     }
 
@@ -440,7 +449,7 @@ impl Filesystem for Shell {
                 }
                 reply_xattr(reply, size, &names);
             }
-            Err(e) => reply.error(failed("listxattr", ino, &e)),
+            Err(e) => reply.error(failed("listxattr", &e)),
         }
     }
 

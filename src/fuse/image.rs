@@ -12,6 +12,9 @@
 //! shared, a change of state takes it alone. An image nobody uses is closed, so that other programs
 //! can have it.
 //!
+//! In a `nonpersistent` mount what is written goes to a throw-away layer over the read-only disk. It
+//! lasts until nobody has the file open any more.
+//!
 //! # The kernel's cache
 //!
 //! The kernel may keep the pages of a flat file from one open(2) to the next only while no other
@@ -21,16 +24,17 @@
 
 use std::fs::Metadata;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
 use super::facts::{Facts, FactsCache};
 use super::source::{Place, Stamp, identity};
-use crate::disk::Disk;
 use crate::disk::tables::CacheStats;
+use crate::disk::{Disk, overlay};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Access, FileIdentity};
+use crate::storage::{Access, FileIdentity, file};
 
 /// A flat file's image. Locks, outermost first: `opens`, `current`.
 #[derive(Debug)]
@@ -58,6 +62,8 @@ struct OpenImage {
     disk: Arc<Disk>,
     facts: Arc<Facts>,
     writable: bool,
+    /// Writes go to a throw-away layer.
+    overlaid: bool,
 }
 
 /// How an image is in use.
@@ -94,8 +100,11 @@ impl ImageFile {
         may_write: impl FnOnce(&Facts) -> Result<()>,
     ) -> Result<bool> {
         let mut opens = self.opens.lock();
-        let was_open = self.current.read().is_some();
-        if write && opens.writers == 0 {
+        let (was_open, writable) = match &*self.current.read() {
+            Some(open) => (true, open.writable),
+            None => (false, false),
+        };
+        if write && !writable {
             may_write(&*images.examine(&self.place)?)?;
             self.become_writable(images, opens.readers > 0)?;
         } else if !was_open {
@@ -147,14 +156,21 @@ impl ImageFile {
     fn open_disk(&self, images: &FactsCache, access: Access) -> Result<OpenImage> {
         let path = self.place.path();
         let stat = || self.place.stat().map_err(|e| Error::io("open", &e).in_file(&path));
+        let overlaid = access == Access::Write && images.nonpersistent();
+        let access = if overlaid { Access::Read } else { access };
         let image = images.open(&self.place, access)?;
         let meta = stat()?;
         if identity(&meta) != self.identity {
             return Err(stale().in_file(&path));
         }
         let facts = Arc::new(Facts::of(&image));
+        let disk = match overlaid {
+            true => Arc::new(overlay::nonpersistent(image.disk, file::scratch(&scratch_dir())?)),
+            false => image.disk,
+        };
         images.pin(&self.place, Stamp::of(&meta), facts.clone());
-        Ok(OpenImage { disk: image.disk, facts, writable: access == Access::Write })
+        let writable = overlaid || access == Access::Write;
+        Ok(OpenImage { disk, facts, writable, overlaid })
     }
 
     fn discard(&self, images: &FactsCache, opened: OpenImage) {
@@ -188,7 +204,8 @@ impl ImageFile {
         }
         let mut current = self.current.write();
         let mut closed = Ok(());
-        if opens.readers == 0 || current.as_ref().is_some_and(|open| open.writable) {
+        let written = |open: &OpenImage| open.writable && !open.overlaid;
+        if opens.readers == 0 || current.as_ref().is_some_and(written) {
             closed = self.close_disk(images, &mut current, &mut opens);
         }
         if opens.readers > 0 && current.is_none() {
@@ -205,7 +222,8 @@ impl ImageFile {
     ) -> Result<()> {
         let Some(opened) = current.take() else { return Ok(()) };
         let closed = opened.disk.close();
-        opens.cached = opened.facts.contents();
+        // What the kernel cached of a throw-away layer is nobody's contents.
+        opens.cached = if opened.overlaid { None } else { opened.facts.contents() };
         self.discard(images, opened);
         closed.map_err(|e| e.in_file(&self.place.path()))
     }
@@ -225,7 +243,7 @@ impl ImageFile {
     ) -> Result<R> {
         let current = self.current.read();
         if let Some(open) = &*current {
-            return act(&open.disk);
+            return act(&open.disk).map_err(|e| e.in_file(&self.place.path()));
         }
         drop(current);
         // The readers' disk was lost between two writers.
@@ -244,7 +262,10 @@ impl ImageFile {
     pub fn read(&self, images: &FactsCache, offset: u64, buf: &mut [u8]) -> Result<usize> {
         self.with_disk(images, |disk| {
             let len = disk.size().saturating_sub(offset).min(buf.len() as u64) as usize;
-            disk.read_at(offset, &mut buf[..len]).map(|()| len)
+            if len > 0 {
+                disk.read_at(offset, &mut buf[..len])?;
+            }
+            Ok(len)
         })
     }
 
@@ -302,6 +323,11 @@ impl ImageFile {
             (None, None) => Err(stale()),
         }
     }
+}
+
+/// Where throw-away layers go: not `/tmp`, which may be in memory.
+fn scratch_dir() -> PathBuf {
+    std::env::var_os("TMPDIR").map_or(PathBuf::from("/var/tmp"), PathBuf::from)
 }
 
 /// The name now stands for something else; the kernel looks it up again.

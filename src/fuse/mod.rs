@@ -131,19 +131,12 @@ fn kernel_flag(name: &str) -> Option<MountOption> {
 }
 
 fn mount_failed(e: &io::Error) -> Error {
-    // fusermount3's own words come as they are, a line of several.
+    if e.raw_os_error().is_some() {
+        return Error::io("mount", e);
+    }
+    // fusermount3's own words, of which the first line tells.
     let said = e.to_string();
     let said = said.lines().next().unwrap_or_default();
     let said = said.strip_prefix("fusermount3: ").unwrap_or(said);
-    let error = match e.raw_os_error() {
-        Some(_) => Error::io("mount", e),
-        None => Error::new(ErrorKind::Io, format!("mount: {said}")),
-    };
-    if !Path::new("/dev/fuse").exists() {
-        return error.hint("there is no /dev/fuse; `modprobe fuse` may bring it");
-    }
-    if !geteuid().is_root() && e.kind() == io::ErrorKind::NotFound {
-        return error.hint("users other than root need fusermount3, in the package fuse3");
-    }
-    error
+    Error::new(ErrorKind::Io, format!("mount: {said}"))
 }

@@ -29,6 +29,8 @@ pub enum Allowed {
 pub struct MountOptions {
     /// Nothing is written.
     pub read_only: bool,
+    /// What is written vanishes when the flat file is closed.
+    pub nonpersistent: bool,
     /// Who may use the mount; by default everybody when root mounts, else nobody.
     pub allowed: Option<Allowed>,
     /// Owner of everything.
@@ -65,6 +67,7 @@ impl Default for MountOptions {
     fn default() -> Self {
         Self {
             read_only: false,
+            nonpersistent: false,
             allowed: None,
             uid: None,
             gid: None,
@@ -100,8 +103,6 @@ enum Meaning {
 
 use Meaning::{Flag, Ignored, Kernel, Refused, Value};
 
-const NOT_YET: &str = "not supported yet";
-
 /// Every known option.
 const TABLE: &[(&str, Meaning)] = &[
     ("ro", Flag(|o| o.read_only = true)),
@@ -122,8 +123,8 @@ const TABLE: &[(&str, Meaning)] = &[
     ("allow_parent", Value(|o, v| directory(v).map(|dir| o.allow_parent.push(dir)))),
     ("force", Flag(|o| o.force = true)),
     ("suffix", Value(|o, v| suffix(v).map(|s| o.suffix = s))),
-    ("nonpersistent", Refused(NOT_YET)),
-    ("partitions", Refused(NOT_YET)),
+    ("nonpersistent", Flag(|o| o.nonpersistent = true)),
+    ("partitions", Refused("not supported yet")),
     // FUSE's own. Permissions are always checked by the kernel, the subtype is always flatdisk.
     ("default_permissions", Ignored),
     ("subtype", Ignored),
@@ -405,11 +406,9 @@ mod tests {
 
     #[test]
     fn refusals_say_why() {
-        for (word, why) in [
-            ("remount", "unmount it and mount it again"),
-            ("partitions", "not supported yet"),
-            ("nonpersistent", "not supported yet"),
-        ] {
+        for (word, why) in
+            [("remount", "unmount it and mount it again"), ("partitions", "not supported yet")]
+        {
             let error = parse(word).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{word}");
             assert!(error.to_string().contains(why), "{error}");
