@@ -21,6 +21,7 @@
 
 mod locks;
 pub mod map;
+pub mod overlay;
 pub mod tables;
 
 use std::io;

@@ -465,21 +465,25 @@ impl BlockMap for SparseMap {
     }
 
     fn dirty(&self) -> bool {
-        self.cache_stats().dirty > 0
+        let bitmaps = self.bitmaps.as_ref().map_or(0, |bitmaps| bitmaps.cache().dirty_pages());
+        self.bat.cache().dirty_pages() + bitmaps > 0
     }
 
     fn close(&self) -> Result<()> {
         if self.dirty() {
             self.flush()?;
         }
-        let Some(place) = self.writing.lock().as_mut().and_then(|w| w.space.trim()) else {
+        let mut writing = self.writing.lock();
+        let Some(Writing { space, .. }) = &mut *writing else { return Ok(()) };
+        let (place, file) = (space.trim(), self.file());
+        let failed = |e| Error::io("truncating", &e).in_file(file.path()).at(place);
+        // The length may differ where extending the file failed half way.
+        if place == space.footer_at() && file.len().map_err(failed)? == place + FOOTER {
             return Ok(());
-        };
-        codec::write_all(self.file(), place, self.footers.bytes(), "the footer")?;
-        sync_file(self.file())?;
-        self.file()
-            .set_len(place + FOOTER)
-            .map_err(|e| Error::io("truncating", &e).in_file(self.file().path()).at(place))
+        }
+        codec::write_all(file, place, self.footers.bytes(), "the footer")?;
+        sync_file(file)?;
+        file.set_len(place + FOOTER).map_err(failed)
     }
 
     fn cache_stats(&self) -> CacheStats {

@@ -3,6 +3,7 @@
 use super::batmap::Bits;
 use super::footers::{CopyState, Footers};
 use super::layout::{Chs, DiskType, FOOTER, SECTOR};
+use super::parent_link;
 use super::structure::Structure;
 use super::survey::Survey;
 use crate::codec;
@@ -111,6 +112,9 @@ fn check_blocks(
         };
         report.add(severity, None, what.clone());
     }
+    if footers.disk_type == DiskType::Differencing {
+        check_parent(footers, structure, report);
+    }
     let survey = Survey::run(file, structure, footers.data_end, &mut |problem| {
         report.add(problem.severity, Some(problem.at), problem.what);
     })?;
@@ -134,6 +138,19 @@ fn check_blocks(
         report.leak(end, tail, format!("{tail} bytes before the footer belong to nothing"));
     }
     Ok(())
+}
+
+/// Whether the image names its parent. Whether that is there is for opening the chain to find out.
+fn check_parent(footers: &Footers, structure: &Structure, report: &mut Report) {
+    let at = footers.footer.data_offset.get();
+    match parent_link(footers, structure) {
+        Ok(link) if link.candidates.is_empty() => {
+            report.error(at, "no name of the parent is usable");
+        }
+        Ok(_) => {}
+        Err(e) if e.kind() == ErrorKind::Corrupt => report.error(at, e.what().to_owned()),
+        Err(e) => report.notice(at, e.what().to_owned()),
+    }
 }
 
 /// What the sector bitmaps are compared with.

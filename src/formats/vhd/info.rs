@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::footers::Footers;
-use super::layout::{DiskType, EPOCH, Footer, SECTOR};
+use super::layout::{Chs, DiskType, EPOCH, Footer, SECTOR};
 use super::structure::Structure;
 use crate::formats::ImageInfo;
 
@@ -43,7 +43,23 @@ pub(super) fn fixed(footers: &Footers) -> ImageInfo {
         let extra = footers.data_end - footer.current_size.get();
         info.warnings.push(format!("{extra} bytes between the disk's end and the footer"));
     }
+    info.warnings.extend(other_sizes(footer));
     info
+}
+
+/// Programs that take another size for the disk's.
+fn other_sizes(footer: &Footer) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let (original, geometry) = (footer.original_size.get(), footer.geometry());
+    if original != footer.current_size.get() {
+        warnings.push(format!("libvhdi shows the original size, {original} bytes"));
+    }
+    let by_geometry = footer.creator_is(b"vpc") || footer.creator_is(b"qemu");
+    if by_geometry && geometry != Chs::MAX && geometry.size() != footer.size() {
+        let size = geometry.size();
+        warnings.push(format!("Virtual PC and QEMU show the geometry's size, {size} bytes"));
+    }
+    warnings
 }
 
 /// What a disk with a BAT says about itself.

@@ -6,10 +6,10 @@
 //! differencing  as dynamic, with the parent's names behind the BAT as a rule
 //! ```
 //!
-//! [`layout`] has the structures; [`footers`], [`structure`], [`locators`] and [`batmap`] read and
-//! judge them. [`fixed`] and [`blocks`] are the mappings, [`differencing`] is what a child adds to
-//! the latter; [`bat`] and [`bitmaps`] are the cached tables and [`space`] hands out room in the
-//! file. [`survey`] walks the whole BAT, before the first write and for a check.
+//! `layout` has the structures; `footers`, `structure`, `locators` and `batmap` read and judge them.
+//! `fixed` and `blocks` are the mappings, `differencing` is what a child adds to the latter; `bat`
+//! and `bitmaps` are the cached tables and `space` hands out room in the file. `survey` walks the
+//! whole BAT, before the first write and for a check.
 //!
 //! # The order of writes
 //!
@@ -19,10 +19,10 @@
 //! *Fixed*: payload in place, synced by a flush. A footer of the 511-byte form gets its last byte
 //! before the first write, by extending the file.
 //!
-//! *Dynamic and differencing*, before the first write: the BAT is checked as a whole and writing refused if it is
-//! damaged. Then the copy of the footer is repaired if it is not what it should be, and synced.
-//! From there on an image opens whatever happens to the trailing footer, so moving that needs no
-//! order of its own: the file is extended, the new footer written, the old one zeroed.
+//! *Dynamic and differencing*, before the first write: the BAT is checked as a whole and writing
+//! refused if it is damaged. Then the copy of the footer is repaired if it is not what it should be,
+//! and synced. From there on an image opens whatever happens to the trailing footer, so moving that
+//! needs no order of its own: the file is extended, the new footer written, the old one zeroed.
 //!
 //! Allocating writes a block's bitmap and data where nothing points: all bits set on a dynamic disk,
 //! none on a differencing one, where payload also goes to sectors of stored blocks whose bits are
@@ -37,7 +37,7 @@
 //! A crash before 4 has ended leaves for every sector of the tables the old or the new contents.
 //! New BAT entries lead to complete blocks, or on a differencing disk to blocks whose bitmap is old
 //! (the parent's data shows) or new (the data is there). Old entries lead to blocks that nobody has
-//! touched since. At worst space is lost, which a later session finds again as a hole.
+//! touched since. At worst space is lost, which the survey before a later first write finds again.
 //!
 //! Closing writes the footer behind the last block, syncs, and cuts the file off there. A crash in
 //! between leaves two footers, of which the last one counts, and unused space before it.

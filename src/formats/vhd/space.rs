@@ -160,14 +160,14 @@ impl Space {
         Ok(())
     }
 
-    /// Cuts off what is unused before the footer: returns where the footer moves to, if anywhere.
-    pub(super) fn trim(&mut self) -> Option<u64> {
+    /// Where the footer belongs when the image is closed: right behind everything in use.
+    pub(super) fn trim(&mut self) -> u64 {
         while let Some((&start, hole)) = self.holes.last_key_value()
             && hole.end + self.alignment > self.end
         {
             self.end = start;
             self.holes.pop_last();
         }
-        (self.end < self.footer_at).then_some(self.end)
+        self.end
     }
 }

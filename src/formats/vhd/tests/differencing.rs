@@ -156,6 +156,7 @@ fn a_raw_parent_is_unsupported_and_no_parent_is_damage() {
     let host = sample();
     edited(&host, |bytes| edit_header(bytes, |h| h.parent_unique_id = [0; 16]));
     assert_eq!(refusal(&host).kind(), ErrorKind::Corrupt);
+    assert_eq!(check(&host).errors, 1);
     edited(&host, |bytes| edit_footers(bytes, |f| f.creator_application = *b"tap\0"));
     let error = refusal(&host);
     assert_eq!(error.kind(), ErrorKind::Unsupported);

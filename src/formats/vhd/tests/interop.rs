@@ -170,13 +170,18 @@ fn qemu_reads_what_we_write_with_the_exact_size() {
         create_file(&path, subformat, 10 << 20, block_size);
         let image = open_file(&path);
         write_pattern(&image);
+        image.disk.flush().unwrap();
+        let killed = dir.path().join("killed.vhd");
+        std::fs::copy(&path, &killed).unwrap();
         image.disk.close().unwrap();
         drop(image);
         let path = path.to_str().unwrap();
+        for path in [path, killed.to_str().unwrap()] {
+            run("qemu-img", &["compare", "-f", "vpc", "-F", "raw", path, raw.to_str().unwrap()]);
+        }
         let info = run("qemu-img", &["info", "-f", "vpc", "--output=json", path]);
         let info: serde_json::Value = serde_json::from_str(&info).unwrap();
         assert_eq!(info["virtual-size"], 10 << 20, "{path}");
-        run("qemu-img", &["compare", "-f", "vpc", "-F", "raw", path, raw.to_str().unwrap()]);
     }
 }
 
@@ -222,5 +227,67 @@ fn we_read_what_qemu_writes_and_go_on_writing() {
         let image = open_file(&path);
         assert_eq!(read(&image, 0, 100 << 10), vec![9; 100 << 10], "{options}");
         assert_eq!(read(&image, 4 << 20, 5000), [0x77; 5000], "{options}");
+    }
+}
+
+/// A mount of vhdimount, which shows each generation of a chain as a file.
+struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    fn new(image: &Path) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        run("vhdimount", &[image.to_str().unwrap(), dir.path().to_str().unwrap()]);
+        Self(dir)
+    }
+
+    fn generation(&self, number: usize) -> Vec<u8> {
+        std::fs::read(self.0.path().join(format!("vhdi{number}"))).unwrap()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("fusermount").arg("-u").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn libvhdi_reads_what_we_write_chains_included() {
+    if !has("vhdimount") || !has("fusermount") {
+        return;
+    }
+    if !Path::new("/dev/fuse").exists() {
+        return skip("there is no /dev/fuse");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    for (subformat, block_size) in
+        [("fixed", None), ("dynamic", None), ("dynamic", Some(512 << 10))]
+    {
+        let base = path(&format!("{subformat}-{block_size:?}.vhd"));
+        create_file(&base, subformat, 10 << 20, block_size);
+        let image = open_file(&base);
+        write_pattern(&image);
+        image.disk.close().unwrap();
+        let child = base.with_extension("avhd");
+        create_child(&HostFs, &child, &image, block_size).unwrap();
+        let expected = read(&image, 0, 10 << 20);
+        drop(image);
+
+        let image = open_file(&child);
+        image.disk.write_at(1000, &[0x66; 5000]).unwrap();
+        image.disk.discard(5 << 20, 1 << 20).unwrap();
+        image.disk.write_at(9 << 20, &[0x99; 512]).unwrap();
+        image.disk.close().unwrap();
+        let expected_of_child = read(&image, 0, 10 << 20);
+        drop(image);
+
+        let mounted = Mounted::new(&base);
+        assert!(mounted.generation(1) == expected, "{}", base.display());
+        drop(mounted);
+        let mounted = Mounted::new(&child);
+        let (first, second) = (mounted.generation(1), mounted.generation(2));
+        assert!([&first, &second].contains(&&expected_of_child), "{}", child.display());
+        assert!([&first, &second].contains(&&expected), "{}", child.display());
     }
 }

@@ -2,10 +2,13 @@
 //! other programs.
 
 mod checking;
+mod crash;
 mod differencing;
+mod faults;
 mod interop;
 mod model;
 mod opening;
+mod recorder;
 mod writing;
 
 use std::path::Path;

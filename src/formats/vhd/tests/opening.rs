@@ -210,7 +210,21 @@ fn a_size_between_sectors_is_rounded_down() {
     edit_footers(&mut odd, |f| f.current_size = (8 * MIB - 100).into());
     let image = open(&holding(&odd));
     assert_eq!(image.disk.size(), 8 * MIB - 512);
-    assert_eq!(image.info.warnings.len(), 1, "{:?}", image.info.warnings);
+    assert!(image.info.warnings[0].contains("not a multiple of 512"));
+}
+
+#[test]
+fn sizes_that_others_see_are_warned_about() {
+    let mut image = sample();
+    edit_footers(&mut image, |f| {
+        f.creator_application = *b"vpc ";
+        (f.cylinders, f.heads, f.sectors_per_track) = (240.into(), 4, 17);
+        f.original_size = MIB.into();
+    });
+    let info = open(&holding(&image)).info;
+    assert_eq!(info.virtual_size, 8 * MIB, "the current size counts for every creator");
+    assert_eq!(info.details["geometry"]["size"], 240 * 4 * 17 * 512);
+    assert_eq!(info.warnings.len(), 2, "{:?}", info.warnings);
 }
 
 #[test]
