@@ -20,7 +20,7 @@ use flatdisk::storage::{Access, Host};
 
 /// How many faults to try for each kind of image.
 fn budget() -> usize {
-    number("FLATDISK_FAULTS", 150) as usize
+    number("FLATDISK_FAULTS", 64) as usize
 }
 
 /// A workload under one fault.

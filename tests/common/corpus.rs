@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use flatdisk::disk::Disk;
 use flatdisk::error::Result;
@@ -84,6 +84,7 @@ pub fn unpack(folder: &Path, row: &Row) -> Unpacked {
 }
 
 /// An image of the corpus as a kind of image to write to.
+#[derive(Clone)]
 struct Foreign {
     name: String,
     path: PathBuf,
@@ -117,24 +118,32 @@ impl Kind for Foreign {
 /// The images of the corpus that can be written and do not hold too much for the time that a run
 /// may take; none, said aloud, without a corpus.
 pub fn kinds() -> Vec<Box<dyn Kind>> {
-    let Some(folder) = folder() else { return Vec::new() };
-    let patient = super::number("FLATDISK_CRASH_STATES", 0) > 1000;
-    let limit = if patient { 64 << 20 } else { 3 << 20 };
-    let rows = rows(&folder).into_iter().filter(|row| row.expected == "opens").collect::<Vec<_>>();
-    let kinds = super::in_parallel(&rows, |row| {
-        let unpacked = unpack(&folder, row);
-        let files = MemoryHost::new();
-        for entry in fs::read_dir(unpacked.dir.path()).expect("a readable folder") {
-            let path = entry.expect("a readable folder").path();
-            files.insert(load(&path));
-        }
-        let host: Arc<dyn Host> = files.clone();
-        let kind = Foreign { name: format!("corpus {}", row.id), path: unpacked.image, files };
-        let disk = kind.open(&host, Access::Write).ok()?;
-        let stored = super::crash::stored(&disk).ok()?;
-        (disk.read_only().is_none() && stored < limit).then(|| Box::new(kind) as Box<dyn Kind>)
+    static KINDS: OnceLock<Vec<Foreign>> = OnceLock::new();
+    let kinds = KINDS.get_or_init(|| {
+        let Some(folder) = folder() else { return Vec::new() };
+        let patient = super::number("FLATDISK_CRASH_STATES", 0) > 1000;
+        let limit = if patient { 64 << 20 } else { 3 << 20 };
+        let rows: Vec<_> =
+            rows(&folder).into_iter().filter(|row| row.expected == "opens").collect();
+        let kinds = super::in_parallel(&rows, |row| writable(&folder, row, limit));
+        kinds.into_iter().flatten().collect()
     });
-    kinds.into_iter().flatten().collect()
+    kinds.iter().map(|kind| Box::new(kind.clone()) as Box<dyn Kind>).collect()
+}
+
+/// A row's image, if it can be written and stores less than `limit` bytes.
+fn writable(folder: &Path, row: &Row, limit: u64) -> Option<Foreign> {
+    let unpacked = unpack(folder, row);
+    let files = MemoryHost::new();
+    for entry in fs::read_dir(unpacked.dir.path()).expect("a readable folder") {
+        let path = entry.expect("a readable folder").path();
+        files.insert(load(&path));
+    }
+    let host: Arc<dyn Host> = files.clone();
+    let kind = Foreign { name: format!("corpus {}", row.id), path: unpacked.image, files };
+    let disk = kind.open(&host, Access::Write).ok()?;
+    let stored = super::crash::stored(&disk).ok()?;
+    (disk.read_only().is_none() && stored < limit).then_some(kind)
 }
 
 /// A host file in memory, its zeroes as holes.

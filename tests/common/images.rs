@@ -80,7 +80,7 @@ impl Image {
     /// Whether all of the disk is stored from the beginning.
     pub fn fixed(&self) -> bool {
         let subformat = self.spec.subformat.as_deref().unwrap_or_default();
-        matches!(subformat, "fixed" | "monolithicFlat" | "twoGbMaxExtentFlat" | "vmfs")
+        matches!(subformat, "fixed" | "monolithicFlat" | "twoGbMaxExtentFlat" | "vmfs" | "vmfsThin")
     }
 
     /// Where the image lies on a test's host.
@@ -176,10 +176,10 @@ pub fn small() -> Vec<Image> {
         Image::new("vhdx", "fixed", 4 * MIB).block(MIB).sector(512),
         Image::new("vmdk", "monolithicSparse", 40 * MIB + 5 * SECTOR),
         Image::new("vmdk", "twoGbMaxExtentSparse", 2047 * MIB + 300 * SECTOR),
-        Image::new("vmdk", "vmfsSparse", 5 * MIB + 3 * SECTOR),
         Image::new("vmdk", "monolithicFlat", MIB + SECTOR),
         Image::new("vmdk", "twoGbMaxExtentFlat", 2047 * MIB + SECTOR),
         Image::new("vmdk", "vmfs", MIB),
+        Image::new("vmdk", "vmfsThin", MIB),
     ];
     let vhd = Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2);
     let vhdx = Image::new("vhdx", "dynamic", 3 * MIB).block(MIB).sector(512);
