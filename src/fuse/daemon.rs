@@ -1,7 +1,7 @@
 //! The life of a mount: what is checked first, what runs beside it, how it ends.
 //!
-//! Besides fuser's threads that serve requests there are: one that flushes what was written at most
-//! [`FLUSH_INTERVAL`] later, one for signals, one for the control socket, and the caller's, which
+//! Besides fuser's threads that serve requests there are: one that flushes tables at most
+//! [`FLUSH_INTERVAL`] after their data, one for signals, one for the control socket, and the caller's, which
 //! waits for the end. A signal asks for an ordinary unmount, which fails while somebody uses the
 //! mount; the second one detaches it from the name space. Either way every image is closed only when the
 //! kernel has ended the session, and then nobody can write any more.
@@ -33,7 +33,7 @@ use crate::formats::OpenOptions;
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
-/// How long a write stays without a flush when nobody asks for one. Five seconds are promised; the
+/// How long a table stays changed in memory only when nobody asks for a flush. Five seconds are promised; the
 /// rest is for the flush itself.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(4);
 
@@ -261,12 +261,12 @@ fn forward_signals(events: Sender<Event>) -> Result<()> {
     start_thread("signals", forward)
 }
 
-/// Flushes all images every [`FLUSH_INTERVAL`] until the returned sender is dropped.
+/// Flushes the images' tables every [`FLUSH_INTERVAL`] until the returned sender is dropped.
 fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
     let (sender, ended) = mpsc::channel::<()>();
     start_thread("flush", move || {
         while ended.recv_timeout(FLUSH_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-            tree.flush_all();
+            tree.flush_tables();
         }
     })?;
     Ok(sender)
