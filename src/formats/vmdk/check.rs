@@ -52,6 +52,8 @@ pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> 
 fn check_extent(extent: &SparseExtent, name: Option<PathBuf>, report: &mut Report) -> Result<()> {
     let usage = walk::walk(&extent.tables, &mut |problem| {
         let severity = match problem.kind {
+            // What a crash leaves costs nothing: the next writer renews the redundant copy.
+            Kind::Torn if extent.unclean => Severity::Notice,
             Kind::Damage | Kind::Torn => Severity::Error,
             Kind::Oddity => Severity::Notice,
         };

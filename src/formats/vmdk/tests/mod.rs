@@ -2,6 +2,8 @@
 
 mod chains;
 mod corpus;
+mod crash;
+mod hostile;
 mod model;
 mod opening;
 mod qemu;
