@@ -21,10 +21,12 @@
 //! only what differs from its parent.
 #![deny(unsafe_code)]
 
+pub mod cli;
 pub mod codec;
 pub mod disk;
 pub mod error;
 pub mod formats;
+pub mod fuse;
 pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};

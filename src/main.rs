@@ -1,3 +1,7 @@
 //! The `flatdisk` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    flatdisk::cli::run()
+}

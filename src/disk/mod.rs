@@ -21,6 +21,7 @@
 
 mod locks;
 pub mod map;
+pub mod overlay;
 pub mod tables;
 
 use std::io;
@@ -483,6 +484,12 @@ impl Disk {
     /// Whether anything was written that no flush has covered yet.
     pub fn needs_flush(&self) -> bool {
         self.unflushed.load(Ordering::Acquire)
+    }
+
+    /// Whether tables changed in memory wait for a flush. Without such, only payload may be unsynced,
+    /// which the host writes back by itself.
+    pub fn tables_dirty(&self) -> bool {
+        self.map.dirty()
     }
 
     /// Flushes and marks the image clean. The disk must not be used afterwards.

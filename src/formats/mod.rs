@@ -206,13 +206,27 @@ pub fn by_extension(path: &Path) -> Option<&'static dyn Format> {
 }
 
 /// The format that a file's contents show.
+///
+/// A guest chooses the first sectors of a fixed VHD and the last ones of a sparse VMDK, so contents
+/// alone may claim two formats. Then the file's extension decides, which no guest can change.
 pub fn recognise(file: &dyn Storage) -> Result<&'static dyn Format> {
     let probe = Probe::read(file)?;
-    FORMATS.into_iter().find(|f| f.probe(&probe)).ok_or_else(|| {
-        let what =
-            if probe.len == 0 { "the file is empty" } else { "not a VHD, VHDX or VMDK image" };
-        Error::new(ErrorKind::NotThisFormat, what).in_file(file.path())
-    })
+    let claims: Vec<_> = FORMATS.into_iter().filter(|f| f.probe(&probe)).collect();
+    let by_extension = by_extension(file.path()).map(Format::name);
+    match claims[..] {
+        [] => {
+            let empty = "the file is empty";
+            let what = if probe.len == 0 { empty } else { "not a VHD, VHDX or VMDK image" };
+            Err(Error::new(ErrorKind::NotThisFormat, what).in_file(file.path()))
+        }
+        [only] => Ok(only),
+        _ => claims.iter().find(|f| Some(f.name()) == by_extension).copied().ok_or_else(|| {
+            let names: Vec<_> = claims.iter().map(|f| f.name()).collect();
+            Error::new(ErrorKind::NotThisFormat, format!("may be {}", names.join(" or ")))
+                .in_file(file.path())
+                .hint("give the file the extension of the format it has")
+        }),
+    }
 }
 
 /// Creates an image of `format` at `path`, removing what a failed attempt left.
@@ -237,4 +251,26 @@ pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result
     let mut report = Report::new(format.name());
     format.check(file, &ctx, &mut report).map_err(|e| e.in_file(path))?;
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::Access;
+    use crate::storage::memory::MemoryHost;
+
+    #[test]
+    fn a_guest_cannot_turn_a_fixed_vhd_into_another_format() {
+        let host = MemoryHost::new();
+        let spec =
+            CreateSpec { subformat: Some("fixed".into()), size: 1 << 20, ..CreateSpec::default() };
+        for (name, expected) in [("/d.vhd", Ok("vhd")), ("/d", Err(ErrorKind::NotThisFormat))] {
+            let path = Path::new(name);
+            create(&vhd::Vhd, &*host, path, &spec).unwrap();
+            let file = host.open(path, Access::Write).unwrap();
+            file.write_at(0, b"vhdxfile").unwrap();
+            let found = recognise(&*file).map(|f| f.name()).map_err(|e| e.kind());
+            assert_eq!(found, expected, "{name}");
+        }
+    }
 }

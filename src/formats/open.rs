@@ -96,6 +96,8 @@ pub struct Image {
     pub identity: Identity,
     /// The image's path.
     pub path: PathBuf,
+    /// Why the image cannot be written however it is opened, if it cannot.
+    pub read_only: Option<String>,
     /// Parts of the disk known to be lost.
     pub damage: Vec<DiskRange>,
     /// The parent's image, for a child.
@@ -106,6 +108,12 @@ pub struct Image {
 pub fn open(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Image> {
     let file = host.open(path, options.access)?;
     open_link(host, file, path, options, &mut Vec::new())
+}
+
+/// Opens the image at `path` without looking for its parents.
+pub fn open_alone(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Opened> {
+    let file = host.open(path, options.access)?;
+    recognise(&*file)?.open(file, &OpenContext::new(host, path, options)).in_file(path)
 }
 
 /// Opens one link of a chain; `children` are the files that led here.
@@ -127,9 +135,6 @@ fn open_link(
     let ctx = OpenContext::new(host, path, options);
     let opened: Opened = format.open(file, &ctx).in_file(path)?;
     let mut read_only = opened.read_only;
-    if options.access != Access::Write {
-        read_only.get_or_insert_with(|| "the image is open for reading".to_owned());
-    }
     let parent = match &opened.parent {
         None => None,
         Some(link) => {
@@ -151,15 +156,25 @@ fn open_link(
                 log::warn!("{error}; reading by force");
                 read_only = Some("the parent is not the one the image was made from".to_owned());
             }
+            let sector = opened.map.geometry().logical_sector;
+            if parent.disk.geometry().logical_sector != sector {
+                let what = format!(
+                    "the parent has sectors of {} bytes, the image of {sector}",
+                    parent.disk.geometry().logical_sector
+                );
+                return Err(Error::corrupt(what).in_file(path));
+            }
             Some(Box::new(parent))
         }
     };
     let parent_disk = parent.as_ref().map(|p| p.disk.clone());
+    let not_now = (options.access != Access::Write).then(|| "the image is open for reading".into());
     Ok(Image {
-        disk: Arc::new(Disk::new(opened.map, parent_disk, read_only)),
+        disk: Arc::new(Disk::new(opened.map, parent_disk, read_only.clone().or(not_now))),
         info: opened.info,
         identity: opened.identity,
         path: path.to_owned(),
+        read_only,
         damage: opened.damage,
         parent,
     })

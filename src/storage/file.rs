@@ -102,6 +102,13 @@ impl HostFile {
     }
 }
 
+/// A new file without a name in `dir`, gone when it is closed.
+pub fn scratch(dir: &Path) -> Result<Arc<dyn Storage>> {
+    let file = tempfile::tempfile_in(dir)
+        .map_err(|e| Error::io("create a scratch file", &e).in_file(dir))?;
+    Ok(Arc::new(HostFile { file, path: dir.join("(scratch)"), writable: true }))
+}
+
 /// Lock bytes held and denied, a bit per permission: 0 consistent read, 1 write, 2 write unchanged,
 /// 3 resize.
 #[derive(Clone, Copy)]

@@ -13,11 +13,12 @@ use super::{Access, FileIdentity, Host, Storage};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Stored in chunks so that a huge sparse file costs only what was written to it.
-const CHUNK: u64 = 64 << 10;
+const CHUNK: u64 = 16 << 10;
 
+/// The bytes of one file. Clones share their chunks until one of them writes.
 #[derive(Debug, Default, Clone)]
-struct Contents {
-    chunks: BTreeMap<u64, Box<[u8]>>,
+pub(super) struct Contents {
+    chunks: BTreeMap<u64, Arc<[u8]>>,
     len: u64,
 }
 
@@ -32,14 +33,32 @@ pub struct MemoryFile {
 impl MemoryFile {
     /// A file called `path` with the given contents.
     pub fn new(path: impl Into<PathBuf>, bytes: &[u8]) -> Arc<Self> {
+        let mut contents = Contents::default();
+        contents.write(0, bytes);
+        Self::with_contents(path, contents)
+    }
+
+    pub(super) fn with_contents(path: impl Into<PathBuf>, contents: Contents) -> Arc<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let file = Self {
-            contents: RwLock::default(),
+        Arc::new(Self {
+            contents: RwLock::new(contents),
             path: path.into(),
             inode: NEXT.fetch_add(1, Ordering::Relaxed),
-        };
-        file.write(0, bytes);
-        Arc::new(file)
+        })
+    }
+
+    /// A file of its own with the same name and bytes; costs little until one of the two changes.
+    pub fn fork(&self) -> Arc<Self> {
+        Self::with_contents(self.path.clone(), self.contents())
+    }
+
+    /// Fills `buf` from `at`, with zeroes past the end.
+    pub(super) fn read_padded(&self, at: u64, buf: &mut [u8]) {
+        self.contents.read().read(at, buf);
+    }
+
+    pub(super) fn contents(&self) -> Contents {
+        self.contents.read().clone()
     }
 
     /// All bytes of the file.
@@ -49,27 +68,47 @@ impl MemoryFile {
         contents.read(0, &mut bytes);
         bytes
     }
+}
 
-    fn write(&self, at: u64, data: &[u8]) {
-        let mut contents = self.contents.write();
-        contents.len = contents.len.max(at + data.len() as u64);
+impl Contents {
+    /// Length in bytes.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn write(&mut self, at: u64, data: &[u8]) {
+        self.poke(at, data);
+        self.len = self.len.max(at + data.len() as u64);
+    }
+
+    /// Writes without growing the file: bytes past its end are there once the length covers them.
+    pub(super) fn poke(&mut self, at: u64, data: &[u8]) {
         let mut done = 0;
         while done < data.len() {
             let pos = at + done as u64;
             let (index, skip) = (pos / CHUNK, (pos % CHUNK) as usize);
             let part = (data.len() - done).min(CHUNK as usize - skip);
-            let chunk = contents
-                .chunks
-                .entry(index)
-                .or_insert_with(|| vec![0; CHUNK as usize].into_boxed_slice());
-            chunk[skip..skip + part].copy_from_slice(&data[done..done + part]);
+            let chunk = self.chunks.entry(index).or_insert_with(|| [0; CHUNK as usize].into());
+            Arc::make_mut(chunk)[skip..skip + part].copy_from_slice(&data[done..done + part]);
             done += part;
         }
     }
-}
 
-impl Contents {
-    fn read(&self, at: u64, buf: &mut [u8]) {
+    /// Undoes what [`Self::poke`] left past the end.
+    pub(super) fn forget_past_end(&mut self) {
+        self.zero(self.len..u64::MAX);
+    }
+
+    /// Cuts or extends the file. Cutting forgets every byte past the new end.
+    pub(super) fn set_len(&mut self, len: u64) {
+        if len < self.len {
+            self.zero(len..u64::MAX);
+        }
+        self.len = len;
+    }
+
+    /// Fills `buf` from `at`, with zeroes past the end.
+    pub(super) fn read(&self, at: u64, buf: &mut [u8]) {
         let mut done = 0;
         while done < buf.len() {
             let pos = at + done as u64;
@@ -85,7 +124,8 @@ impl Contents {
         }
     }
 
-    fn zero(&mut self, range: Range<u64>) {
+    /// Makes a range read as zeroes.
+    pub(super) fn zero(&mut self, range: Range<u64>) {
         let indices: Vec<u64> = self
             .chunks
             .range(range.start / CHUNK..range.end.div_ceil(CHUNK))
@@ -98,7 +138,7 @@ impl Contents {
             if from == 0 && to == CHUNK as usize {
                 self.chunks.remove(&index);
             } else if let Some(chunk) = self.chunks.get_mut(&index) {
-                chunk[from..to].fill(0);
+                Arc::make_mut(chunk)[from..to].fill(0);
             }
         }
     }
@@ -119,23 +159,18 @@ impl Storage for MemoryFile {
     }
 
     fn write_at(&self, at: u64, data: &[u8]) -> io::Result<()> {
-        self.write(at, data);
+        self.contents.write().write(at, data);
         Ok(())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let mut contents = self.contents.write();
-        if len < contents.len {
-            let old = contents.len;
-            contents.zero(len..old);
-        }
-        contents.len = len;
+        self.contents.write().set_len(len);
         Ok(())
     }
 
     fn punch_hole(&self, at: u64, len: u64) -> io::Result<()> {
         let mut contents = self.contents.write();
-        let end = (at + len).min(contents.len);
+        let end = at.saturating_add(len).min(contents.len);
         if at < end {
             contents.zero(at..end);
         }
@@ -199,6 +234,13 @@ impl MemoryHost {
     /// The file called `path`.
     pub fn file(&self, path: &Path) -> Option<Arc<MemoryFile>> {
         self.files.lock().get(path).cloned()
+    }
+
+    /// A host of its own with the same files; see [`MemoryFile::fork`].
+    pub fn fork(&self) -> Arc<Self> {
+        let files = self.files.lock();
+        let forked = files.iter().map(|(path, file)| (path.clone(), file.fork())).collect();
+        Arc::new(Self { files: Mutex::new(forked) })
     }
 
     /// All files.

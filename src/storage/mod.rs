@@ -2,8 +2,8 @@
 //!
 //! [`Storage`] is one host file; [`Host`] is where files come from. Everything above works on these
 //! two traits only, so that the same drivers run on real files ([`file`]), in memory ([`memory`]),
-//! on a recorder that can replay every crash and on storage that fails on demand
-//! ([`faulty`]).
+//! on a recorder ([`recording`]) whose every crash can be built ([`crash`]), and on storage that
+//! fails on demand ([`faulty`]).
 //!
 //! # Contract of [`Storage`]
 //!
@@ -13,8 +13,14 @@
 //!   each torn at 512-byte sectors, may survive a crash, in any order.
 //! - A failed `sync` is final: the caller must not take a later success as covering its writes.
 
+#[doc(hidden)]
+pub mod crash;
+#[doc(hidden)]
+pub mod faulty;
 pub mod file;
 pub mod memory;
+#[doc(hidden)]
+pub mod recording;
 
 use std::fmt;
 use std::io;

@@ -1,11 +1,78 @@
-//! The VHD driver.
+//! The VHD driver: fixed, dynamic and differencing disks.
+//!
+//! ```text
+//! fixed         data ......................................................... footer
+//! dynamic       footer copy, header, BAT, [bitmap, data], [bitmap, data], ... footer
+//! differencing  as dynamic, with the parent's names behind the BAT as a rule
+//! ```
+//!
+//! `layout` has the structures; `footers`, `structure`, `locators` and `batmap` read and judge them.
+//! `fixed` and `blocks` are the mappings, `differencing` is what a child adds to the latter; `bat`
+//! and `bitmaps` are the cached tables and `space` hands out room in the file. `survey` walks the
+//! whole BAT, before the first write and for a check.
+//!
+//! # The order of writes
+//!
+//! The format has no log and no dirty flag. Sectors are written whole or not at all; between two
+//! syncs anything may or may not arrive.
+//!
+//! *Fixed*: payload in place, synced by a flush. A footer of the 511-byte form gets its last byte
+//! before the first write, by extending the file.
+//!
+//! *Dynamic and differencing*, before the first write: the BAT is checked as a whole and writing
+//! refused if it is damaged. Then the copy of the footer is repaired if it is not what it should be,
+//! and synced. From there on an image opens whatever happens to the trailing footer, so moving that
+//! needs no order of its own: the file is extended, the new footer written, the old one zeroed.
+//!
+//! Allocating writes a block's bitmap and data where nothing points: all bits set on a dynamic disk,
+//! none on a differencing one, where payload also goes to sectors of stored blocks whose bits are
+//! clear. A flush then
+//!
+//! 1. writes the batmap if there is one that changed (it only loses bits, which is always true);
+//! 2. syncs: payload, bitmaps of new blocks, footer, length;
+//! 3. writes the changed sector bitmaps of a differencing disk, and the changed pages of the BAT;
+//! 4. syncs;
+//! 5. punches the blocks that the BAT pointed at before and makes them reusable.
+//!
+//! A crash before 4 has ended leaves for every sector of the tables the old or the new contents.
+//! New BAT entries lead to complete blocks, or on a differencing disk to blocks whose bitmap is old
+//! (the parent's data shows) or new (the data is there). Old entries lead to blocks that nobody has
+//! touched since. At worst space is lost, which the survey before a later first write finds again.
+//!
+//! Closing writes the footer behind the last block, syncs, and cuts the file off there. A crash in
+//! between leaves two footers, of which the last one counts, and unused space before it.
+
+mod bat;
+mod batmap;
+mod bitmaps;
+mod blocks;
+mod check;
+mod create;
+mod differencing;
+mod fixed;
+mod footers;
+mod info;
+mod layout;
+mod locators;
+mod space;
+mod structure;
+mod survey;
+#[cfg(test)]
+mod tests;
+
+pub use create::create_child;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, OpenContext, Opened, Probe, Report};
+use super::{CreateSpec, Format, Identity, OpenContext, Opened, ParentLink, Probe, Report};
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
+use blocks::SparseMap;
+use fixed::FixedMap;
+use footers::Footers;
+use layout::{DiskType, FOOTER, FOOTER_COOKIE, POISON_COOKIE, SHORT_FOOTER};
+use structure::Structure;
 
 /// The VHD format.
 pub struct Vhd;
@@ -20,27 +87,89 @@ impl Format for Vhd {
     }
 
     fn subformats(&self) -> &'static [&'static str] {
-        &[]
+        &["dynamic", "fixed"]
     }
 
-    fn probe(&self, _probe: &Probe) -> bool {
-        false
+    fn probe(&self, probe: &Probe) -> bool {
+        let from_end = |len: u64| {
+            let at = probe.tail.len().checked_sub(len as usize)?;
+            probe.tail.get(at..)
+        };
+        [Some(&probe.head[..]), from_end(FOOTER), from_end(SHORT_FOOTER)]
+            .into_iter()
+            .flatten()
+            .any(|bytes| bytes.starts_with(&FOOTER_COOKIE) || bytes.starts_with(&POISON_COOKIE))
     }
 
-    fn open(&self, _file: Arc<dyn Storage>, _ctx: &OpenContext) -> Result<Opened> {
-        Err(Error::unsupported("not yet"))
+    fn open(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> {
+        let footers = Footers::find(&*file, ctx.force)?;
+        let forced = footers.forced.as_ref().map(|what| format!("opened by force: {what}"));
+        let opened = match footers.disk_type {
+            DiskType::Fixed => open_fixed(file, &footers)?,
+            DiskType::Dynamic | DiskType::Differencing => open_sparse(file, footers, ctx)?,
+        };
+        Ok(Opened { read_only: forced.or(opened.read_only), ..opened })
     }
 
-    fn create(&self, _host: &dyn Host, _path: &Path, _spec: &CreateSpec) -> Result<()> {
-        Err(Error::unsupported("not yet"))
+    fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
+        create::create(host, path, spec)
     }
 
-    fn check(
-        &self,
-        _file: Arc<dyn Storage>,
-        _ctx: &OpenContext,
-        _report: &mut Report,
-    ) -> Result<()> {
-        Err(Error::unsupported("not yet"))
+    fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
+        check::check(&*file, ctx.force, report)
     }
+}
+
+fn open_fixed(file: Arc<dyn Storage>, footers: &Footers) -> Result<Opened> {
+    let info = info::fixed(footers);
+    let map = FixedMap::new(file, footers)?;
+    let missing = map.missing();
+    let read_only = match &missing {
+        Some(range) => Some(format!(
+            "the file is too short: the last {} bytes of the disk are missing",
+            range.end - range.start
+        )),
+        None if info.virtual_size == 0 => Some("the disk has no sectors".to_owned()),
+        None => None,
+    };
+    Ok(Opened {
+        map: Box::new(map),
+        info,
+        identity: Identity::VhdUniqueId(footers.footer.unique_id),
+        parent: None,
+        read_only,
+        damage: missing.into_iter().collect(),
+    })
+}
+
+fn open_sparse(file: Arc<dyn Storage>, footers: Footers, ctx: &OpenContext) -> Result<Opened> {
+    let structure = Structure::read(&*file, &footers, ctx.force)?;
+    let parent = match footers.disk_type {
+        DiskType::Differencing => Some(parent_link(&footers, &structure)?),
+        _ => None,
+    };
+    let covered = structure.blocks * structure.block_size;
+    let damage = (covered < structure.size).then_some(covered..structure.size);
+    Ok(Opened {
+        info: info::sparse(&footers, &structure),
+        identity: Identity::VhdUniqueId(footers.footer.unique_id),
+        parent,
+        read_only: structure.read_only.clone(),
+        damage: damage.into_iter().collect(),
+        map: Box::new(SparseMap::new(file, footers, structure, &ctx.budget)),
+    })
+}
+
+fn parent_link(footers: &Footers, structure: &Structure) -> Result<ParentLink> {
+    let id = structure.header.parent_unique_id;
+    let candidates = structure.locators.candidates();
+    if id == [0; 16] {
+        return Err(if footers.footer.creator_is(b"tap") {
+            let names = candidates.join(", ");
+            Error::unsupported(format!("a differencing disk over a raw parent ({names})"))
+        } else {
+            Error::corrupt("a differencing disk that names no parent")
+        });
+    }
+    Ok(ParentLink { identity: Identity::VhdUniqueId(id), candidates })
 }

@@ -1,0 +1,223 @@
+//! `info` and `check`: looking at images without changing them.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::output::{OutputArgs, iec, print_json, print_line};
+use crate::error::{Error, ErrorKind, Result};
+use crate::formats::{self, Finding, ImageInfo, OpenOptions, Report, Severity, open};
+use crate::storage::Access;
+use crate::storage::file::HostFs;
+
+/// Arguments of `flatdisk info`.
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// The image.
+    image: PathBuf,
+    /// Also show the image's parents, nearest first.
+    #[arg(long)]
+    chain: bool,
+    /// Directories besides the image's own in which parents may lie.
+    #[arg(long, value_name = "DIR")]
+    allow_parent: Vec<PathBuf>,
+    /// Read on where the image contradicts itself.
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// One image of `info`'s answer.
+#[derive(Serialize)]
+struct ImageEntry {
+    filename: PathBuf,
+    #[serde(flatten)]
+    info: ImageInfo,
+    /// Host space of all the image's files.
+    allocated: u64,
+    /// Why it cannot be written, if it cannot.
+    read_only: Option<String>,
+}
+
+/// Shows what images say about themselves.
+pub fn info(args: &InfoArgs) -> Result<u8> {
+    let host = HostFs::shared();
+    let mut options = OpenOptions::new(Access::Peek);
+    options.force = args.force;
+    options.allow_parent.clone_from(&args.allow_parent);
+    let mut entries = Vec::new();
+    if args.chain {
+        let image = formats::open(&host, &args.image, &options)?;
+        let mut link = Some(&image);
+        while let Some(image) = link {
+            entries.push(ImageEntry {
+                filename: image.path.clone(),
+                info: image.info.clone(),
+                allocated: image.disk.allocated()?,
+                read_only: image.read_only.clone(),
+            });
+            link = image.parent.as_deref();
+        }
+    } else {
+        // A child is described even when its parent is not to be found.
+        let opened = open::open_alone(&host, &args.image, &options)?;
+        let mut allocated = 0;
+        for file in opened.map.files() {
+            allocated += file
+                .allocated()
+                .map_err(|e| Error::io("asking for the size", &e).in_file(file.path()))?;
+        }
+        entries.push(ImageEntry {
+            filename: args.image.clone(),
+            info: opened.info,
+            allocated,
+            read_only: opened.read_only,
+        });
+    }
+    if args.output.json() {
+        print_json(&serde_json::json!({ "images": entries }))?;
+    } else {
+        for (i, entry) in entries.iter().enumerate() {
+            if i > 0 {
+                print_line("")?;
+            }
+            print_entry(entry)?;
+        }
+    }
+    Ok(0)
+}
+
+fn print_entry(entry: &ImageEntry) -> Result<()> {
+    let info = &entry.info;
+    print_line(&entry.filename.display().to_string())?;
+    let mut rows = vec![
+        ("format", format!("{} {}", info.format.to_uppercase(), info.subformat)),
+        ("virtual size", format!("{} ({} bytes)", iec(info.virtual_size), info.virtual_size)),
+        ("on the host", iec(entry.allocated)),
+        (
+            "sectors",
+            format!(
+                "{} bytes logical, {} physical",
+                info.logical_sector_size, info.physical_sector_size
+            ),
+        ),
+    ];
+    rows.extend(info.block_size.map(|size| ("block size", iec(size))));
+    rows.extend(info.uuid.clone().map(|id| ("id", id)));
+    rows.extend(info.creator.clone().map(|creator| ("creator", creator)));
+    rows.extend(info.parent.clone().map(|parent| ("parent", parent)));
+    if !info.extents.is_empty() {
+        let names: Vec<_> = info.extents.iter().map(|p| p.display().to_string()).collect();
+        rows.push(("extents", names.join(", ")));
+    }
+    if info.dirty {
+        rows.push(("state", "not closed cleanly".to_owned()));
+    }
+    rows.extend(entry.read_only.clone().map(|why| ("read-only", why)));
+    for (name, value) in rows {
+        print_line(&format!("  {name:<14}{value}"))?;
+    }
+    for (name, value) in &info.details {
+        print_detail(&name.replace('_', " "), value, 2)?;
+    }
+    for warning in &info.warnings {
+        print_line(&format!("  warning: {warning}"))?;
+    }
+    Ok(())
+}
+
+/// Prints one field of the format's own, nested ones below it.
+fn print_detail(name: &str, value: &Value, indent: usize) -> Result<()> {
+    let pad = " ".repeat(indent);
+    match value {
+        Value::Null => Ok(()),
+        Value::String(text) => print_line(&format!("{pad}{name:<14}{text}")),
+        Value::Object(fields) => {
+            print_line(&format!("{pad}{name}"))?;
+            fields.iter().try_for_each(|(name, value)| {
+                print_detail(&name.replace('_', " "), value, indent + 2)
+            })
+        }
+        Value::Array(items) if items.iter().any(Value::is_object) => items
+            .iter()
+            .enumerate()
+            .try_for_each(|(i, item)| print_detail(&format!("{name} {}", i + 1), item, indent)),
+        other => print_line(&format!("{pad}{name:<14}{other}")),
+    }
+}
+
+/// Arguments of `flatdisk check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The image.
+    image: PathBuf,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Exit status of a check that could not be completed, as in qemu-img.
+const NOT_COMPLETED: u8 = 1;
+
+/// Checks every table of an image. Exit status: 0 clean, 1 not completed, 2 errors, 3 only leaks.
+pub fn check(args: &CheckArgs) -> Result<u8> {
+    let host = HostFs::shared();
+    let report = match formats::check(&host, &args.image, &OpenOptions::new(Access::Read)) {
+        Ok(report) => report,
+        // An image too damaged to open was checked; anything else kept the check from happening.
+        Err(e) if e.kind() == ErrorKind::Corrupt => {
+            let mut report = Report::new("unknown");
+            report.add(Severity::Error, e.offset(), e.what());
+            report
+        }
+        Err(e) => {
+            log::debug!("check not completed: {e}");
+            eprintln!("flatdisk: {e}");
+            return Ok(NOT_COMPLETED);
+        }
+    };
+    if args.output.json() {
+        print_json(&report)?;
+    } else {
+        print_report(&args.image, &report)?;
+    }
+    Ok(report.exit_status())
+}
+
+fn print_report(image: &Path, report: &Report) -> Result<()> {
+    for finding in &report.findings {
+        print_line(&describe(image, finding))?;
+    }
+    let shown = report.findings.len() as u64;
+    let all = report.errors + report.leaks + report.notices;
+    if shown < all {
+        print_line(&format!("… and {} more", all - shown))?;
+    }
+    let found = match (report.errors, report.leaks) {
+        (0, 0) => "No errors found.".to_owned(),
+        (0, _) => format!("No errors found, {} leaked.", iec(report.leaked_bytes)),
+        (1, _) => "1 error found.".to_owned(),
+        (n, _) => format!("{n} errors found."),
+    };
+    // Flat images have no blocks to count.
+    let Some(percent) = (report.allocated_blocks * 100).checked_div(report.blocks) else {
+        return print_line(&found);
+    };
+    let (allocated, blocks) = (report.allocated_blocks, report.blocks);
+    print_line(&format!("{found} {allocated} of {blocks} blocks allocated ({percent}%)"))
+}
+
+fn describe(image: &Path, finding: &Finding) -> String {
+    let severity = match finding.severity {
+        Severity::Error => "error",
+        Severity::Leak => "leak",
+        Severity::Notice => "notice",
+    };
+    let file = finding.file.as_deref().unwrap_or(image).display();
+    match finding.offset {
+        Some(at) => format!("{severity}: {file}: {} at {at:#x}", finding.what),
+        None => format!("{severity}: {file}: {}", finding.what),
+    }
+}

@@ -1,0 +1,83 @@
+//! Where log lines go: standard error, and the system log once a daemon has let go of it.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use env_logger::{Builder, Target};
+use log::{Level, LevelFilter};
+
+static DETACHED: AtomicBool = AtomicBool::new(false);
+
+/// Starts logging: warnings, with `verbose` 1 also what happens, with 2 every request.
+/// The environment variable `FLATDISK_LOG` overrides that.
+pub fn start(verbose: u8) {
+    let own = match verbose {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        _ => LevelFilter::Debug,
+    };
+    let mut builder = Builder::new();
+    // fuser reports every mount and every unknown request at lower levels.
+    builder.filter_level(LevelFilter::Error).filter_module("flatdisk", own);
+    if verbose > 1 {
+        builder.filter_module("fuser", LevelFilter::Debug);
+    }
+    builder
+        .parse_env("FLATDISK_LOG")
+        .format(|out, record| {
+            // syslog's numbers, facility "daemon".
+            let severity = match record.level() {
+                Level::Error => 3,
+                Level::Warn => 4,
+                Level::Info => 6,
+                Level::Debug | Level::Trace => 7,
+            };
+            let mut text = String::new();
+            for c in record.args().to_string().chars() {
+                if c.is_control() {
+                    let _ = write!(text, "{}", c.escape_default());
+                } else {
+                    text.push(c);
+                }
+            }
+            match DETACHED.load(Ordering::Relaxed) {
+                true => write!(out, "<{}>flatdisk[{}]: {text}", 24 + severity, std::process::id()),
+                false => writeln!(out, "flatdisk: {text}"),
+            }
+        })
+        .target(Target::Pipe(Box::new(Sink { system_log: None })));
+    let _ = builder.try_init();
+}
+
+/// From now on lines go to the system log.
+pub fn detach() {
+    DETACHED.store(true, Ordering::Relaxed);
+}
+
+/// Gets each line in one call.
+struct Sink {
+    system_log: Option<UnixDatagram>,
+}
+
+impl Write for Sink {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if !DETACHED.load(Ordering::Relaxed) {
+            return io::stderr().write(line);
+        }
+        // Without a system log, or while it is away, lines are lost: there is nobody to tell.
+        let socket = match self.system_log.take() {
+            Some(socket) => socket,
+            None => UnixDatagram::unbound()?,
+        };
+        if socket.send_to(line, "/dev/log").is_ok() {
+            self.system_log = Some(socket);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

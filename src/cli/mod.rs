@@ -1,0 +1,149 @@
+//! The command line.
+//!
+//! The program is called by several names: `flatdisk`, and as the helpers of mount(8) and umount(8)
+//! `mount.flatdisk`, `mount.fuse.flatdisk`, `umount.flatdisk` and `umount.fuse.flatdisk`. mount.fuse3
+//! calls it `flatdisk SOURCE MOUNTPOINT -o OPTIONS`, without a command.
+
+pub mod images;
+pub mod inspect;
+pub mod log_sink;
+pub mod mount;
+pub mod output;
+pub mod running;
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "flatdisk", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show images as flat files in a directory.
+    Mount(mount::MountArgs),
+    /// Unmount, and wait until every image is closed.
+    #[command(alias = "unmount")]
+    Umount(running::UmountArgs),
+    /// Show more images in the root of a mount.
+    Open(running::OpenArgs),
+    /// Take images out of the root of a mount.
+    Close(running::CloseArgs),
+    /// Make everything written to flat files durable.
+    Sync(running::SyncArgs),
+    /// Show mounts and the images in use.
+    Status(running::StatusArgs),
+    /// Show format, sizes, ids and parent of an image.
+    Info(inspect::InfoArgs),
+    /// Check every table of an image.
+    Check(inspect::CheckArgs),
+    /// Make a new image.
+    Create(images::CreateArgs),
+}
+
+/// Runs the program.
+pub fn run() -> ExitCode {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    let name = arguments.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
+    let status = match name.to_str() {
+        Some("mount.flatdisk" | "mount.fuse.flatdisk") => {
+            parse(&arguments).map(|args| mount::helper(&args))
+        }
+        Some("umount.flatdisk" | "umount.fuse.flatdisk") => {
+            parse(&arguments).map(|args| running::umount_helper(&args))
+        }
+        _ => {
+            if called_by_mount_fuse(&arguments) {
+                arguments.insert(1, "mount".into());
+            }
+            parse(&arguments).map(|cli: Cli| run_command(&cli.command))
+        }
+    };
+    ExitCode::from(status.unwrap_or_else(|status| status))
+}
+
+/// Parses arguments; for wrong ones prints why and returns the exit status 1, which mount(8) wants
+/// where other programs use 2.
+fn parse<P: Parser>(arguments: &[OsString]) -> Result<P, u8> {
+    P::try_parse_from(arguments).map_err(|e| {
+        let _ = e.print();
+        u8::from(e.use_stderr())
+    })
+}
+
+/// Whether the arguments are those of mount.fuse3: a source instead of a command, and options.
+fn called_by_mount_fuse(arguments: &[OsString]) -> bool {
+    let Some(first) = arguments.get(1).map(OsString::as_os_str) else { return false };
+    let command = Cli::command();
+    let is_command = first.to_str().is_some_and(|first| command.find_subcommand(first).is_some());
+    !is_command
+        && !first.as_encoded_bytes().starts_with(b"-")
+        && (first.as_encoded_bytes().contains(&b'/')
+            || arguments.iter().any(|a| a == OsStr::new("-o")))
+}
+
+fn run_command(command: &Command) -> u8 {
+    let done = match command {
+        Command::Mount(args) => return mount::mount(args),
+        Command::Umount(args) => return running::umount(args),
+        Command::Open(args) => running::open(args),
+        Command::Close(args) => running::close(args),
+        Command::Sync(args) => running::sync(args),
+        Command::Status(args) => running::status(args),
+        Command::Info(args) => inspect::info(args),
+        Command::Check(args) => inspect::check(args),
+        Command::Create(args) => images::create(args),
+    };
+    done.unwrap_or_else(|e| {
+        eprintln!("flatdisk: {e}");
+        1
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn definitions_are_consistent() {
+        Cli::command().debug_assert();
+        mount::HelperArgs::command().debug_assert();
+        running::UmountHelperArgs::command().debug_assert();
+    }
+
+    #[test]
+    fn mount_fuse_calls_without_a_command() {
+        let called = |line: &str| {
+            let arguments: Vec<_> = line.split(' ').map(OsString::from).collect();
+            called_by_mount_fuse(&arguments)
+        };
+        assert!(called("flatdisk /srv/images /mnt -o rw,nosuid"));
+        assert!(called("flatdisk images /mnt -o rw"));
+        assert!(!called("flatdisk mount /srv/images /mnt -o rw"));
+        assert!(!called("flatdisk umount /mnt"));
+        assert!(!called("flatdisk inof x.vhd"));
+        assert!(!called("flatdisk --version"));
+        assert!(!called("flatdisk"));
+    }
+
+    #[test]
+    fn helpers_take_their_arguments_in_any_order() {
+        for line in [
+            "mount.flatdisk /srv/images /mnt -o rw,nosuid",
+            "mount.flatdisk /srv/images /mnt -s -n -v -f -o ro -t fuse.flatdisk -N /x",
+            "mount.flatdisk -sfnv -o ro /srv/images /mnt",
+            "mount.flatdisk -o ro /srv/images -v /mnt -o noatime",
+        ] {
+            mount::HelperArgs::try_parse_from(line.split(' ')).expect(line);
+        }
+        for line in ["umount.flatdisk /mnt", "umount.flatdisk /mnt -flnrv -t fuse.flatdisk"] {
+            running::UmountHelperArgs::try_parse_from(line.split(' ')).expect(line);
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! `mount`, also as mount(8) and mount.fuse3 call it.
+//!
+//! In the background the work is done by a second process of this same program, started with the
+//! same arguments and [`DAEMON`] in its environment: forking a process that has threads would be
+//! unsafe. Its standard output is a pipe to the first one, which ends when it has read how the mount
+//! went: a line `ready`, or an error.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use clap::{Args, Parser};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
+
+use super::log_sink;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::daemon::{MountRequest, Prepared, check_host};
+use crate::fuse::options::MountOptions;
+
+/// Exit status for wrong usage, as of mount(8).
+pub const USAGE: u8 = 1;
+/// Exit status when the mount was undone but data may not have reached an image.
+pub const SYSTEM_ERROR: u8 = 2;
+/// Exit status when mounting or unmounting failed.
+pub const MOUNT_FAILURE: u8 = 32;
+
+/// In the environment of the process that serves a mount in the background.
+const DAEMON: &str = "FLATDISK_DAEMON";
+
+/// What the serving process writes when the mount is live.
+const READY: &str = "ready";
+
+/// Arguments of `flatdisk mount`.
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// Images, and directories to be mirrored.
+    #[arg(required = true, num_args = 1..)]
+    sources: Vec<PathBuf>,
+    /// An existing directory.
+    mountpoint: PathBuf,
+    /// Stay in the foreground.
+    #[arg(short, long)]
+    foreground: bool,
+    /// Options as in /etc/fstab, separated by commas; every long option below has its word there.
+    #[arg(short = 'o', value_name = "OPTIONS", allow_hyphen_values = true)]
+    options: Vec<OsString>,
+    /// Say more; twice: every request.
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(flatten)]
+    words: Words,
+}
+
+/// The options of a mount as flags. Each stands for the word of its name in `-o`.
+#[derive(Debug, Default, Args)]
+struct Words {
+    /// Mount read-only.
+    #[arg(long)]
+    ro: bool,
+    /// Let all users in, as far as permission bits allow [default: for root].
+    #[arg(long)]
+    allow_other: bool,
+    /// Let root in.
+    #[arg(long)]
+    allow_root: bool,
+    /// Owner of everything, number or name [default: the image's].
+    #[arg(long, value_name = "USER")]
+    uid: Option<OsString>,
+    /// Group of everything, number or name [default: the image's].
+    #[arg(long, value_name = "GROUP")]
+    gid: Option<OsString>,
+    /// Permission bits taken from files and directories, octal [default: 000].
+    #[arg(long, value_name = "MASK")]
+    umask: Option<OsString>,
+    /// Permission bits taken from files, octal [default: 000].
+    #[arg(long, value_name = "MASK")]
+    fmask: Option<OsString>,
+    /// Permission bits taken from directories, octal [default: 000].
+    #[arg(long, value_name = "MASK")]
+    dmask: Option<OsString>,
+    /// Threads that serve requests, 1 to 64 [default: one per processor, 4 to 16].
+    #[arg(long, value_name = "COUNT")]
+    threads: Option<OsString>,
+    /// Memory for tables of all images together, in bytes or with K, M, G [default: 32M].
+    #[arg(long, value_name = "SIZE")]
+    cache: Option<OsString>,
+    /// Let the kernel collect small writes; errors then show at fsync and close.
+    #[arg(long, overrides_with = "nowriteback")]
+    writeback: bool,
+    /// Write through to the image at once [default].
+    #[arg(long)]
+    nowriteback: bool,
+    /// Never let the kernel read flat extents by itself.
+    #[arg(long)]
+    nopassthrough: bool,
+    /// What is written to a flat file vanishes when nobody has it open any more; images stay as
+    /// they are.
+    #[arg(long)]
+    nonpersistent: bool,
+    /// Show each partition as a file of its own (not supported yet).
+    #[arg(long)]
+    partitions: bool,
+    /// A directory in which parents of images may lie, besides the images' own and the sources;
+    /// may be given more than once.
+    #[arg(long, value_name = "DIR")]
+    allow_parent: Vec<OsString>,
+    /// Read on where an image contradicts itself or its parent changed; such images are read-only.
+    #[arg(long)]
+    force: bool,
+    /// Appended to an image's name [default: .img].
+    #[arg(long, value_name = "TEXT")]
+    suffix: Option<OsString>,
+}
+
+impl Words {
+    fn apply(&self, options: &mut MountOptions) -> Result<()> {
+        let flags = [
+            ("ro", self.ro),
+            ("allow_other", self.allow_other),
+            ("allow_root", self.allow_root),
+            ("writeback", self.writeback),
+            ("nowriteback", self.nowriteback),
+            ("nopassthrough", self.nopassthrough),
+            ("nonpersistent", self.nonpersistent),
+            ("partitions", self.partitions),
+            ("force", self.force),
+        ];
+        for (word, _) in flags.iter().filter(|(_, given)| *given) {
+            options.set(word, None)?;
+        }
+        // umask before the two it stands for.
+        let values = [
+            ("uid", &self.uid),
+            ("gid", &self.gid),
+            ("umask", &self.umask),
+            ("fmask", &self.fmask),
+            ("dmask", &self.dmask),
+            ("threads", &self.threads),
+            ("cache", &self.cache),
+            ("suffix", &self.suffix),
+        ];
+        for (word, value) in values {
+            if let Some(value) = value {
+                options.set(word, Some(value))?;
+            }
+        }
+        self.allow_parent.iter().try_for_each(|dir| options.set("allow_parent", Some(dir)))
+    }
+}
+
+/// Arguments of `mount.flatdisk`, as mount(8) calls its helpers.
+#[derive(Debug, Parser)]
+#[command(name = "mount.flatdisk", version, about = "Mounts images as flat files for mount(8)")]
+pub struct HelperArgs {
+    /// An image, or a directory to be mirrored.
+    source: PathBuf,
+    /// An existing directory.
+    mountpoint: PathBuf,
+    /// Ignore unknown mount options.
+    #[arg(short)]
+    sloppy: bool,
+    /// Do everything but mount.
+    #[arg(short)]
+    fake: bool,
+    /// Ignored: there is no mtab.
+    #[arg(short)]
+    no_mtab: bool,
+    /// Say more.
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Mount options.
+    #[arg(short, value_name = "OPTIONS", allow_hyphen_values = true)]
+    options: Vec<OsString>,
+    /// Ignored: the type is known.
+    #[arg(short, value_name = "TYPE")]
+    types: Option<OsString>,
+    /// Mount namespace (not supported).
+    #[arg(short = 'N', value_name = "NAMESPACE")]
+    namespace: Option<OsString>,
+}
+
+/// `flatdisk mount`.
+pub fn mount(args: &MountArgs) -> u8 {
+    log_sink::start(args.verbose);
+    let mut options = MountOptions::default();
+    let parsed = args
+        .options
+        .iter()
+        .try_for_each(|list| options.apply(list, false))
+        .and_then(|()| args.words.apply(&mut options));
+    if let Err(e) = parsed {
+        return report(&e, USAGE);
+    }
+    let request = MountRequest {
+        sources: args.sources.clone(),
+        mountpoint: args.mountpoint.clone(),
+        options,
+    };
+    if args.foreground { serve(&request, || Ok(())) } else { in_background(&request) }
+}
+
+/// `mount.flatdisk` and `mount.fuse.flatdisk`.
+pub fn helper(args: &HelperArgs) -> u8 {
+    log_sink::start(args.verbose);
+    let mut options = MountOptions::default();
+    let mut parsed = args.options.iter().try_for_each(|list| options.apply(list, args.sloppy));
+    if args.namespace.is_some() {
+        parsed = Err(Error::unsupported("option -N").hint("use nsenter"));
+    }
+    if let Err(e) = parsed {
+        return report(&e, USAGE);
+    }
+    let request = MountRequest {
+        sources: vec![args.source.clone()],
+        mountpoint: args.mountpoint.clone(),
+        options,
+    };
+    if args.fake {
+        return Prepared::new(&request).map_or_else(|e| report(&e, MOUNT_FAILURE), |_| 0);
+    }
+    in_background(&request)
+}
+
+fn report(error: &Error, status: u8) -> u8 {
+    eprintln!("flatdisk: {error}");
+    status
+}
+
+/// Mounts and serves in this process.
+fn serve(request: &MountRequest, ready: impl FnOnce() -> Result<()>) -> u8 {
+    match Prepared::new(request).and_then(|prepared| prepared.serve(ready)) {
+        // Each was logged when it happened.
+        Ok(failures) if failures.is_empty() => 0,
+        Ok(_) => SYSTEM_ERROR,
+        Err(e) => report(&e, MOUNT_FAILURE),
+    }
+}
+
+fn in_background(request: &MountRequest) -> u8 {
+    if std::env::var_os(DAEMON).is_some() {
+        return serve_detached(request);
+    }
+    if let Err(e) = check_host() {
+        return report(&e, MOUNT_FAILURE);
+    }
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_else(|| "flatdisk".into());
+    let failed =
+        |e: std::io::Error| report(&Error::io("starting the background process", &e), SYSTEM_ERROR);
+    let child = Command::new("/proc/self/exe")
+        .arg0(name)
+        .args(arguments)
+        .env(DAEMON, "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut child = match child {
+        Ok(child) => child,
+        Err(e) => return failed(e),
+    };
+    let mut said = String::new();
+    if let Some(mut pipe) = child.stdout.take()
+        && let Err(e) = pipe.read_to_string(&mut said)
+    {
+        return failed(e);
+    }
+    match said.trim_end() {
+        READY => 0,
+        "" => {
+            let how = child.wait().map(|status| status.to_string()).unwrap_or_default();
+            let died = format!("the background process ended before the mount was live: {how}");
+            report(&Error::new(ErrorKind::Failed, died), MOUNT_FAILURE)
+        }
+        error => {
+            eprintln!("flatdisk: {error}");
+            MOUNT_FAILURE
+        }
+    }
+}
+
+/// The background process: serves, and reports to the process that started it.
+fn serve_detached(request: &MountRequest) -> u8 {
+    let failed = |e: &Error| {
+        let _ = writeln!(std::io::stdout(), "{e}");
+        MOUNT_FAILURE
+    };
+    let prepared = match Prepared::new(request) {
+        Ok(prepared) => prepared,
+        Err(e) => return failed(&e),
+    };
+    match prepared.serve(detach) {
+        Ok(failures) if failures.is_empty() => 0,
+        Ok(_) => SYSTEM_ERROR,
+        Err(e) => failed(&e),
+    }
+}
+
+/// Says that the mount is live, then lets go of terminal, directory and standard files.
+fn detach() -> Result<()> {
+    let failed = |what: &'static str| move |e: nix::errno::Errno| Error::io(what, &e.into());
+    let io_failed = |what: &'static str| move |e: std::io::Error| Error::io(what, &e);
+    setsid().map_err(failed("leaving the terminal"))?;
+    std::env::set_current_dir("/").map_err(io_failed("leaving the directory"))?;
+    log_sink::detach();
+    writeln!(std::io::stdout(), "{READY}").map_err(io_failed("reporting readiness"))?;
+    let null = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(io_failed("opening /dev/null"))?;
+    dup2_stdin(&null).map_err(failed("closing standard input"))?;
+    dup2_stderr(&null).map_err(failed("closing standard error"))?;
+    // Ends the pipe, and with it the wait of the process at its other end.
+    dup2_stdout(&null).map_err(failed("closing standard output"))
+}

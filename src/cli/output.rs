@@ -1,0 +1,95 @@
+//! What commands print: sizes for people, JSON for programs.
+
+use clap::{Args, ValueEnum};
+use parse_size::Config;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// How a command prints its result.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct OutputArgs {
+    /// Print JSON: stable names, sizes in bytes.
+    #[arg(long, short = 'J')]
+    json: bool,
+    /// The same as --json in qemu-img's spelling.
+    #[arg(long, value_name = "FORMAT", default_value = "human", hide_default_value = true)]
+    output: OutputFormat,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum OutputFormat {
+    #[default]
+    Human,
+    Json,
+}
+
+impl OutputArgs {
+    /// Whether to print JSON.
+    pub fn json(self) -> bool {
+        self.json || self.output == OutputFormat::Json
+    }
+}
+
+/// Prints a value as indented JSON.
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|e| Error::invalid(format!("cannot be written as JSON: {e}")))?;
+    print_line(&text)
+}
+
+/// Prints one line to standard output. A reader that went away ends the program quietly, as it does
+/// every filter; `println!` would panic.
+pub fn print_line(line: &str) -> Result<()> {
+    use std::io::Write;
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => other.map_err(|e| Error::io("writing to standard output", &e)),
+    }
+}
+
+/// Parses a size: bytes, or with a suffix K, M, G, T (also KiB, KB …), all powers of 1024.
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|_| format!("`{text}` is not a size such as 512, 64M or 2TiB"))
+}
+
+/// A size for people, in powers of 1024: `64 MiB`, `1.5 GiB`.
+pub fn iec(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let unit = (bytes.max(1).ilog2() / 10) as usize;
+    let scaled = bytes as f64 / (1u64 << (10 * unit)) as f64;
+    let digits = if scaled.fract() == 0.0 { 0 } else { 1 };
+    format!("{scaled:.digits$} {}", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_binary_whatever_the_spelling() {
+        for (text, bytes) in [
+            ("512", 512),
+            ("10M", 10 << 20),
+            ("10MiB", 10 << 20),
+            ("10MB", 10 << 20),
+            ("2t", 2 << 40),
+        ] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "-1", "x", "1Q"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_for_people() {
+        assert_eq!(iec(0), "0 B");
+        assert_eq!(iec(1536), "1.5 KiB");
+        assert_eq!(iec(64 << 40), "64 TiB");
+        assert_eq!(iec(u64::MAX), "16 EiB");
+    }
+}

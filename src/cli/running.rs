@@ -1,0 +1,273 @@
+//! Commands that talk to running daemons: `umount`, `sync`, `status`, `open`, `close`.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser};
+use serde::Serialize;
+
+use super::mount::{MOUNT_FAILURE, SYSTEM_ERROR, USAGE};
+use super::output::{OutputArgs, print_json, print_line};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::control::{Answer, Connection, MountStatus, Request};
+use crate::fuse::mounts::{self, MountEntry};
+
+/// Arguments of `flatdisk umount`.
+#[derive(Debug, Args)]
+pub struct UmountArgs {
+    /// The mount point.
+    #[arg(required = true, value_name = "DIR")]
+    mountpoints: Vec<PathBuf>,
+    /// Detach the mount now, even if it is in use, and do not wait for its users.
+    #[arg(long, short)]
+    lazy: bool,
+}
+
+/// Arguments of `umount.flatdisk`, as umount(8) calls its helpers.
+#[derive(Debug, Parser)]
+#[command(name = "umount.flatdisk", version, about = "Unmounts flat files for umount(8)")]
+pub struct UmountHelperArgs {
+    /// The mount point.
+    mountpoint: PathBuf,
+    /// Detach the mount now, even if it is in use.
+    #[arg(short)]
+    lazy: bool,
+    /// Ignored: a daemon that does not answer is never waited for.
+    #[arg(short)]
+    force: bool,
+    /// Ignored: there is no mtab.
+    #[arg(short)]
+    no_mtab: bool,
+    /// Ignored: a FUSE mount cannot be made read-only.
+    #[arg(short)]
+    read_only: bool,
+    /// Say more.
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Ignored: the type is known.
+    #[arg(short, value_name = "TYPE")]
+    types: Option<OsString>,
+    /// Mount namespace (not supported).
+    #[arg(short = 'N', value_name = "NAMESPACE")]
+    namespace: Option<OsString>,
+}
+
+/// Arguments of `flatdisk sync`.
+#[derive(Debug, Args)]
+pub struct SyncArgs {
+    /// Mount points, or anything in them [default: every mount of this user].
+    #[arg(value_name = "DIR")]
+    paths: Vec<PathBuf>,
+}
+
+/// Arguments of `flatdisk status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Mount points, or anything in them [default: every mount of this user].
+    #[arg(value_name = "MOUNTPOINT")]
+    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Arguments of `flatdisk open`.
+#[derive(Debug, Args)]
+pub struct OpenArgs {
+    /// Images to show.
+    #[arg(required = true, num_args = 1..)]
+    images: Vec<PathBuf>,
+    /// Where.
+    mountpoint: PathBuf,
+}
+
+/// Arguments of `flatdisk close`.
+#[derive(Debug, Args)]
+pub struct CloseArgs {
+    /// Flat files in the root of a mount.
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+}
+
+/// `flatdisk umount`.
+pub fn umount(args: &UmountArgs) -> u8 {
+    let statuses = args.mountpoints.iter().map(|dir| umount_one(dir, args.lazy));
+    statuses.fold(0, |all, one| all | one)
+}
+
+/// `umount.flatdisk` and `umount.fuse.flatdisk`.
+pub fn umount_helper(args: &UmountHelperArgs) -> u8 {
+    if args.namespace.is_some() {
+        eprintln!("flatdisk: option -N is not supported (use nsenter)");
+        return USAGE;
+    }
+    umount_one(&args.mountpoint, args.lazy)
+}
+
+fn umount_one(dir: &Path, lazy: bool) -> u8 {
+    match try_umount(dir, lazy) {
+        Ok(failures) => {
+            let status = if failures.is_empty() { 0 } else { SYSTEM_ERROR };
+            failures.iter().for_each(|failure| eprintln!("flatdisk: {failure}"));
+            status
+        }
+        Err(e) => {
+            eprintln!("flatdisk: {e}");
+            MOUNT_FAILURE
+        }
+    }
+}
+
+/// Unmounts and returns what failed to reach its image.
+fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
+    let target = mounts::absolute(dir)?;
+    let mount = mounts::mounted_at(&target)?
+        .ok_or_else(|| Error::new(ErrorKind::NotFound, "not mounted").in_file(&target))?;
+    if !mount.is_ours() {
+        let what = format!("a mount of type {}, not of flatdisk", mount.fs_type);
+        return Err(Error::invalid(what).in_file(&target).hint("umount(8) unmounts it"));
+    }
+    let mut daemon = match Connection::to(&mount) {
+        Ok(daemon) => daemon,
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            // Nobody is left who could use it or wait.
+            mounts::unmount(&target, lazy || mounts::is_dead(&target))?;
+            return Ok(Vec::new());
+        }
+        Err(e) => return Err(e),
+    };
+    let flushed = daemon.ask(&Request::Leave)?;
+    mounts::unmount(&target, lazy)?;
+    if lazy {
+        return Ok(flushed.errors);
+    }
+    let mut failures = flushed.errors;
+    for failure in daemon.answer()?.errors {
+        if !failures.contains(&failure) {
+            failures.push(failure);
+        }
+    }
+    daemon.end();
+    Ok(failures)
+}
+
+/// The mount that `path` lies in, by the mount table alone.
+fn mount_of(path: &Path) -> Result<MountEntry> {
+    let absolute = mounts::absolute(path)?;
+    let mount = mounts::mount_table()?
+        .into_iter()
+        .filter(|mount| absolute.starts_with(&mount.target))
+        .max_by_key(|mount| mount.target.components().count());
+    mount
+        .filter(MountEntry::is_ours)
+        .ok_or_else(|| Error::invalid("not in a mount of flatdisk").in_file(path))
+}
+
+/// The mounts of `paths`, or all that this user may speak to.
+fn mounts_of(paths: &[PathBuf]) -> Result<Vec<(MountEntry, Connection)>> {
+    if paths.is_empty() {
+        let mut found: Vec<(MountEntry, Connection)> = Vec::new();
+        for mount in mounts::mount_table()?.into_iter().filter(MountEntry::is_ours) {
+            if found.iter().all(|(known, _)| known.device != mount.device)
+                && let Ok(connection) = Connection::to(&mount)
+            {
+                found.push((mount, connection));
+            }
+        }
+        return Ok(found);
+    }
+    let connect = |path: &PathBuf| {
+        let mount = mount_of(path)?;
+        let connection = Connection::to(&mount)?;
+        Ok((mount, connection))
+    };
+    paths.iter().map(connect).collect()
+}
+
+/// Prints a daemon's complaints and returns the exit status they make.
+fn complain(answer: &Answer) -> u8 {
+    answer.errors.iter().for_each(|error| eprintln!("flatdisk: {error}"));
+    u8::from(!answer.errors.is_empty())
+}
+
+/// `flatdisk sync`.
+pub fn sync(args: &SyncArgs) -> Result<u8> {
+    let mut status = 0;
+    for (_, mut daemon) in mounts_of(&args.paths)? {
+        status |= complain(&daemon.ask(&Request::Sync)?);
+    }
+    Ok(status)
+}
+
+/// `flatdisk status`.
+pub fn status(args: &StatusArgs) -> Result<u8> {
+    #[derive(Serialize)]
+    struct Mounts {
+        mounts: Vec<MountStatus>,
+    }
+    let mut mounts = Vec::new();
+    for (_, mut daemon) in mounts_of(&args.paths)? {
+        mounts.extend(daemon.ask(&Request::Status)?.status);
+    }
+    if args.output.json() {
+        print_json(&Mounts { mounts })?;
+        return Ok(0);
+    }
+    for mount in &mounts {
+        print_mount(mount)?;
+    }
+    if mounts.is_empty() {
+        print_line("nothing is mounted")?;
+    }
+    Ok(0)
+}
+
+fn print_mount(mount: &MountStatus) -> Result<()> {
+    let access = if mount.read_only { ", read-only" } else { "" };
+    print_line(&format!(
+        "{} on {} (process {}{access})",
+        mount.source,
+        mount.mountpoint.display(),
+        mount.pid
+    ))?;
+    for image in &mount.images {
+        let unflushed = if image.unflushed { ", not flushed" } else { "" };
+        print_line(&format!(
+            "  {}: {} reading, {} writing{unflushed}; tables: {} pages, {} dirty, {} hits, {} misses",
+            image.image.display(),
+            image.readers,
+            image.writers,
+            image.table_pages,
+            image.dirty_tables,
+            image.cache_hits,
+            image.cache_misses
+        ))?;
+    }
+    mount.failures.iter().try_for_each(|failure| print_line(&format!("  failed: {failure}")))
+}
+
+/// `flatdisk open`.
+pub fn open(args: &OpenArgs) -> Result<u8> {
+    let mut daemon = Connection::to(&mount_of(&args.mountpoint)?)?;
+    let absolute = |image: &PathBuf| {
+        std::path::absolute(image).map_err(|e| Error::io("open", &e).in_file(image))
+    };
+    let images = args.images.iter().map(absolute).collect::<Result<_>>()?;
+    let answer = daemon.ask(&Request::Open { images })?;
+    for name in &answer.names {
+        print_line(&name.display().to_string())?;
+    }
+    Ok(complain(&answer))
+}
+
+/// `flatdisk close`.
+pub fn close(args: &CloseArgs) -> Result<u8> {
+    let mut status = 0;
+    for file in &args.files {
+        let mount = mount_of(file)?;
+        let absolute = mounts::absolute(file)?;
+        let name = absolute.strip_prefix(&mount.target).unwrap_or(&absolute).to_owned();
+        let mut daemon = Connection::to(&mount)?;
+        status |= complain(&daemon.ask(&Request::Close { names: vec![name] })?);
+    }
+    Ok(status)
+}

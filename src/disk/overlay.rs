@@ -1,0 +1,317 @@
+//! A private, throw-away layer over any disk: what is written vanishes with it.
+//!
+//! The overlay is a [`BlockMap`] like a driver's, with the disk below as parent: units of 64 KiB are
+//! copied up when first written and live in one scratch file that has no name, so that the host
+//! reclaims it however the process ends. Memory is a few words per run of units; nothing is durable, and
+//! nothing below is changed.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use super::Disk;
+use super::map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
+use crate::error::Result;
+use crate::storage::Storage;
+
+/// Bytes copied up at a time.
+const UNIT: u64 = 64 << 10;
+
+/// What the overlay holds for a run of units.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// Slots of the scratch file, from this one on.
+    Slots(u64),
+    Zeroes,
+}
+
+impl Held {
+    /// The same run seen from `units` further on.
+    fn skip(self, units: u64) -> Self {
+        match self {
+            Self::Slots(first) => Self::Slots(first + units),
+            Self::Zeroes => Self::Zeroes,
+        }
+    }
+}
+
+/// Runs of units by first unit, as `(one past the last unit, contents)`, without overlap. A discard
+/// of a whole huge disk is one entry.
+#[derive(Debug, Default)]
+struct Runs(BTreeMap<u64, (u64, Held)>);
+
+impl Runs {
+    /// The run that holds `unit`, and where it ends; or where the next one begins.
+    fn at(&self, unit: u64) -> (Option<Held>, u64) {
+        if let Some((&first, &(end, held))) = self.0.range(..=unit).next_back()
+            && unit < end
+        {
+            return (Some(held.skip(unit - first)), end);
+        }
+        let next = self.0.range(unit..).next();
+        (None, next.map_or(u64::MAX, |(&first, _)| first))
+    }
+
+    /// Puts `held` over `range`; runs of slots that it covered are returned as slot ranges.
+    fn put(&mut self, range: Range<u64>, held: Held) -> Vec<Range<u64>> {
+        let first = self.0.range(..=range.start).next_back().map_or(range.start, |(&k, _)| k);
+        let touched: Vec<_> = self.0.range(first..range.end).map(|(&k, &v)| (k, v)).collect();
+        let mut covered = Vec::new();
+        for (start, (end, old)) in touched {
+            if end <= range.start {
+                continue;
+            }
+            self.0.remove(&start);
+            if start < range.start {
+                self.0.insert(start, (range.start, old));
+            }
+            if end > range.end {
+                self.0.insert(range.end, (end, old.skip(range.end - start)));
+            }
+            let (from, to) = (start.max(range.start), end.min(range.end));
+            if let Held::Slots(slot) = old.skip(from - start) {
+                covered.push(slot..slot + (to - from));
+            }
+        }
+        self.0.insert(range.start, (range.end, held));
+        covered
+    }
+}
+
+#[derive(Debug)]
+struct Overlay {
+    geometry: Geometry,
+    files: [Arc<dyn Storage>; 1],
+    runs: RwLock<Runs>,
+    slots: Mutex<Slots>,
+}
+
+#[derive(Debug, Default)]
+struct Slots {
+    /// Slots ever handed out.
+    count: u64,
+    free: Vec<Range<u64>>,
+}
+
+impl Slots {
+    /// Up to `want` slots in a row, at least one.
+    fn take(&mut self, want: u64) -> Range<u64> {
+        if let Some(free) = self.free.pop() {
+            let taken = free.start..free.end.min(free.start + want);
+            if taken.end < free.end {
+                self.free.push(taken.end..free.end);
+            }
+            return taken;
+        }
+        self.count += want;
+        self.count - want..self.count
+    }
+}
+
+/// Puts a throw-away layer, kept in `scratch` (an empty file of no further use to anybody), over
+/// `below`, which is read and never written.
+pub fn nonpersistent(below: Arc<Disk>, scratch: Arc<dyn Storage>) -> Disk {
+    let geometry = Geometry { block_size: UNIT, ..*below.geometry() };
+    let map =
+        Overlay { geometry, files: [scratch], runs: RwLock::default(), slots: Mutex::default() };
+    Disk::new(Box::new(map), Some(below), None)
+}
+
+/// What a plan reserved.
+struct Reserved {
+    units: Range<u64>,
+    slots: Range<u64>,
+}
+
+impl BlockMap for Overlay {
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn files(&self) -> &[Arc<dyn Storage>] {
+        &self.files
+    }
+
+    fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()> {
+        let runs = self.runs.read();
+        let mut pos = want.start;
+        while pos < want.end {
+            let (held, run_end) = runs.at(pos / UNIT);
+            let end = want.end.min(run_end.saturating_mul(UNIT));
+            let source = match held {
+                Some(Held::Slots(slot)) => Source::File { file: 0, at: slot * UNIT + pos % UNIT },
+                Some(Held::Zeroes) => Source::Zero,
+                None => Source::Parent,
+            };
+            out.push(pos, end - pos, source);
+            pos = end;
+        }
+        Ok(())
+    }
+
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
+        let first = want.start / UNIT;
+        let slots = self.slots.lock().take(want.end.div_ceil(UNIT) - first);
+        let units = first..first + (slots.end - slots.start);
+        let piece = Piece {
+            start: units.start * UNIT,
+            len: (units.end - units.start) * UNIT,
+            file: 0,
+            at: slots.start * UNIT,
+            zeroed: false,
+        };
+        Ok(WritePlan {
+            pieces: [piece].into_iter().collect(),
+            token: Box::new(Reserved { units, slots }),
+        })
+    }
+
+    fn commit_write(&self, plan: WritePlan) -> Result<()> {
+        if let Ok(reserved) = plan.token.downcast::<Reserved>() {
+            let held = Held::Slots(reserved.slots.start);
+            let covered = self.runs.write().put(reserved.units, held);
+            self.slots.lock().free.extend(covered);
+        }
+        Ok(())
+    }
+
+    fn abort_write(&self, plan: WritePlan) {
+        if let Ok(reserved) = plan.token.downcast::<Reserved>() {
+            self.slots.lock().free.push(reserved.slots);
+        }
+    }
+
+    fn unmap(&self, want: DiskRange, rest: &mut Vec<DiskRange>) -> Result<()> {
+        // The disk's last unit may be cut short; nothing lies behind it.
+        let end =
+            if want.end == self.geometry.size { want.end.div_ceil(UNIT) } else { want.end / UNIT };
+        let units = want.start.div_ceil(UNIT)..end;
+        if units.is_empty() {
+            rest.push(want);
+            return Ok(());
+        }
+        let whole = units.start * UNIT..(units.end * UNIT).min(want.end);
+        let covered = self.runs.write().put(units, Held::Zeroes);
+        for slots in &covered {
+            // Giving space back is a kindness here, not a promise.
+            let len = (slots.end - slots.start) * UNIT;
+            let _ = self.files[0].punch_hole(slots.start * UNIT, len);
+        }
+        self.slots.lock().free.extend(covered);
+        let borders = [want.start..whole.start, whole.end..want.end];
+        rest.extend(borders.into_iter().filter(|r| !r.is_empty()));
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::MemoryFile;
+
+    /// 1 MiB of `0x11` that cannot be written, under an overlay.
+    fn disk() -> (Arc<MemoryFile>, Disk) {
+        let below = MemoryFile::new("below", &[0x11; 1 << 20]);
+        let map = Flat {
+            files: [below.clone()],
+            geometry: Geometry {
+                size: 1 << 20,
+                logical_sector: 512,
+                physical_sector: 512,
+                block_size: 1 << 20,
+            },
+        };
+        let disk = Disk::new(Box::new(map), None, Some("below".into()));
+        (below, nonpersistent(Arc::new(disk), MemoryFile::new("scratch", &[])))
+    }
+
+    struct Flat {
+        files: [Arc<dyn Storage>; 1],
+        geometry: Geometry,
+    }
+
+    impl BlockMap for Flat {
+        fn geometry(&self) -> &Geometry {
+            &self.geometry
+        }
+        fn files(&self) -> &[Arc<dyn Storage>] {
+            &self.files
+        }
+        fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()> {
+            out.push(want.start, want.end - want.start, Source::File { file: 0, at: want.start });
+            Ok(())
+        }
+        fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan> {
+            unreachable!("everything is mapped")
+        }
+        fn commit_write(&self, _plan: WritePlan) -> Result<()> {
+            Ok(())
+        }
+        fn abort_write(&self, _plan: WritePlan) {}
+        fn flush(&self) -> Result<()> {
+            Ok(())
+        }
+        fn close(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn writes_and_discards_stay_in_the_overlay() {
+        let (below, disk) = disk();
+        let mut model = vec![0x11; 1 << 20];
+        let mut random = fastrand::Rng::with_seed(5);
+        for _ in 0..300 {
+            let start = random.usize(0..1 << 20);
+            let end = random.usize(start..=1 << 20).min(start + 200_000);
+            if random.u8(..) < 80 {
+                disk.discard(start as u64, (end - start) as u64).unwrap();
+                model[start..end].fill(0);
+            } else {
+                let byte = random.u8(..);
+                disk.write_at(start as u64, &vec![byte; end - start]).unwrap();
+                model[start..end].fill(byte);
+            }
+        }
+        let mut found = vec![0; 1 << 20];
+        disk.read_at(0, &mut found).unwrap();
+        assert!(found == model);
+        assert!(below.to_vec().iter().all(|b| *b == 0x11));
+    }
+
+    #[test]
+    fn discarding_a_huge_disk_costs_one_entry() {
+        let mut runs = Runs::default();
+        runs.put(5..7, Held::Slots(0));
+        assert_eq!(runs.put(0..1 << 30, Held::Zeroes).first(), Some(&(0..2)));
+        assert_eq!(runs.put(100..102, Held::Slots(8)), []);
+        assert_eq!(runs.0.len(), 3);
+        assert_eq!(runs.at(101), (Some(Held::Slots(9)), 102));
+        assert_eq!(runs.put(101..103, Held::Slots(20)).first(), Some(&(9..10)));
+        assert_eq!(runs.at(99).0, Some(Held::Zeroes));
+        assert_eq!(runs.at(1 << 30), (None, u64::MAX));
+    }
+
+    #[test]
+    fn a_freed_slot_shows_nothing_of_its_past() {
+        let (_, disk) = disk();
+        disk.write_at(0, &[7; UNIT as usize]).unwrap();
+        disk.discard(0, UNIT).unwrap();
+        disk.write_at(5 * UNIT + 100, &[8; 10]).unwrap();
+        let mut unit = vec![0; UNIT as usize];
+        disk.read_at(5 * UNIT, &mut unit).unwrap();
+        assert_eq!((unit[99], unit[100], unit[109], unit[110]), (0x11, 8, 8, 0x11));
+        disk.read_at(0, &mut unit).unwrap();
+        assert_eq!(unit, vec![0; UNIT as usize]);
+    }
+}

@@ -1,0 +1,220 @@
+//! Making new images.
+
+use std::path::{Component, Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use uuid::Uuid;
+use zerocopy::IntoBytes;
+
+use super::layout::{
+    BLOCK_SIZES, DiskType, DynamicHeader, EPOCH, FOOTER, Footer, HEADER, MAX_SPARSE_SIZE, SECTOR,
+    UNUSED, bitmap_size, table_size,
+};
+use super::locators::{W2KU, W2RU};
+use crate::codec;
+use crate::disk::sync_file;
+use crate::error::{Error, Result};
+use crate::formats::{CreateSpec, Identity, Image};
+use crate::storage::{Access, Host, Storage};
+
+const DEFAULT_BLOCK_SIZE: u64 = 2 << 20;
+/// Smallest block that is made, in bytes.
+const MIN_BLOCK_SIZE: u64 = 4096;
+/// Bytes of the BAT written at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Makes the image that `spec` asks for. Until the first sync has returned the file holds neither
+/// footer nor copy, so that what a crash leaves is no image rather than half a one.
+pub(super) fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
+    let sector = |size: Option<u32>| size.is_none_or(|size| u64::from(size) == SECTOR);
+    if !sector(spec.logical_sector) || !sector(spec.physical_sector) {
+        return Err(Error::invalid("a VHD has sectors of 512 bytes"));
+    }
+    if spec.subformat.as_deref().is_some_and(|s| s.eq_ignore_ascii_case("fixed")) {
+        return create_fixed(host, path, spec);
+    }
+    let header = new_header(spec.size, spec.block_size)?;
+    let footer = new_footer(DiskType::Dynamic, spec.size);
+    create_sparse(host, path, &footer, header, &[])
+}
+
+/// Makes a differencing disk at `path` over `parent`, which must be a VHD that nobody writes to.
+/// Both paths are written into it as they are given, and relative to each other.
+pub fn create_child(
+    host: &dyn Host,
+    path: &Path,
+    parent: &Image,
+    block_size: Option<u64>,
+) -> Result<()> {
+    let Identity::VhdUniqueId(parent_id) = parent.identity else {
+        return Err(Error::invalid("the parent of a VHD must be a VHD").in_file(&parent.path));
+    };
+    let absolute = |path: &Path| {
+        std::path::absolute(path).map_err(|e| Error::io("resolving the path", &e).in_file(path))
+    };
+    let (child_path, parent_path) = (absolute(path)?, absolute(&parent.path)?);
+    let relative = relative_path(child_path.parent().unwrap_or(&child_path), &parent_path);
+    let name = windows_text(Path::new(parent_path.file_name().unwrap_or_default()))?;
+    let locators = [
+        (W2RU, codec::to_utf16(&windows_text(&relative)?, false)),
+        (W2KU, codec::to_utf16(&windows_text(&parent_path)?, false)),
+    ];
+
+    let size = parent.disk.size();
+    let mut header = new_header(size, block_size)?;
+    header.parent_unique_id = parent_id;
+    header.parent_timestamp = modified(host, &parent.path).into();
+    let name = codec::to_utf16(&name, true);
+    header.parent_unicode_name[..name.len()].copy_from_slice(&name);
+    create_sparse(host, path, &new_footer(DiskType::Differencing, size), header, &locators)
+}
+
+fn create_fixed(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
+    if spec.block_size.is_some() {
+        return Err(Error::invalid("a fixed disk has no blocks"));
+    }
+    let footer = new_footer(DiskType::Fixed, spec.size);
+    let file = host.create(path)?;
+    file.set_len(spec.size).map_err(|e| Error::io("extending", &e))?;
+    sync_file(&*file)?;
+    finish(host, path, &*file, &footer, spec.size)
+}
+
+fn new_footer(disk_type: DiskType, size: u64) -> Footer {
+    Footer::new(disk_type, size, *Uuid::new_v4().as_bytes(), since_epoch(SystemTime::now()))
+}
+
+/// A header for a disk of `size` bytes, without parent, the BAT right behind it.
+fn new_header(size: u64, block_size: Option<u64>) -> Result<DynamicHeader> {
+    let block_size = block_size.unwrap_or(DEFAULT_BLOCK_SIZE);
+    let max = u64::from(*BLOCK_SIZES.end());
+    if !block_size.is_power_of_two() || !(MIN_BLOCK_SIZE..=max).contains(&block_size) {
+        let what = format!("block size {block_size}");
+        return Err(Error::invalid(what).hint("a power of two from 4 KiB to 256 MiB"));
+    }
+    if size > MAX_SPARSE_SIZE {
+        return Err(Error::invalid("a VHD with a BAT holds at most 2040 GiB")
+            .hint("a fixed VHD or a VHDX holds more"));
+    }
+    let blocks = size.div_ceil(block_size);
+    let table_at = FOOTER + HEADER;
+    let full = blocks * (bitmap_size(block_size) + block_size);
+    if table_at + table_size(blocks) + full > u64::from(UNUSED) * SECTOR {
+        let what =
+            format!("with blocks of {block_size} bytes a full disk would not fit the BAT's reach");
+        return Err(Error::invalid(what).hint("take larger blocks"));
+    }
+    let entries = u32::try_from(blocks).map_err(|_| Error::invalid("too many blocks"))?;
+    // At most 256 MiB by the check above.
+    Ok(DynamicHeader::new(table_at, entries, block_size as u32))
+}
+
+/// Writes an image without blocks. `locators` are the parent's names: platform code and data.
+fn create_sparse(
+    host: &dyn Host,
+    path: &Path,
+    footer: &Footer,
+    mut header: DynamicHeader,
+    locators: &[([u8; 4], Vec<u8>)],
+) -> Result<()> {
+    let table_at = header.table_offset.get();
+    let table_end = table_at + table_size(header.max_table_entries.get().into());
+    let mut end = table_end;
+    for ((code, data), locator) in locators.iter().zip(&mut header.parent_locators) {
+        let space = (data.len() as u64).next_multiple_of(SECTOR);
+        locator.platform_code = *code;
+        // A path is far shorter than 4 GiB.
+        locator.data_space = (space as u32).into();
+        locator.data_length = (data.len() as u32).into();
+        locator.data_offset = end.into();
+        end += space;
+    }
+    header.seal();
+
+    let file = host.create(path)?;
+    let file = &*file;
+    codec::write_all(file, FOOTER, header.as_bytes(), "the dynamic header")?;
+    write_empty_table(file, table_at, table_end)?;
+    for ((_, data), locator) in locators.iter().zip(&header.parent_locators) {
+        codec::write_all(file, locator.data_offset.get(), data, "a parent locator")?;
+    }
+    sync_file(file)?;
+    codec::write_all(file, 0, footer.as_bytes(), "the footer copy")?;
+    finish(host, path, file, footer, end)
+}
+
+/// Fills a BAT, padding included, with unused entries.
+fn write_empty_table(file: &dyn Storage, start: u64, end: u64) -> Result<()> {
+    let unused = vec![0xff; CHUNK.min(end - start) as usize];
+    let mut at = start;
+    while at < end {
+        let len = CHUNK.min(end - at);
+        codec::write_all(file, at, &unused[..len as usize], "the BAT")?;
+        at += len;
+    }
+    Ok(())
+}
+
+/// Writes the trailing footer and makes the image and its name durable.
+fn finish(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    footer: &Footer,
+    at: u64,
+) -> Result<()> {
+    codec::write_all(file, at, footer.as_bytes(), "the footer")?;
+    sync_file(file)?;
+    host.sync_dir(path.parent().unwrap_or(Path::new(".")))
+}
+
+/// Seconds since the format's epoch.
+fn since_epoch(time: SystemTime) -> u32 {
+    let unix = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    u32::try_from(unix.saturating_sub(EPOCH)).unwrap_or(u32::MAX)
+}
+
+/// When the parent's file was last changed: what other programs compare. Zero where the host does
+/// not say.
+fn modified(host: &dyn Host, path: &Path) -> u32 {
+    let time = host.open(path, Access::Peek).ok().and_then(|file| {
+        let meta = file.host_file()?.metadata().ok()?;
+        meta.modified().ok()
+    });
+    time.map_or(0, since_epoch)
+}
+
+/// The way from directory `from` to `to`, both absolute, by text alone.
+fn relative_path(from: &Path, to: &Path) -> PathBuf {
+    let common = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+    let up = from.components().skip(common).map(|_| Component::ParentDir);
+    let start = if common == from.components().count() { Some(Component::CurDir) } else { None };
+    start.into_iter().chain(up).chain(to.components().skip(common)).collect()
+}
+
+/// A path as locators have it, with backslashes.
+fn windows_text(path: &Path) -> Result<String> {
+    match path.to_str() {
+        Some(text) if !text.contains('\\') => Ok(text.replace('/', "\\")),
+        _ => Err(Error::invalid(
+            "a VHD cannot name a parent whose path holds a backslash or is not UTF-8",
+        )
+        .in_file(path)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_are_named_relative_to_the_child() {
+        let way = |from: &str, to: &str| {
+            windows_text(&relative_path(Path::new(from), Path::new(to))).unwrap()
+        };
+        assert_eq!(way("/vm", "/vm/base.vhd"), r".\base.vhd");
+        assert_eq!(way("/vm", "/vm/sub/base.vhd"), r".\sub\base.vhd");
+        assert_eq!(way("/vm/a/b", "/vm/c/base.vhd"), r"..\..\c\base.vhd");
+        assert!(windows_text(Path::new(r"a\b")).is_err());
+    }
+}

@@ -1,0 +1,128 @@
+//! What differs for a differencing disk: the sector bitmap decides for each sector whether it is
+//! the disk's own or the parent's.
+//!
+//! A plan covers sectors of one block and one page of its bitmap. Only sectors that are written
+//! are stored, so nothing is copied up and the rest of a new block may hold anything: its bits are
+//! clear. There is no way to say "zeroes here" but to store them, so nothing is ever unmapped.
+
+use std::ops::Range;
+
+use super::bat::entry;
+use super::bitmaps::SectorBitmaps;
+use super::blocks::{Place, Reserved, SparseMap, push_stored};
+use super::space::Slot;
+use crate::codec;
+use crate::disk::map::{DiskRange, ExtentList, Piece, Source, WritePlan};
+use crate::error::{Error, Result};
+
+impl SparseMap {
+    fn place_of(&self, block: u64) -> Result<Place> {
+        Ok(self.place(self.bat.read(block, |entries| entry(entries, block))?))
+    }
+
+    /// Where the bitmap of a stored block is.
+    pub(super) fn bitmap_of(&self, block: u64) -> Result<u64> {
+        match self.place_of(block)? {
+            Place::Stored { data, .. } => Ok(data - self.structure.bitmap_size),
+            _ => Err(Error::corrupt(format!("block {block} has no sector bitmap"))),
+        }
+    }
+
+    /// `lookup` of blocks that the BAT has entries for.
+    pub(super) fn lookup_sectors(
+        &self,
+        bitmaps: &SectorBitmaps,
+        want: DiskRange,
+        out: &mut ExtentList,
+    ) -> Result<()> {
+        let size = self.structure.block_size;
+        let mut pos = want.start;
+        while pos < want.end {
+            let block = pos / size;
+            let start = block * size;
+            let end = want.end.min(start + size);
+            match self.place_of(block)? {
+                Place::Unused => out.push(pos, end - pos, Source::Parent),
+                Place::Bad => out.push(pos, end - pos, Source::Bad),
+                Place::Stored { data, available } => {
+                    let bitmap_at = data - self.structure.bitmap_size;
+                    bitmaps.runs(block, bitmap_at, pos - start..end - start, |own, bytes| {
+                        let len = bytes.end - bytes.start;
+                        if own {
+                            let at = start + bytes.start;
+                            push_stored(out, at, len, data, bytes.start, available);
+                        } else {
+                            out.push(start + bytes.start, len, Source::Parent);
+                        }
+                    })?;
+                }
+            }
+            pos = end;
+        }
+        Ok(())
+    }
+
+    /// Plans sectors of the first block of `want`, none of which is the disk's own yet.
+    pub(super) fn plan_sectors(
+        &self,
+        bitmaps: &SectorBitmaps,
+        want: &DiskRange,
+    ) -> Result<WritePlan> {
+        let block = want.start / self.structure.block_size;
+        let start = block * self.structure.block_size;
+        let skip = want.start - start;
+        let page_end = (skip / bitmaps.page_covers() + 1) * bitmaps.page_covers();
+        let bytes = skip..(want.end - start).min(page_end).min(self.structure.block_size);
+        let (slot, bitmap_at) = match self.place_of(block)? {
+            Place::Stored { data, .. } => (None, data - self.structure.bitmap_size),
+            Place::Unused => {
+                let slot = self.new_block()?;
+                (Some(slot), slot.at)
+            }
+            Place::Bad => {
+                return Err(Error::corrupt(format!("the BAT entry of block {block} is damaged")));
+            }
+        };
+        let piece = Piece {
+            start: want.start,
+            len: bytes.end - bytes.start,
+            file: 0,
+            at: bitmap_at + self.structure.bitmap_size + bytes.start,
+            zeroed: slot.is_some_and(|slot| slot.zeroed),
+        };
+        Ok(WritePlan {
+            pieces: [piece].into_iter().collect(),
+            token: Box::new(Reserved::Sectors { block, bytes, bitmap_at, slot }),
+        })
+    }
+
+    /// Room for a block, its bitmap all zeroes in the file.
+    fn new_block(&self) -> Result<Slot> {
+        let slots = self.reserve(1)?;
+        let slot = slots[0];
+        if !slot.zeroed {
+            let clear = vec![0; self.structure.bitmap_size as usize];
+            codec::write_all(self.file(), slot.at, &clear, "a sector bitmap")
+                .inspect_err(|_| self.give_back(&slots))?;
+        }
+        Ok(slot)
+    }
+
+    /// Makes planned sectors the disk's own.
+    pub(super) fn commit_sectors(
+        &self,
+        block: u64,
+        bytes: Range<u64>,
+        bitmap_at: u64,
+        slot: Option<Slot>,
+    ) -> Result<()> {
+        let Some(bitmaps) = &self.bitmaps else {
+            return Err(Error::corrupt("sectors planned on a disk that stores whole blocks"));
+        };
+        // A new block's bits need no reading, so that once its entry is set nothing can fail.
+        self.point_at(block, slot.as_slice(), || {
+            bitmaps.set(block, bitmap_at, bytes, slot.is_some())
+        })
+        .inspect_err(|_| self.give_back(&slot))
+    }
+}

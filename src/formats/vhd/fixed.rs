@@ -1,0 +1,103 @@
+//! The fixed disk: raw data, then the footer.
+
+use std::sync::Arc;
+
+use super::footers::{CopyState, Footers};
+use super::layout::SECTOR;
+use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source, WritePlan};
+use crate::disk::sync_file;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+
+/// The mapping of a fixed disk: byte `n` of the disk is byte `n` of the file.
+#[derive(Debug)]
+pub(super) struct FixedMap {
+    files: [Arc<dyn Storage>; 1],
+    geometry: Geometry,
+    /// Bytes of the disk that the file holds, whole sectors.
+    present: u64,
+    /// Where the footer is, if it is of the short form.
+    short_footer_at: Option<u64>,
+}
+
+impl FixedMap {
+    /// Maps the disk. A file without any data is refused: nothing of the disk is there.
+    pub(super) fn new(file: Arc<dyn Storage>, footers: &Footers) -> Result<Self> {
+        let size = footers.footer.size();
+        let present = size.min(footers.data_end / SECTOR * SECTOR);
+        if present == 0 && size > 0 {
+            return Err(Error::corrupt(format!(
+                "the footer of a fixed disk of {size} bytes, without the data"
+            )));
+        }
+        let geometry = Geometry {
+            size,
+            logical_sector: SECTOR as u32,
+            physical_sector: SECTOR as u32,
+            block_size: size.max(SECTOR),
+        };
+        let short = footers.trailing == CopyState::Short;
+        let short_footer_at = short.then_some(footers.data_end);
+        Ok(Self { files: [file], geometry, present, short_footer_at })
+    }
+
+    /// The part of the disk that the file is too short for.
+    pub(super) fn missing(&self) -> Option<DiskRange> {
+        (self.present < self.geometry.size).then_some(self.present..self.geometry.size)
+    }
+}
+
+impl BlockMap for FixedMap {
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn files(&self) -> &[Arc<dyn Storage>] {
+        &self.files
+    }
+
+    fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()> {
+        let here = want.end.min(self.present).max(want.start);
+        if here > want.start {
+            out.push(want.start, here - want.start, Source::File { file: 0, at: want.start });
+        }
+        if want.end > here {
+            out.push(here, want.end - here, Source::Bad);
+        }
+        Ok(())
+    }
+
+    fn begin_writes(&self) -> Result<()> {
+        // The one byte that the short form lacks is zero, and so is what extending adds.
+        if let Some(at) = self.short_footer_at {
+            let file = &self.files[0];
+            file.set_len(at + SECTOR)
+                .map_err(|e| Error::io("completing the footer", &e).in_file(file.path()).at(at))?;
+        }
+        Ok(())
+    }
+
+    fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan> {
+        Err(Error::new(ErrorKind::Failed, "a fixed disk has nothing to allocate"))
+    }
+
+    fn commit_write(&self, _plan: WritePlan) -> Result<()> {
+        Err(Error::new(ErrorKind::Failed, "a fixed disk has nothing to allocate"))
+    }
+
+    fn abort_write(&self, _plan: WritePlan) {}
+
+    fn unmap(&self, want: DiskRange, _rest: &mut Vec<DiskRange>) -> Result<()> {
+        let file = &self.files[0];
+        file.punch_hole(want.start, want.end - want.start)
+            .map_err(|e| Error::io("discard", &e).in_file(file.path()).at(want.start))
+    }
+
+    fn flush(&self) -> Result<()> {
+        sync_file(&*self.files[0])
+    }
+
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+}

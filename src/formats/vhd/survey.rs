@@ -1,0 +1,140 @@
+//! Walking the whole BAT: what is stored where, and what contradicts what.
+//!
+//! Done before the first write and by a check, never at open. Time is that of sorting the stored
+//! blocks, memory eight bytes for each of them; their number is bounded by what the file can hold.
+
+use std::ops::Range;
+
+use super::layout::{SECTOR, UNUSED};
+use super::structure::{Structure, overlap};
+use crate::codec;
+use crate::error::Result;
+use crate::formats::Severity;
+use crate::storage::Storage;
+
+/// Bytes of the BAT read at once.
+const CHUNK: u64 = 1 << 20;
+
+/// What the BAT says.
+#[derive(Debug, Default)]
+pub(super) struct Survey {
+    /// First sector and number of each stored block, ascending by sector.
+    pub stored: Vec<(u32, u32)>,
+}
+
+/// Something wrong with the BAT.
+#[derive(Debug)]
+pub(super) struct Problem {
+    /// An error, or a notice.
+    pub severity: Severity,
+    /// Byte offset in the file of the entry.
+    pub at: u64,
+    /// What is wrong.
+    pub what: String,
+}
+
+impl Survey {
+    /// Reads all entries. `data_end` is where the trailing footer begins.
+    pub(super) fn run(
+        file: &dyn Storage,
+        structure: &Structure,
+        data_end: u64,
+        found: &mut dyn FnMut(Problem),
+    ) -> Result<Self> {
+        let stride = structure.stride();
+        // The last block may be cut off behind the end of the disk.
+        let room = data_end / stride + 1;
+        let mut stored = Vec::new();
+        let mut chunk = vec![0; CHUNK.min(structure.table_entries * 4) as usize];
+        let mut block = 0;
+        while block < structure.table_entries {
+            let at = structure.table_at + block * 4;
+            let len = CHUNK.min((structure.table_entries - block) * 4) as usize;
+            codec::read_exact(file, at, &mut chunk[..len], "the BAT")?;
+            for entry in chunk[..len].chunks_exact(4) {
+                let sector = u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]);
+                let at = structure.table_at + block * 4;
+                let mut problem = |severity, what| found(Problem { severity, at, what });
+                if sector != UNUSED && is_sound(structure, data_end, block, sector, &mut problem) {
+                    // Both numbers fit: the table has at most 2^32 - 1 entries.
+                    stored.push((sector, block as u32));
+                }
+                block += 1;
+            }
+            if stored.len() as u64 > room {
+                let what = "more blocks than the file has room for".to_owned();
+                found(Problem { severity: Severity::Error, at, what });
+                break;
+            }
+        }
+        stored.sort_unstable();
+        for pair in stored.windows(2) {
+            let [(first, a), (second, b)] = [pair[0], pair[1]];
+            if u64::from(first) * SECTOR + stride > u64::from(second) * SECTOR {
+                found(Problem {
+                    severity: Severity::Error,
+                    at: structure.table_at + u64::from(b) * 4,
+                    what: format!(
+                        "blocks {a} and {b} overlap at {:#x}",
+                        u64::from(second) * SECTOR
+                    ),
+                });
+            }
+        }
+        Ok(Self { stored })
+    }
+
+    /// The gaps of at least `least` bytes between everything in use, ascending, and where the last
+    /// thing in use ends.
+    pub(super) fn gaps(&self, structure: &Structure, least: u64) -> (Vec<Range<u64>>, u64) {
+        let stride = structure.stride();
+        let blocks = self.stored.iter().map(|(sector, _)| u64::from(*sector) * SECTOR);
+        let mut used: Vec<Range<u64>> = blocks.map(|at| at..at + stride).collect();
+        used.extend(structure.reserved.iter().cloned());
+        used.sort_unstable_by_key(|range| range.start);
+        let mut gaps = Vec::new();
+        let mut end = 0;
+        for range in used {
+            if range.start > end && range.start - end >= least {
+                gaps.push(end..range.start);
+            }
+            end = end.max(range.end);
+        }
+        (gaps, end)
+    }
+}
+
+/// Whether an entry in use leads to a block inside the file and outside its structures.
+fn is_sound(
+    structure: &Structure,
+    data_end: u64,
+    block: u64,
+    sector: u32,
+    problem: &mut dyn FnMut(Severity, String),
+) -> bool {
+    let at = u64::from(sector) * SECTOR;
+    let whole = at..at + structure.stride();
+    let of_disk = block < structure.blocks;
+    let severity = if of_disk { Severity::Error } else { Severity::Notice };
+    if !of_disk {
+        problem(severity, format!("block {block} lies past the end of the disk, yet is stored"));
+    }
+    if structure.reserved.iter().any(|range| overlap(range, &whole)) {
+        problem(severity, format!("block {block} at {at:#x} lies over the image's own structures"));
+        return false;
+    }
+    let needed = if of_disk {
+        let range = structure.block_range(block);
+        range.end - range.start
+    } else {
+        structure.block_size
+    };
+    if at + structure.bitmap_size + needed > data_end {
+        problem(
+            severity,
+            format!("block {block} at {at:#x} reaches past the end of the data ({data_end:#x})"),
+        );
+        return false;
+    }
+    true
+}

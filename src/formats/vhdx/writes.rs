@@ -1,0 +1,342 @@
+//! The changing half of [`Blocks`]: planning space for writes, committing them, unmapping.
+//!
+//! A block that is not stored gets space of its own when it is written. Without a parent, or where
+//! the parent is hidden already, the block is stored whole, what is not written being zero. Over a
+//! visible parent only the written sectors are stored and marked in the chunk's sector bitmap.
+
+use std::any::Any;
+use std::ops::Range;
+
+use smallvec::SmallVec;
+
+use super::bat::{Entry, State};
+use super::bitmap;
+use super::blocks::Blocks;
+use super::layout::MIB;
+use super::space::{Allocation, Space};
+use crate::disk::map::{DiskRange, Piece, WritePlan};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes of disk that one plan covers, but always a block.
+const MAX_PLAN: u64 = 64 << 20;
+/// Changed pages that may wait in memory for a flush, 8 MiB.
+const MAX_DIRTY_PAGES: usize = 2048;
+
+/// Decisions about space that every write shares.
+#[derive(Debug)]
+pub(super) struct WriteState {
+    pub space: Space,
+    /// Byte ranges that nothing in memory names any more, but the tables on disk do.
+    pub freed: Vec<Range<u64>>,
+}
+
+/// What a plan does to one block when it is committed.
+#[derive(Debug)]
+enum Change {
+    /// The block becomes present at byte `at` of the file.
+    Whole { block: u64, at: u64 },
+    /// The block becomes partially present at byte `at`, with these of its sectors.
+    Part { block: u64, at: u64, sectors: Range<u64> },
+    /// The block, partially present already, gains sectors.
+    More { block: u64, sectors: Range<u64> },
+}
+
+type Changes = Vec<Change>;
+
+/// How a block has to be stored.
+enum Need {
+    Whole,
+    Part,
+    More { at: u64 },
+}
+
+impl Blocks {
+    fn state<R>(&self, with: impl FnOnce(&mut WriteState) -> Result<R>) -> Result<R> {
+        match &mut *self.state.lock() {
+            Some(state) => with(state),
+            None => Err(Error::new(ErrorKind::ReadOnly, "writing has not begun")),
+        }
+    }
+
+    /// How `part` of a block would be stored.
+    fn need(&self, block: u64, part: &DiskRange) -> Result<Need> {
+        let range = self.shape.block_range(block);
+        let whole =
+            part.start == range.start && part.end == range.end.min(self.shape.geometry.size);
+        let entry = self.entry(self.shape.layout.block_entry(block))?;
+        Ok(match entry.state() {
+            State::NotPresent if self.shape.has_parent && !whole => Need::Part,
+            State::Partial if self.shape.has_parent => Need::More { at: entry.offset() },
+            State::NotPresent | State::Undefined | State::Zero | State::Unmapped => Need::Whole,
+            State::Present | State::Partial | State::Invalid => {
+                let what = format!("block {block} cannot be allocated in its state");
+                return Err(Error::corrupt(what));
+            }
+        })
+    }
+
+    /// Reserves space for `want`, see [`BlockMap::prepare_write`](crate::disk::map::BlockMap).
+    pub(super) fn plan(&self, want: DiskRange) -> Result<WritePlan> {
+        if self.cache.dirty_pages() > MAX_DIRTY_PAGES {
+            self.flush_tables()?;
+        }
+        let block_size = self.shape.layout.block_size;
+        let blocks = want.start / block_size..want.end.div_ceil(block_size);
+        let blocks = blocks.start..blocks.end.min(blocks.start + (MAX_PLAN / block_size).max(1));
+
+        let mut needs: SmallVec<[(u64, DiskRange, Need); 4]> = SmallVec::new();
+        for block in blocks {
+            let range = self.shape.block_range(block);
+            let part = want.start.max(range.start)..want.end.min(range.end);
+            let need = self.need(block, &part)?;
+            needs.push((block, part, need));
+        }
+        let fresh = needs.iter().filter(|n| !matches!(n.2, Need::More { .. })).count() as u64;
+        let mut space = Allocation { at: 0, zeroed: false };
+        if fresh > 0 {
+            space = self.state(|state| {
+                let space = state.space.allocate(self.file(), fresh * block_size);
+                self.note_length(state);
+                space
+            })?;
+        }
+        let mut next = space.at;
+        let mut changes = Changes::new();
+        let mut pieces: SmallVec<[Piece; 4]> = SmallVec::new();
+        for (block, part, need) in needs {
+            let range = self.shape.block_range(block);
+            let sector = u64::from(self.shape.geometry.logical_sector);
+            let rounded = part.start / sector * sector..part.end.next_multiple_of(sector);
+            let sectors =
+                (rounded.start - range.start) / sector..(rounded.end - range.start) / sector;
+            let (stored, at, zeroed) = match need {
+                Need::Whole => {
+                    changes.push(Change::Whole { block, at: next });
+                    (range, next, space.zeroed)
+                }
+                Need::Part => {
+                    let at = next + (rounded.start - range.start);
+                    changes.push(Change::Part { block, at: next, sectors });
+                    (rounded, at, space.zeroed)
+                }
+                Need::More { at } => {
+                    let at = at + (rounded.start - range.start);
+                    changes.push(Change::More { block, sectors });
+                    (rounded, at, false)
+                }
+            };
+            if !matches!(changes.last(), Some(Change::More { .. })) {
+                next += block_size;
+            }
+            let (start, len) = (stored.start, stored.end - stored.start);
+            push_piece(&mut pieces, Piece { start, len, file: 0, at, zeroed });
+        }
+        Ok(WritePlan { pieces, token: Box::new(changes) })
+    }
+
+    /// Makes a plan's blocks visible.
+    pub(super) fn commit(&self, plan: WritePlan) -> Result<()> {
+        let changes = taken(plan.token);
+        let committed = self.state(|state| {
+            // Everything that can fail comes first: each page that will change is marked as
+            // changed as it is, which keeps it in memory, and missing bitmaps get their space.
+            for change in &changes {
+                self.touch(change, state)?;
+            }
+            changes.iter().try_for_each(|change| self.apply(change))
+        });
+        if committed.is_err() {
+            self.release(&changes);
+        }
+        committed
+    }
+
+    /// Gives a plan's space back.
+    pub(super) fn abort(&self, plan: WritePlan) {
+        self.release(&taken(plan.token));
+    }
+
+    fn release(&self, changes: &Changes) {
+        if let Some(state) = &mut *self.state.lock() {
+            for change in changes {
+                if let Change::Whole { at, .. } | Change::Part { at, .. } = *change {
+                    state.space.release(at..at + self.shape.layout.block_size);
+                }
+            }
+        }
+    }
+
+    fn touch(&self, change: &Change, state: &mut WriteState) -> Result<()> {
+        let (block, sectors) = match change {
+            Change::Whole { block, .. } => (*block, None),
+            Change::Part { block, .. } => (*block, Some(0..self.shape.block_bits(*block).1)),
+            Change::More { block, sectors } => (*block, Some(sectors.clone())),
+        };
+        self.update_entry(self.shape.layout.block_entry(block), |_| ())?;
+        if let Some(sectors) = sectors {
+            if self.bitmap_at(block)?.is_none() {
+                self.add_bitmap(block, state)?;
+            }
+            self.update_bits(block, sectors, |_, _| ())?;
+        }
+        Ok(())
+    }
+
+    /// Gives the chunk of `block` a sector bitmap of clear bits. Until the block itself names it by
+    /// its state nobody looks at it. Growing the file and punching a hole are short enough to be
+    /// done under the lock, and rare: a bitmap serves 2^23 sectors.
+    fn add_bitmap(&self, block: u64, state: &mut WriteState) -> Result<()> {
+        let index = self.shape.layout.bitmap_entry(block);
+        if self.entry(index)? != Entry(0) {
+            let what = format!("the sector bitmap of block {block} has no valid place");
+            return Err(Error::corrupt(what));
+        }
+        self.update_entry(index, |_| ())?;
+        let space = state.space.allocate(self.file(), MIB)?;
+        self.note_length(state);
+        if !space.zeroed {
+            self.file().punch_hole(space.at, MIB).map_err(|e| {
+                state.space.release(space.at..space.at + MIB);
+                Error::io("clearing a sector bitmap", &e).in_file(self.file().path()).at(space.at)
+            })?;
+        }
+        self.update_entry(index, |entry| *entry = Entry::present(space.at))
+    }
+
+    fn apply(&self, change: &Change) -> Result<()> {
+        match change {
+            Change::Whole { block, at } => {
+                self.set_block(*block, Entry::present(*at))?;
+            }
+            Change::Part { block, at, sectors } => {
+                // Bits of a block in any other state mean nothing, so they may be anything.
+                let all = 0..self.shape.block_bits(*block).1;
+                self.update_bits(*block, all, |page, bits| bitmap::fill(page, bits, false))?;
+                self.update_bits(*block, sectors.clone(), |page, bits| {
+                    bitmap::fill(page, bits, true);
+                })?;
+                self.set_block(*block, Entry::partial(*at))?;
+            }
+            Change::More { block, sectors } => {
+                self.update_bits(*block, sectors.clone(), |page, bits| {
+                    bitmap::fill(page, bits, true);
+                })?;
+                if self.complete(*block)? {
+                    let index = self.shape.layout.block_entry(*block);
+                    self.update_entry(index, |e| *e = Entry::present(e.offset()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_block(&self, block: u64, entry: Entry) -> Result<()> {
+        self.update_entry(self.shape.layout.block_entry(block), |e| *e = entry)
+    }
+
+    /// Whether every sector of a partially present block is in this file.
+    fn complete(&self, block: u64) -> Result<bool> {
+        let Some(bitmap_at) = self.bitmap_at(block)? else { return Ok(false) };
+        let (first, count) = self.shape.block_bits(block);
+        for (page, bits) in bitmap::pages(bitmap_at, &(first..first + count)) {
+            if !self.cache.read(page, self.load(page), |bytes| bitmap::full(bytes, bits))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn update_entry(&self, index: u64, change: impl FnOnce(&mut Entry)) -> Result<()> {
+        let (page, slot) = self.shape.entry_place(index);
+        self.cache.update(page, self.load(page), |bytes| {
+            let mut entry = Entry::get(bytes, slot);
+            change(&mut entry);
+            entry.put(bytes, slot);
+        })
+    }
+
+    /// Runs `change` on the bits of `sectors` of a block, page by page.
+    fn update_bits(
+        &self,
+        block: u64,
+        sectors: Range<u64>,
+        mut change: impl FnMut(&mut [u8], Range<u64>),
+    ) -> Result<()> {
+        let Some(bitmap_at) = self.bitmap_at(block)? else {
+            return Err(Error::corrupt(format!("block {block} has no sector bitmap")));
+        };
+        let (first, _) = self.shape.block_bits(block);
+        let bits = first + sectors.start..first + sectors.end;
+        for (page, bits) in bitmap::pages(bitmap_at, &bits) {
+            self.cache.update(page, self.load(page), |bytes| change(bytes, bits))?;
+        }
+        Ok(())
+    }
+
+    /// Discards whole blocks, see [`BlockMap::unmap`](crate::disk::map::BlockMap::unmap).
+    ///
+    /// A discarded block gets state ZERO: it is the only one that the format defines to read as
+    /// zeroes, with and without parent, so every program agrees on what was discarded. Blocks that
+    /// read as zeroes already stay as they are.
+    pub(super) fn unmap_blocks(&self, want: DiskRange, rest: &mut Vec<DiskRange>) -> Result<()> {
+        if self.shape.fixed {
+            rest.push(want);
+            return Ok(());
+        }
+        let block_size = self.shape.layout.block_size;
+        let size = self.shape.geometry.size;
+        let mut keep = |part: DiskRange| match rest.last_mut() {
+            Some(last) if last.end == part.start => last.end = part.end,
+            _ => rest.push(part),
+        };
+        let mut pos = want.start;
+        while pos < want.end {
+            let block = pos / block_size;
+            let range = self.shape.block_range(block);
+            let part = pos..want.end.min(range.end);
+            pos = part.end;
+            if part.start != range.start || part.end != range.end.min(size) {
+                keep(part);
+                continue;
+            }
+            let index = self.shape.layout.block_entry(block);
+            let entry = self.entry(index)?;
+            match entry.state() {
+                State::Undefined | State::Zero | State::Unmapped => {}
+                State::NotPresent if !self.shape.has_parent => {}
+                State::Invalid => keep(part),
+                state => {
+                    if self.cache.dirty_pages() > MAX_DIRTY_PAGES {
+                        self.flush_tables()?;
+                    }
+                    self.state(|s| {
+                        self.set_block(block, Entry::ZERO)?;
+                        if state != State::NotPresent {
+                            s.freed.push(entry.offset()..entry.offset() + block_size);
+                        }
+                        Ok(())
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Appends a piece, merging it with the last where it continues that on disk and in the file.
+fn push_piece(pieces: &mut SmallVec<[Piece; 4]>, piece: Piece) {
+    match pieces.last_mut() {
+        Some(last)
+            if last.start + last.len == piece.start
+                && last.at + last.len == piece.at
+                && last.zeroed == piece.zeroed =>
+        {
+            last.len += piece.len;
+        }
+        _ => pieces.push(piece),
+    }
+}
+
+fn taken(token: Box<dyn Any + Send>) -> Changes {
+    token.downcast::<Changes>().map(|changes| *changes).unwrap_or_default()
+}

@@ -1,0 +1,347 @@
+//! The control socket: how `umount`, `sync`, `status`, `open` and `close` reach a running daemon.
+//!
+//! One socket per mount, named after the mount's device number, in a directory that only the
+//! daemon's user can enter; the daemon also asks the kernel who is calling. A request and its answer
+//! are one line of JSON each.
+//!
+//! Leaving is the exception: after the answer (everything is flushed) the connection stays open
+//! while the caller unmounts, and a second answer comes when every image is closed. umount(2) alone
+//! waits for neither.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::geteuid;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use super::mounts::MountEntry;
+use super::tree::{ROOT, Tree};
+use super::{Mounted, is_master};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+
+/// Longest request or answer in bytes.
+const MAX_LINE: u64 = 16 << 20;
+
+/// What a daemon can be asked.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// Flush every image.
+    Sync,
+    /// Describe the mount.
+    Status,
+    /// Flush every image, and say when all are closed.
+    Leave,
+    /// Show more images in the root.
+    Open {
+        /// Absolute paths.
+        images: Vec<PathBuf>,
+    },
+    /// Take images out of the root.
+    Close {
+        /// Their names in the root.
+        names: Vec<PathBuf>,
+    },
+}
+
+/// A daemon's answer.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Answer {
+    /// What went wrong, a line each.
+    pub errors: Vec<String>,
+    /// Names of the images opened.
+    pub names: Vec<PathBuf>,
+    /// The mount, if that was the question.
+    pub status: Option<MountStatus>,
+}
+
+/// A mount, as `flatdisk status --json` shows it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MountStatus {
+    /// Where it is mounted.
+    pub mountpoint: PathBuf,
+    /// What is mounted.
+    pub source: String,
+    /// The daemon's process id.
+    pub pid: u32,
+    /// Whether nothing can be written.
+    pub read_only: bool,
+    /// The images in use.
+    pub images: Vec<ImageStatus>,
+    /// What failed to reach its image.
+    pub failures: Vec<String>,
+}
+
+/// An image in use.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ImageStatus {
+    /// The image.
+    pub image: PathBuf,
+    /// Files open for reading.
+    pub readers: u32,
+    /// Files open for writing.
+    pub writers: u32,
+    /// Whether writes wait for a flush.
+    pub unflushed: bool,
+    /// Table pages in memory.
+    pub table_pages: u64,
+    /// Table pages that wait for a flush.
+    pub dirty_tables: u64,
+    /// Table lookups answered from memory.
+    pub cache_hits: u64,
+    /// Table lookups that read the image.
+    pub cache_misses: u64,
+}
+
+/// The directory of a user's sockets.
+fn socket_dir(user: u32) -> PathBuf {
+    if user == 0 {
+        return PathBuf::from("/run/flatdisk");
+    }
+    if user == geteuid().as_raw()
+        && let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty())
+    {
+        return Path::new(&dir).join("flatdisk");
+    }
+    let run = PathBuf::from(format!("/run/user/{user}"));
+    if run.is_dir() {
+        return run.join("flatdisk");
+    }
+    PathBuf::from(format!("/tmp/flatdisk-{user}"))
+}
+
+fn socket_path(user: u32, device: &str) -> PathBuf {
+    socket_dir(user).join(format!("{}.sock", device.replace(':', "-")))
+}
+
+/// Refuses a directory that others could have prepared.
+fn check_dir(dir: &Path, user: u32) -> Result<()> {
+    let meta = fs::symlink_metadata(dir).map_err(|e| Error::io("open", &e).in_file(dir))?;
+    if meta.is_dir() && meta.uid() == user && meta.mode() & 0o077 == 0 {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Denied, format!("not a private directory of user {user}"))
+        .in_file(dir))
+}
+
+fn send(stream: &mut UnixStream, value: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+fn receive<T: for<'a> Deserialize<'a>>(stream: &UnixStream) -> io::Result<T> {
+    let mut line = String::new();
+    BufReader::new(stream.take(MAX_LINE)).read_line(&mut line)?;
+    if line.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(serde_json::from_str(&line)?)
+}
+
+// The daemon's side
+
+/// What the socket gives access to.
+pub struct Service {
+    /// The tree.
+    pub tree: Arc<Tree>,
+    /// The mount.
+    pub mounted: Mounted,
+    /// Where it is mounted.
+    pub mountpoint: PathBuf,
+    /// What is mounted.
+    pub source: String,
+    /// Whether nothing can be written.
+    pub read_only: bool,
+}
+
+/// A daemon's socket, removed by [`Server::finish`].
+pub struct Server {
+    path: PathBuf,
+    /// Who waits for the images to be closed; `None` once they are.
+    waiting: Arc<Mutex<Option<Vec<UnixStream>>>>,
+}
+
+impl Server {
+    /// Listens for requests about the mount whose device number is `device`.
+    pub fn start(device: &str, service: Service) -> Result<Self> {
+        let user = geteuid().as_raw();
+        let dir = socket_dir(user);
+        let made = fs::DirBuilder::new().mode(0o700).recursive(true).create(&dir);
+        made.map_err(|e| Error::io("create", &e).in_file(&dir))?;
+        check_dir(&dir, user)?;
+        let path = socket_path(user, device);
+        // The number belongs to a live mount of ours: a socket of that name is a dead daemon's.
+        let _ = fs::remove_file(&path);
+        let listener =
+            UnixListener::bind(&path).map_err(|e| Error::io("listen", &e).in_file(&path))?;
+        let waiting = Arc::new(Mutex::new(Some(Vec::new())));
+        let server = Self { path, waiting: waiting.clone() };
+        let service = Arc::new(service);
+        let serve = move || {
+            for stream in listener.incoming().flatten() {
+                let (service, waiting) = (service.clone(), waiting.clone());
+                let served = thread::Builder::new().spawn(move || service.serve(stream, &waiting));
+                if let Err(e) = served {
+                    log::warn!("control socket: {e}");
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("control".into())
+            .spawn(serve)
+            .map_err(|e| Error::io("starting a thread", &e))?;
+        Ok(server)
+    }
+
+    /// Every image is closed: tells those who wait.
+    pub fn finish(self, failures: Vec<String>) {
+        let _ = fs::remove_file(&self.path);
+        let answer = Answer { errors: failures, ..Answer::default() };
+        for mut stream in self.waiting.lock().take().unwrap_or_default() {
+            let _ = send(&mut stream, &answer);
+        }
+    }
+}
+
+impl Service {
+    fn serve(&self, mut stream: UnixStream, waiting: &Mutex<Option<Vec<UnixStream>>>) {
+        let caller = getsockopt(&stream, sockopt::PeerCredentials).map(|peer| peer.uid());
+        if !caller.is_ok_and(is_master) {
+            let errors = vec!["only the daemon's user and root may do this".into()];
+            let _ = send(&mut stream, &Answer { errors, ..Answer::default() });
+            return;
+        }
+        let request = match receive(&stream) {
+            Ok(request) => request,
+            Err(e) => {
+                let errors = vec![format!("not a request: {e}")];
+                let _ = send(&mut stream, &Answer { errors, ..Answer::default() });
+                return;
+            }
+        };
+        let leaving = matches!(request, Request::Leave);
+        let answer = self.answer(request);
+        // In the list before the caller can unmount, so that its second answer cannot be missed.
+        let mut waiting = waiting.lock();
+        if send(&mut stream, &answer).is_ok()
+            && leaving
+            && let Some(waiting) = &mut *waiting
+        {
+            waiting.push(stream);
+        }
+    }
+
+    fn answer(&self, request: Request) -> Answer {
+        let mut answer = Answer::default();
+        let mut note = |e: Error| answer.errors.push(e.to_string());
+        match request {
+            Request::Sync | Request::Leave => {
+                self.tree.flush_all().into_iter().for_each(note);
+            }
+            Request::Status => answer.status = Some(self.status()),
+            Request::Open { images } => {
+                for image in images {
+                    match self.tree.pin(&image, None) {
+                        Ok(name) => {
+                            self.mounted.name_changed(&name);
+                            answer.names.push(self.mountpoint.join(name));
+                        }
+                        Err(e) => note(e),
+                    }
+                }
+            }
+            Request::Close { names } => {
+                for name in names {
+                    match self.tree.unpin(ROOT, name.as_os_str()).in_file(&name) {
+                        Ok(()) => self.mounted.name_changed(name.as_os_str()),
+                        Err(e) => note(e),
+                    }
+                }
+            }
+        }
+        answer
+    }
+
+    fn status(&self) -> MountStatus {
+        let images = self.tree.usage().into_iter().map(|image| ImageStatus {
+            image: image.path,
+            readers: image.usage.readers,
+            writers: image.usage.writers,
+            unflushed: image.usage.unflushed,
+            table_pages: image.usage.cache.pages,
+            dirty_tables: image.usage.cache.dirty,
+            cache_hits: image.usage.cache.hits,
+            cache_misses: image.usage.cache.misses,
+        });
+        MountStatus {
+            mountpoint: self.mountpoint.clone(),
+            source: self.source.clone(),
+            pid: std::process::id(),
+            read_only: self.read_only,
+            images: images.collect(),
+            failures: self.tree.failures(),
+        }
+    }
+}
+
+// The caller's side
+
+/// A connection to a mount's daemon. `NotFound` if there is no daemon any more.
+pub struct Connection {
+    stream: UnixStream,
+    target: PathBuf,
+}
+
+impl Connection {
+    /// Connects to the daemon of a mount.
+    pub fn to(mount: &MountEntry) -> Result<Self> {
+        let user = mount.user.unwrap_or(0);
+        let path = socket_path(user, &mount.device);
+        let failed = |e: io::Error| match e.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                Error::new(ErrorKind::NotFound, "the daemon is gone").in_file(&mount.target)
+            }
+            io::ErrorKind::PermissionDenied => {
+                let what = format!("the mount belongs to user {user}");
+                Error::new(ErrorKind::Denied, what).in_file(&mount.target)
+            }
+            _ => Error::io("connect", &e).in_file(&path),
+        };
+        let stream = UnixStream::connect(&path).map_err(failed)?;
+        check_dir(path.parent().unwrap_or(Path::new("/")), user)?;
+        Ok(Self { stream, target: mount.target.clone() })
+    }
+
+    /// Sends a request and waits for its answer.
+    pub fn ask(&mut self, request: &Request) -> Result<Answer> {
+        send(&mut self.stream, request)
+            .map_err(|e| Error::io("asking the daemon", &e).in_file(&self.target))?;
+        self.answer()
+    }
+
+    /// Waits for an answer.
+    pub fn answer(&mut self) -> Result<Answer> {
+        receive(&self.stream).map_err(|e| {
+            let error = match e.kind() {
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
+                    Error::new(ErrorKind::Io, "the daemon died before it answered")
+                }
+                _ => Error::io("waiting for the daemon", &e),
+            };
+            error.in_file(&self.target)
+        })
+    }
+
+    /// Waits until the daemon is gone.
+    pub fn end(self) {
+        let _ = io::copy(&mut &self.stream, &mut io::sink());
+    }
+}

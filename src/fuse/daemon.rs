@@ -1,0 +1,300 @@
+//! The life of a mount: what is checked first, what runs beside it, how it ends.
+//!
+//! Besides fuser's threads that serve requests there are: one that flushes tables at most
+//! [`FLUSH_INTERVAL`] after their data, one for signals, one for the control socket, and the caller's, which
+//! waits for the end. A signal asks for an ordinary unmount, which fails while somebody uses the
+//! mount; the second one detaches it from the name space. Either way every image is closed only when the
+//! kernel has ended the session, and then nobody can write any more.
+
+use std::fs;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+
+use nix::unistd::{getegid, geteuid};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::control::{Server, Service};
+use super::facts::HostOpener;
+use super::mounts::{self, MountEntry};
+use super::options::{Allowed, MountOptions};
+use super::tree::{Look, Tree};
+use super::{Mounted, control};
+use crate::disk::tables::CacheBudget;
+use crate::error::{Error, ErrorKind, Result};
+use crate::formats::OpenOptions;
+use crate::storage::Access;
+use crate::storage::file::HostFs;
+
+/// How long a table stays changed in memory only when nobody asks for a flush. Five seconds are promised; the
+/// rest is for the flush itself.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(4);
+
+/// Read-ahead of the mount in KiB. The kernel's 128 KiB cost a request each.
+const READ_AHEAD_KIB: u32 = 1024;
+
+/// What is to be mounted where.
+#[derive(Debug, Clone)]
+pub struct MountRequest {
+    /// Images and directories.
+    pub sources: Vec<PathBuf>,
+    /// An existing directory.
+    pub mountpoint: PathBuf,
+    /// Everything else.
+    pub options: MountOptions,
+}
+
+/// What ends the wait of the daemon's main thread.
+#[derive(Debug, Clone, Copy)]
+pub enum Event {
+    /// The kernel ended the session.
+    Unmounted,
+    /// Somebody wants the daemon to stop.
+    Signal(i32),
+}
+
+/// A mount about to be made: all that can be known beforehand was checked.
+pub struct Prepared {
+    tree: Arc<Tree>,
+    mountpoint: PathBuf,
+    source: String,
+    options: MountOptions,
+}
+
+impl Prepared {
+    /// Checks sources, mount point and options.
+    pub fn new(request: &MountRequest) -> Result<Self> {
+        check_host()?;
+        let mountpoint = check_mountpoint(&request.mountpoint)?;
+        check_allowed(&request.options)?;
+        let options = &request.options;
+        let look = Look {
+            read_only: options.read_only,
+            nonpersistent: options.nonpersistent,
+            uid: options.uid,
+            gid: options.gid,
+            fmask: options.fmask,
+            dmask: options.dmask,
+            suffix: options.suffix.clone(),
+            mountpoint: mountpoint.clone(),
+            owner: (geteuid().as_raw(), getegid().as_raw()),
+            writeback: options.writeback,
+        };
+        let mut open_options = OpenOptions::new(Access::Read);
+        open_options.force = options.force;
+        open_options.allow_parent.clone_from(&options.allow_parent);
+        for source in &request.sources {
+            let real =
+                fs::canonicalize(source).map_err(|e| Error::io("open", &e).in_file(source))?;
+            if real.is_dir() {
+                open_options.allow_parent.push(real);
+            }
+        }
+        open_options.budget = CacheBudget::new(options.cache);
+        let opener = Box::new(HostOpener::new(HostFs::shared(), open_options));
+        let tree = Arc::new(Tree::new(&request.sources, opener, look)?);
+        let source = match (&options.fsname, &request.sources[..]) {
+            (Some(name), _) => name.clone(),
+            (None, [source]) => fs::canonicalize(source)
+                .unwrap_or_else(|_| source.clone())
+                .to_string_lossy()
+                .into_owned(),
+            (None, _) => "flatdisk".to_owned(),
+        };
+        Ok(Self { tree, mountpoint, source, options: options.clone() })
+    }
+
+    /// Mounts, calls `ready` once the mount is live, and serves it to its end. Returns what failed
+    /// to reach its image.
+    pub fn serve(self, ready: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
+        let (events, ended) = mpsc::channel();
+        forward_signals(events.clone())?;
+        let mounted =
+            Mounted::new(&self.tree, &self.mountpoint, &self.source, &self.options, events)?;
+        let entry = mounts::mounted_at(&self.mountpoint)?.filter(MountEntry::is_ours);
+        let Some(entry) = entry else {
+            let _ = mounts::unmount(&self.mountpoint, false);
+            return Err(Error::new(ErrorKind::Io, "mounted, but not in the mount table")
+                .in_file(&self.mountpoint));
+        };
+        set_read_ahead(&entry.device);
+        let service = Service {
+            tree: self.tree.clone(),
+            mounted,
+            mountpoint: self.mountpoint.clone(),
+            source: self.source.clone(),
+            read_only: self.options.read_only,
+        };
+        let server = control::Server::start(&entry.device, service)
+            .inspect_err(|e| log::warn!("no control socket: {e}"))
+            .ok();
+        let flusher = start_flusher(self.tree.clone())?;
+        let begun = ready();
+        notify(&format!("READY=1\nSTATUS=Serving {}", self.mountpoint.display()));
+        log::info!("{} is mounted on {}", self.source, self.mountpoint.display());
+        if let Err(e) = &begun {
+            log::error!("{e}");
+            let _ = unmount_own(&entry.device, false);
+        }
+        self.wait(&ended, &entry.device);
+        notify("STOPPING=1\nSTATUS=Closing images");
+        drop(flusher);
+        self.tree.close_all();
+        let failures = self.tree.failures();
+        if let Some(server) = server {
+            Server::finish(server, failures.clone());
+        }
+        log::info!("{} is unmounted", self.mountpoint.display());
+        begun.map(|()| failures)
+    }
+
+    fn wait(&self, events: &mpsc::Receiver<Event>, device: &str) {
+        let mut asked = 0;
+        while let Ok(Event::Signal(signal)) = events.recv() {
+            asked += 1;
+            log::info!("signal {signal}: flushing and unmounting");
+            notify("STOPPING=1");
+            // Failures are kept, and reported at the end.
+            self.tree.flush_all();
+            if let Err(e) = unmount_own(device, asked > 1) {
+                log::error!("{e}; a second signal unmounts all the same");
+                notify(&format!("READY=1\nSTATUS={e}"));
+            }
+        }
+    }
+}
+
+/// Unmounts the file system with this device number wherever it is mounted now.
+fn unmount_own(device: &str, lazy: bool) -> Result<()> {
+    let table = mounts::mount_table()?;
+    let Some(own) = table.iter().rev().find(|entry| entry.device == device) else {
+        return Err(Error::new(ErrorKind::Busy, "detached already, but still in use"));
+    };
+    let upper = table.iter().rev().find(|entry| entry.target == own.target);
+    if upper.is_some_and(|upper| upper.device != device) {
+        return Err(Error::new(ErrorKind::Busy, "something else is mounted over the mount")
+            .in_file(&own.target));
+    }
+    mounts::unmount(&own.target, lazy)
+}
+
+/// Checks that this user can make FUSE mounts on this host.
+pub fn check_host() -> Result<()> {
+    if !Path::new("/dev/fuse").exists() {
+        return Err(Error::new(ErrorKind::NotFound, "there is no /dev/fuse")
+            .hint("`modprobe fuse` may bring it"));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let helper = || std::env::split_paths(&path).any(|dir| dir.join("fusermount3").exists());
+    if !geteuid().is_root() && !helper() {
+        return Err(Error::new(ErrorKind::NotFound, "there is no fusermount3")
+            .hint("users other than root need it; it is in the package fuse3"));
+    }
+    Ok(())
+}
+
+/// Checks that a mount can be made at `path` and returns its absolute form. What a dead daemon of
+/// ours left there is cleared away.
+fn check_mountpoint(path: &Path) -> Result<PathBuf> {
+    let path = mounts::absolute(path)?;
+    if mounts::is_dead(&path) {
+        let entry = mounts::mounted_at(&path)?;
+        if !entry.is_some_and(|entry| entry.is_ours()) {
+            return Err(Error::new(ErrorKind::Busy, "a dead FUSE mount is in the way")
+                .in_file(&path)
+                .hint(format!("`fusermount3 -uz {}` clears it", path.display())));
+        }
+        log::warn!("{}: clearing the mount of a daemon that died", path.display());
+        mounts::unmount(&path, true)?;
+    }
+    let meta = fs::metadata(&path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => {
+            Error::new(ErrorKind::NotFound, "the mount point does not exist")
+                .in_file(&path)
+                .hint("create the directory first")
+        }
+        _ => Error::io("mount point", &e).in_file(&path),
+    })?;
+    if !meta.is_dir() {
+        return Err(Error::invalid("the mount point is not a directory").in_file(&path));
+    }
+    if mounts::mounted_at(&path)?.is_some_and(|entry| entry.is_ours()) {
+        return Err(Error::new(ErrorKind::Busy, "already a mount of flatdisk")
+            .in_file(&path)
+            .hint("unmount it first, or mount somewhere else"));
+    }
+    Ok(path)
+}
+
+/// Users other than root may let others in only if the administrator allows it.
+fn check_allowed(options: &MountOptions) -> Result<()> {
+    let others = matches!(options.allowed, Some(Allowed::Other | Allowed::Root));
+    if geteuid().is_root() || !others {
+        return Ok(());
+    }
+    let allowed = fs::read_to_string("/etc/fuse.conf")
+        .is_ok_and(|conf| conf.lines().any(|line| line.trim() == "user_allow_other"));
+    if allowed {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Denied, "allow_other and allow_root are not allowed to users here")
+        .hint("`user_allow_other` in /etc/fuse.conf allows them"))
+}
+
+fn forward_signals(events: Sender<Event>) -> Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+        .map_err(|e| Error::io("installing signal handlers", &e))?;
+    let forward = move || {
+        for signal in signals.forever() {
+            if events.send(Event::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    };
+    start_thread("signals", forward)
+}
+
+/// Flushes the images' tables every [`FLUSH_INTERVAL`] until the returned sender is dropped.
+fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
+    let (sender, ended) = mpsc::channel::<()>();
+    start_thread("flush", move || {
+        while ended.recv_timeout(FLUSH_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            tree.flush_tables();
+        }
+    })?;
+    Ok(sender)
+}
+
+fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+    let started = thread::Builder::new().name(name.into()).spawn(run);
+    started.map(drop).map_err(|e| Error::io("starting a thread", &e))
+}
+
+/// Only root may; without it reading is somewhat slower.
+fn set_read_ahead(device: &str) {
+    let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
+    if let Err(e) = fs::write(&path, READ_AHEAD_KIB.to_string()) {
+        log::debug!("{path}: {e}");
+    }
+}
+
+/// Tells systemd about the daemon's state, if systemd started it.
+fn notify(state: &str) {
+    let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match socket.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&socket),
+    };
+    let sent = address
+        .and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    if let Err(e) = sent {
+        log::debug!("telling systemd: {e}");
+    }
+}

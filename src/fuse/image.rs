@@ -1,0 +1,344 @@
+//! One flat file: when its image is open, and how.
+//!
+//! ```text
+//!            first open(2)                first open(2) for writing
+//!   closed ----------------> read-only ----------------------------> read-write
+//!          <----------------           <----------------------------
+//!            last close(2)                last close(2) of a writer, readers left
+//! ```
+//!
+//! A writer and a reader exclude each other by the locks on the image's file, so the read-only disk
+//! goes before the writable one comes. Reads under way finish first: they hold the disk's lock
+//! shared, a change of state takes it alone. An image nobody uses is closed, so that other programs
+//! can have it.
+//!
+//! In a `nonpersistent` mount what is written goes to a throw-away layer over the read-only disk. It
+//! lasts until nobody has the file open any more.
+//!
+//! # The kernel's cache
+//!
+//! The kernel may keep the pages of a flat file from one open(2) to the next only while no other
+//! program changes the image. While the image is open here the locks see to that; for the time
+//! between, the stamps of all its files (parents included) are compared. Stamps too fresh to tell
+//! two changes apart are not believed, so the first open(2) after a writing session starts cold.
+
+use std::fs::Metadata;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use super::facts::{Facts, FactsCache};
+use super::source::{Place, Stamp, identity};
+use crate::disk::tables::CacheStats;
+use crate::disk::{Disk, overlay};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Access, FileIdentity, file};
+
+/// A flat file's image. Locks, outermost first: `opens`, `current`.
+#[derive(Debug)]
+pub struct ImageFile {
+    /// Where the image is.
+    pub place: Place,
+    /// Which file it is: a file put in its place later is another image.
+    pub identity: FileIdentity,
+    opens: Mutex<Opens>,
+    current: RwLock<Option<OpenImage>>,
+    /// The last metadata seen, for a file that was deleted while open.
+    last: Mutex<Option<Metadata>>,
+}
+
+#[derive(Debug, Default)]
+struct Opens {
+    readers: u32,
+    writers: u32,
+    /// What the kernel's cached pages were read from.
+    cached: Option<Vec<Stamp>>,
+}
+
+#[derive(Debug)]
+struct OpenImage {
+    disk: Arc<Disk>,
+    facts: Arc<Facts>,
+    writable: bool,
+    /// Writes go to a throw-away layer.
+    overlaid: bool,
+}
+
+/// How an image is in use.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Usage {
+    /// Files open for reading.
+    pub readers: u32,
+    /// Files open for writing.
+    pub writers: u32,
+    /// Writes that wait for a flush.
+    pub unflushed: bool,
+    /// The table cache.
+    pub cache: CacheStats,
+}
+
+impl ImageFile {
+    /// The flat file of the image at `place`; not open.
+    pub fn new(place: Place, identity: FileIdentity) -> Self {
+        Self {
+            place,
+            identity,
+            opens: Mutex::default(),
+            current: RwLock::default(),
+            last: Mutex::default(),
+        }
+    }
+
+    /// Takes part in an open(2) and says whether the kernel's cached pages are still good.
+    /// `may_write` has the last word on writing.
+    pub fn open(
+        &self,
+        images: &FactsCache,
+        write: bool,
+        may_write: impl FnOnce(&Facts) -> Result<()>,
+    ) -> Result<bool> {
+        let mut opens = self.opens.lock();
+        let (was_open, writable) = match &*self.current.read() {
+            Some(open) => (true, open.writable),
+            None => (false, false),
+        };
+        if write && !writable {
+            may_write(&*images.examine(&self.place)?)?;
+            self.become_writable(images, opens.readers > 0)?;
+        } else if !was_open {
+            let opened = self.open_disk(images, Access::Read)?;
+            *self.current.write() = Some(opened);
+        }
+        let keep = was_open || {
+            let facts = self.current.read().as_ref().map(|open| open.facts.clone());
+            let cached = opens.cached.take();
+            cached.is_some() && cached == facts.and_then(|facts| facts.contents())
+        };
+        if write {
+            opens.writers += 1;
+        } else {
+            opens.readers += 1;
+        }
+        Ok(keep)
+    }
+
+    fn become_writable(&self, images: &FactsCache, readers: bool) -> Result<()> {
+        let mut current = self.current.write();
+        self.drop_disk(images, &mut current);
+        let opened = self.open_disk(images, Access::Write).and_then(|opened| {
+            match opened.disk.read_only() {
+                None => Ok(opened),
+                Some(reason) => {
+                    let reason = format!("cannot be written: {reason}");
+                    let refused = Error::new(ErrorKind::ReadOnly, reason);
+                    self.discard(images, opened);
+                    Err(refused.in_file(&self.place.path()))
+                }
+            }
+        });
+        match opened {
+            Ok(opened) => {
+                *current = Some(opened);
+                Ok(())
+            }
+            Err(e) => {
+                if readers {
+                    self.reopen(images, &mut current);
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// Opens the image, provided that it still is the same file.
+    fn open_disk(&self, images: &FactsCache, access: Access) -> Result<OpenImage> {
+        let path = self.place.path();
+        let stat = || self.place.stat().map_err(|e| Error::io("open", &e).in_file(&path));
+        let overlaid = access == Access::Write && images.nonpersistent();
+        let access = if overlaid { Access::Read } else { access };
+        let image = images.open(&self.place, access)?;
+        let meta = stat()?;
+        if identity(&meta) != self.identity {
+            return Err(stale().in_file(&path));
+        }
+        let facts = Arc::new(Facts::of(&image));
+        let disk = match overlaid {
+            true => Arc::new(overlay::nonpersistent(image.disk, file::scratch(&scratch_dir())?)),
+            false => image.disk,
+        };
+        images.pin(&self.place, Stamp::of(&meta), facts.clone());
+        let writable = overlaid || access == Access::Write;
+        Ok(OpenImage { disk, facts, writable, overlaid })
+    }
+
+    fn discard(&self, images: &FactsCache, opened: OpenImage) {
+        images.unpin(&self.place);
+        drop(opened);
+    }
+
+    /// Drops a disk that has nothing to flush.
+    fn drop_disk(&self, images: &FactsCache, current: &mut Option<OpenImage>) {
+        if let Some(opened) = current.take() {
+            self.discard(images, opened);
+        }
+    }
+
+    /// Opens the image again for the readers that are left. If that fails, they get errors until it
+    /// succeeds.
+    fn reopen(&self, images: &FactsCache, current: &mut Option<OpenImage>) {
+        match self.open_disk(images, Access::Read) {
+            Ok(opened) => *current = Some(opened),
+            Err(e) => log::error!("readers lost the image: {e}"),
+        }
+    }
+
+    /// Takes part in the release of a file. The error is that of the image's last flush.
+    pub fn release(&self, images: &FactsCache, write: bool) -> Result<()> {
+        let mut opens = self.opens.lock();
+        let count = if write { &mut opens.writers } else { &mut opens.readers };
+        *count = count.saturating_sub(1);
+        if opens.writers > 0 || (!write && opens.readers > 0) {
+            return Ok(());
+        }
+        let mut current = self.current.write();
+        let mut closed = Ok(());
+        let written = |open: &OpenImage| open.writable && !open.overlaid;
+        if opens.readers == 0 || current.as_ref().is_some_and(written) {
+            closed = self.close_disk(images, &mut current, &mut opens);
+        }
+        if opens.readers > 0 && current.is_none() {
+            self.reopen(images, &mut current);
+        }
+        closed
+    }
+
+    fn close_disk(
+        &self,
+        images: &FactsCache,
+        current: &mut Option<OpenImage>,
+        opens: &mut Opens,
+    ) -> Result<()> {
+        let Some(opened) = current.take() else { return Ok(()) };
+        let closed = opened.disk.close();
+        // What the kernel cached of a throw-away layer is nobody's contents.
+        opens.cached = if opened.overlaid { None } else { opened.facts.contents() };
+        self.discard(images, opened);
+        closed.map_err(|e| e.in_file(&self.place.path()))
+    }
+
+    /// Closes the image whoever uses it.
+    pub fn shut(&self, images: &FactsCache) -> Result<()> {
+        let mut opens = self.opens.lock();
+        let mut current = self.current.write();
+        self.close_disk(images, &mut current, &mut opens)
+    }
+
+    /// Runs `act` on the open disk.
+    pub fn with_disk<R>(
+        &self,
+        images: &FactsCache,
+        act: impl FnOnce(&Disk) -> Result<R>,
+    ) -> Result<R> {
+        let current = self.current.read();
+        if let Some(open) = &*current {
+            return act(&open.disk).map_err(|e| e.in_file(&self.place.path()));
+        }
+        drop(current);
+        // The readers' disk was lost between two writers.
+        let opens = self.opens.lock();
+        let mut current = self.current.write();
+        if current.is_none() && opens.readers > 0 {
+            *current = Some(self.open_disk(images, Access::Read)?);
+        }
+        match &*current {
+            Some(open) => act(&open.disk),
+            None => Err(stale().in_file(&self.place.path())),
+        }
+    }
+
+    /// Reads into `buf` and returns how much of it the disk reached.
+    pub fn read(&self, images: &FactsCache, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        self.with_disk(images, |disk| {
+            let len = disk.size().saturating_sub(offset).min(buf.len() as u64) as usize;
+            if len > 0 {
+                disk.read_at(offset, &mut buf[..len])?;
+            }
+            Ok(len)
+        })
+    }
+
+    /// Flushes if tables wait for it. Payload alone the host writes back in its own time; syncing it
+    /// every few seconds would only slow its writer down.
+    pub fn flush_tables(&self) -> Result<()> {
+        let waiting = |open: &OpenImage| open.writable && open.disk.tables_dirty();
+        let waiting = self.current.read().as_ref().is_some_and(waiting);
+        if waiting { self.flush() } else { Ok(()) }
+    }
+
+    /// Flushes what was written, if anything was.
+    pub fn flush(&self) -> Result<()> {
+        match &*self.current.read() {
+            Some(open) if open.writable => {
+                open.disk.flush().map_err(|e| e.in_file(&self.place.path()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether anybody has the file open.
+    pub fn in_use(&self) -> bool {
+        let opens = self.opens.lock();
+        opens.readers + opens.writers > 0
+    }
+
+    /// Who uses the image, and what its cache did.
+    pub fn usage(&self) -> Usage {
+        let opens = self.opens.lock();
+        let current = self.current.read();
+        let disk = current.as_ref().map(|open| &open.disk);
+        Usage {
+            readers: opens.readers,
+            writers: opens.writers,
+            unflushed: disk.is_some_and(|disk| disk.needs_flush()),
+            cache: disk.map(|disk| disk.cache_stats()).unwrap_or_default(),
+        }
+    }
+
+    /// What is known of the image, and its file's metadata.
+    pub fn look(&self, images: &FactsCache) -> Result<(Arc<Facts>, Metadata)> {
+        let open = self.current.read().as_ref().map(|open| open.facts.clone());
+        let meta = self.place.stat().ok().filter(|meta| identity(meta) == self.identity);
+        match (open, meta) {
+            (Some(facts), Some(meta)) => {
+                *self.last.lock() = Some(meta.clone());
+                Ok((facts, meta))
+            }
+            // Deleted or replaced, but still open: it stays what it was.
+            (Some(facts), None) => match &*self.last.lock() {
+                Some(meta) => Ok((facts, meta.clone())),
+                None => Err(stale()),
+            },
+            (None, Some(meta)) => {
+                let facts = images.examine(&self.place).map_err(|e| {
+                    log::warn!("{e}");
+                    stale()
+                })?;
+                *self.last.lock() = Some(meta.clone());
+                Ok((facts, meta))
+            }
+            (None, None) => Err(stale()),
+        }
+    }
+}
+
+/// Where throw-away layers go: not `/tmp`, which may be in memory.
+fn scratch_dir() -> PathBuf {
+    std::env::var_os("TMPDIR").map_or(PathBuf::from("/var/tmp"), PathBuf::from)
+}
+
+/// The name now stands for something else; the kernel looks it up again.
+pub fn stale() -> Error {
+    Error::io("the image was replaced", &io::Error::from_raw_os_error(libc::ESTALE))
+}

@@ -1,0 +1,142 @@
+//! The FUSE front end: a mount that shows images as flat files.
+//!
+//! ```text
+//! daemon      life of a mount: checks, mount, signals, flushing, unmount
+//! control     the socket through which other commands reach a running daemon
+//! options     what `-o` takes
+//! mounts      the host's mount table
+//! filesystem  requests of the kernel -> tree -> replies          (fuser's types end here)
+//! tree        names, inode numbers, attributes, handles
+//! image       one flat file: closed, open to read, open to write
+//! facts       what is known of images that are not open
+//! source      the directories behind it, confined
+//! errno       error kind -> errno
+//! ```
+//!
+//! # Listing does not open
+//!
+//! The kernel can ask for names and attributes in one request (readdirplus). Attributes of a flat
+//! file need a look into the image, so that capability is left off: `ls` of a large folder opens
+//! nothing, `ls -l` looks at each image once.
+
+pub mod control;
+pub mod daemon;
+pub mod errno;
+pub mod facts;
+mod filesystem;
+pub mod image;
+pub mod mounts;
+pub mod options;
+pub mod source;
+pub mod tree;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
+use nix::unistd::geteuid;
+
+use crate::error::{Error, ErrorKind, Result};
+use filesystem::Shell;
+use options::{Allowed, MountOptions};
+use tree::Tree;
+
+/// Whether a user may open and close images and end the mount: the daemon's own, and root.
+pub fn is_master(uid: u32) -> bool {
+    uid == 0 || uid == geteuid().as_raw()
+}
+
+/// A live mount. It is unmounted by path from outside, never on drop: by then something else may be
+/// mounted there.
+pub struct Mounted {
+    session: std::mem::ManuallyDrop<BackgroundSession>,
+}
+
+impl Mounted {
+    /// Mounts `tree` at `mountpoint`; `events` hears of the end.
+    pub fn new(
+        tree: &Arc<Tree>,
+        mountpoint: &Path,
+        source: &str,
+        options: &MountOptions,
+        events: Sender<daemon::Event>,
+    ) -> Result<Self> {
+        let failed = |e: io::Error| mount_failed(&e).in_file(mountpoint);
+        let shell = Shell::new(tree.clone(), options.writeback, events);
+        let session = Session::new(shell, mountpoint, &config(source, options)).map_err(failed)?;
+        let session = session.spawn().map_err(failed)?;
+        Ok(Self { session: std::mem::ManuallyDrop::new(session) })
+    }
+
+    /// Makes the kernel look a name in the root up again.
+    pub fn name_changed(&self, name: &std::ffi::OsStr) {
+        if let Err(e) = self.session.notifier().inval_entry(fuser::INodeNo(tree::ROOT), name) {
+            log::debug!("telling the kernel about `{}`: {e}", name.display());
+        }
+    }
+}
+
+fn config(source: &str, options: &MountOptions) -> Config {
+    let root = geteuid().is_root();
+    let mut config = Config::default();
+    // fusermount3 splits its options at commas; mount(2) takes the source as it is.
+    let source = match root {
+        true => source.to_owned(),
+        false => source.replace('\\', r"\\").replace(',', r"\,"),
+    };
+    config.mount_options = vec![
+        MountOption::FSName(source),
+        // As a plain word it reaches the kernel on both ways of mounting.
+        MountOption::CUSTOM("subtype=flatdisk".into()),
+        MountOption::DefaultPermissions,
+        if options.read_only { MountOption::RO } else { MountOption::RW },
+    ];
+    config.mount_options.extend(options.kernel.iter().filter_map(|flag| kernel_flag(flag)));
+    if options.auto_unmount {
+        config.mount_options.push(MountOption::AutoUnmount);
+    }
+    config.acl = match options.allowed.unwrap_or(if root { Allowed::Other } else { Allowed::Owner })
+    {
+        Allowed::Owner => SessionACL::Owner,
+        Allowed::Root => SessionACL::RootAndOwner,
+        Allowed::Other => SessionACL::All,
+    };
+    config.n_threads = Some(options.threads.unwrap_or_else(default_threads));
+    config.clone_fd = true;
+    config
+}
+
+/// Enough that a few long requests (fsync, a large discard) leave somebody to serve the rest.
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(4, 16)
+}
+
+fn kernel_flag(name: &str) -> Option<MountOption> {
+    Some(match name {
+        "suid" => MountOption::Suid,
+        "nosuid" => MountOption::NoSuid,
+        "dev" => MountOption::Dev,
+        "nodev" => MountOption::NoDev,
+        "exec" => MountOption::Exec,
+        "noexec" => MountOption::NoExec,
+        "atime" => MountOption::Atime,
+        "noatime" => MountOption::NoAtime,
+        "sync" => MountOption::Sync,
+        "async" => MountOption::Async,
+        "dirsync" => MountOption::DirSync,
+        _ => return None,
+    })
+}
+
+fn mount_failed(e: &io::Error) -> Error {
+    if e.raw_os_error().is_some() {
+        return Error::io("mount", e);
+    }
+    // fusermount3's own words, of which the first line tells.
+    let said = e.to_string();
+    let said = said.lines().next().unwrap_or_default();
+    let said = said.strip_prefix("fusermount3: ").unwrap_or(said);
+    Error::new(ErrorKind::Io, format!("mount: {said}"))
+}

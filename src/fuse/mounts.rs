@@ -1,0 +1,207 @@
+//! The host's mount table: finding, clearing and undoing mounts of ours.
+//!
+//! Nothing here looks *into* a mount: a daemon that died or hangs would make that fail or wait.
+
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+
+use super::source::normalise;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The type of our mounts in mount tables.
+pub const FS_TYPE: &str = "fuse.flatdisk";
+
+/// A mount, as `/proc/self/mountinfo` has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountEntry {
+    /// Device number of the mounted file system, `major:minor`; one per mount of ours.
+    pub device: String,
+    /// Where it is mounted.
+    pub target: PathBuf,
+    /// File system type.
+    pub fs_type: String,
+    /// What is mounted.
+    pub source: OsString,
+    /// The user who mounted it (FUSE).
+    pub user: Option<u32>,
+}
+
+impl MountEntry {
+    /// Whether a flatdisk serves it.
+    pub fn is_ours(&self) -> bool {
+        self.fs_type == FS_TYPE
+    }
+}
+
+/// The mount table, in order of mounting.
+pub fn mount_table() -> Result<Vec<MountEntry>> {
+    let path = Path::new("/proc/self/mountinfo");
+    let table = fs::read(path).map_err(|e| Error::io("read", &e).in_file(path))?;
+    Ok(table.split(|b| *b == b'\n').filter_map(parse_line).collect())
+}
+
+fn parse_line(line: &[u8]) -> Option<MountEntry> {
+    let mut fields = line.split(|b| *b == b' ');
+    let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
+    let target = unescape(fields.nth(1)?);
+    let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
+    let fs_type = String::from_utf8_lossy(fields.next()?).into_owned();
+    let source = unescape(fields.next()?);
+    let user = fields.next().unwrap_or_default().split(|b| *b == b',').find_map(|option| {
+        std::str::from_utf8(option.strip_prefix(b"user_id=")?).ok()?.parse().ok()
+    });
+    Some(MountEntry { device, target: target.into(), fs_type, source, user })
+}
+
+/// Undoes the kernel's octal escapes of blanks and backslashes.
+fn unescape(field: &[u8]) -> OsString {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        let octal = after
+            .get(..3)
+            .filter(|_| *first == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match octal {
+            Some(byte) => {
+                plain.push(byte);
+                rest = &after[3..];
+            }
+            None => {
+                plain.push(*first);
+                rest = after;
+            }
+        }
+    }
+    OsString::from_vec(plain)
+}
+
+/// What is mounted at `target` (uppermost), if anything is.
+pub fn mounted_at(target: &Path) -> Result<Option<MountEntry>> {
+    Ok(mount_table()?.into_iter().rev().find(|entry| entry.target == target))
+}
+
+/// Absolute path of a directory that may be a dead mount point: symlinks are followed up to its
+/// parent, the last component is taken as it is when it does not answer.
+pub fn absolute(path: &Path) -> Result<PathBuf> {
+    let failed = |e: io::Error| Error::io("find", &e).in_file(path);
+    let absolute = std::path::absolute(path).map_err(failed)?;
+    if let Ok(real) = fs::canonicalize(&absolute) {
+        return Ok(real);
+    }
+    let absolute = normalise(&absolute).ok_or_else(|| Error::invalid("not a path"))?;
+    match (absolute.parent(), absolute.file_name()) {
+        (Some(parent), Some(name)) => Ok(fs::canonicalize(parent).map_err(failed)?.join(name)),
+        _ => Ok(absolute),
+    }
+}
+
+/// Whether nobody answers at `path` any more.
+pub fn is_dead(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
+}
+
+/// Unmounts `target`, as root directly, else through fusermount3. `Busy` if it is in use.
+pub fn unmount(target: &Path, lazy: bool) -> Result<()> {
+    let flags = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
+    match umount2(target, flags | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(()),
+        Err(Errno::EPERM) => unmount_as_user(target, lazy),
+        Err(Errno::EBUSY) => Err(busy(target)),
+        Err(e) => Err(Error::io("unmount", &e.into()).in_file(target)),
+    }
+}
+
+fn unmount_as_user(target: &Path, lazy: bool) -> Result<()> {
+    let mut command = Command::new("fusermount3");
+    command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(target).stdin(Stdio::null());
+    let output = command.env("LC_ALL", "C").output().map_err(|e| {
+        Error::io("running fusermount3", &e).hint("it is in the package fuse3").in_file(target)
+    })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("busy") {
+        return Err(busy(target));
+    }
+    Err(Error::new(ErrorKind::Io, format!("unmount: {}", said.trim())).in_file(target))
+}
+
+fn busy(target: &Path) -> Error {
+    let users = users_of(target);
+    let what = match users.is_empty() {
+        true => "in use".to_owned(),
+        false => format!("in use by {}", users.join(", ")),
+    };
+    Error::new(ErrorKind::Busy, what).in_file(target).hint("or unmount with --lazy")
+}
+
+/// Who has something open below `target`, as far as this user may see: processes and loop devices.
+pub fn users_of(target: &Path) -> Vec<String> {
+    let below = |link: io::Result<PathBuf>| link.is_ok_and(|path| path.starts_with(target));
+    let mut users = BTreeSet::new();
+    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten();
+    for process in entries(Path::new("/proc")) {
+        let Some(id) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let path = process.path();
+        let uses = ["cwd", "root", "exe"].iter().any(|link| below(fs::read_link(path.join(link))))
+            || entries(&path.join("fd")).any(|fd| below(fs::read_link(fd.path())));
+        if uses && id != std::process::id() {
+            let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+            users.insert(format!("{} (process {id})", name.trim()));
+        }
+    }
+    for device in entries(Path::new("/sys/block")) {
+        let Ok(file) = fs::read(device.path().join("loop/backing_file")) else { continue };
+        if Path::new(OsStr::from_bytes(file.trim_ascii_end())).starts_with(target) {
+            users.insert(format!("/dev/{}", device.file_name().display()));
+        }
+    }
+    users.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_table_lines_are_taken_apart() {
+        let line = br"97 27 0:53 / /mnt/my\040images rw,nosuid - fuse.flatdisk /srv/a\054b rw,user_id=1000,group_id=1000";
+        assert_eq!(
+            parse_line(line).unwrap(),
+            MountEntry {
+                device: "0:53".into(),
+                target: "/mnt/my images".into(),
+                fs_type: FS_TYPE.into(),
+                source: "/srv/a,b".into(),
+                user: Some(1000),
+            }
+        );
+        let shared = b"28 1 8:1 / / rw shared:1 master:2 - ext4 /dev/root rw,discard";
+        assert_eq!(parse_line(shared).unwrap().fs_type, "ext4");
+        assert_eq!(parse_line(b""), None);
+    }
+
+    #[test]
+    fn only_whole_octal_escapes_count() {
+        assert_eq!(unescape(br"a\134b\04"), r"a\b\04");
+    }
+
+    #[test]
+    fn the_root_is_mounted() {
+        assert!(mounted_at(Path::new("/")).unwrap().is_some());
+        assert_eq!(mounted_at(Path::new("/does/not/exist")).unwrap(), None);
+    }
+}

@@ -1,0 +1,392 @@
+//! The host directories behind a mount: confined access, and what they show.
+//!
+//! A [`Source`] is a directory that the user named. Everything in it is reached from its open
+//! descriptor, component by component and through no symlink, so that nothing that changes inside it
+//! leads out, nor back into the mount (whose daemon would wait for itself). A symlink that stands
+//! for an image is resolved here by text, and only to a regular file of the same source.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::dir::Dir;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
+
+use crate::error::{Error, Result};
+use crate::formats;
+use crate::storage::FileIdentity;
+
+/// Longest chain of symlinks from a name to an image.
+const MAX_LINKS: usize = 16;
+
+/// File times move in steps of up to ten milliseconds: a change shortly after a stamp was taken may
+/// leave the same stamp.
+const CLOCK_STEP: Duration = Duration::from_millis(50);
+
+/// What tells a file's contents from other contents without reading them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// Which file.
+    pub identity: FileIdentity,
+    size: u64,
+    mtime: (i64, i64),
+    ctime: (i64, i64),
+}
+
+impl Stamp {
+    /// The stamp in a file's metadata.
+    pub fn of(meta: &Metadata) -> Self {
+        Self {
+            identity: identity(meta),
+            size: meta.size(),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+            ctime: (meta.ctime(), meta.ctime_nsec()),
+        }
+    }
+
+    /// Whether the last change is old enough for the next one to show in the stamp.
+    pub fn settled(&self) -> bool {
+        let (seconds, nanos) = self.ctime.max(self.mtime);
+        let Ok(seconds) = u64::try_from(seconds) else { return true };
+        let changed = UNIX_EPOCH + Duration::new(seconds, nanos as u32);
+        SystemTime::now().duration_since(changed).is_ok_and(|age| age > CLOCK_STEP)
+    }
+}
+
+/// Device and inode in a file's metadata.
+pub fn identity(meta: &Metadata) -> FileIdentity {
+    FileIdentity { device: meta.dev(), inode: meta.ino() }
+}
+
+/// A host directory that the user named.
+#[derive(Debug)]
+pub struct Source {
+    root: PathBuf,
+    dir: OwnedFd,
+}
+
+/// A file or directory in a source.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The source.
+    pub source: Arc<Source>,
+    /// Path from the source's root; empty for the root itself.
+    pub relative: PathBuf,
+}
+
+impl Source {
+    /// Opens the directory `root`.
+    pub fn open(root: &Path) -> Result<Arc<Self>> {
+        let failed = |e: io::Error| Error::io("open", &e).in_file(root);
+        let root = std::fs::canonicalize(root).map_err(failed)?;
+        let dir = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+            .open(&root)
+            .map_err(failed)?;
+        Ok(Arc::new(Self { root, dir: dir.into() }))
+    }
+
+    /// Absolute path of the directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn open_at(&self, relative: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+        let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
+        let how = OpenHow::new()
+            .flags(flags | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+        Ok(openat2(self.dir.as_fd(), relative, how)?)
+    }
+
+    /// Where the symlink chain that begins at `relative` ends, if that is a regular file inside the
+    /// source and outside `skip`.
+    fn follow(&self, relative: &Path, skip: &Path) -> Option<(PathBuf, FileIdentity)> {
+        let mut path = self.root.join(relative);
+        for _ in 0..MAX_LINKS {
+            let inside = path.strip_prefix(&self.root).ok()?.to_owned();
+            if path.starts_with(skip) {
+                return None;
+            }
+            let file = File::from(self.open_at(&inside, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok()?);
+            let meta = file.metadata().ok()?;
+            if meta.is_file() {
+                return Some((inside, identity(&meta)));
+            }
+            if !meta.is_symlink() {
+                return None;
+            }
+            let target = readlinkat(file.as_fd(), "").ok()?;
+            path.pop();
+            path = normalise(&path.join(target))?;
+        }
+        None
+    }
+}
+
+/// Takes `.` and `..` out of an absolute path by text.
+pub fn normalise(path: &Path) -> Option<PathBuf> {
+    let mut plain = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir => {
+                plain.pop();
+            }
+            Component::Normal(part) => plain.push(part),
+            Component::Prefix(_) => return None,
+        }
+    }
+    Some(plain)
+}
+
+impl Place {
+    /// Absolute path.
+    pub fn path(&self) -> PathBuf {
+        if self.relative.as_os_str().is_empty() {
+            self.source.root.clone()
+        } else {
+            self.source.root.join(&self.relative)
+        }
+    }
+
+    /// The place called `relative` (from the source's root) in the same source.
+    pub fn elsewhere(&self, relative: PathBuf) -> Self {
+        Self { source: self.source.clone(), relative }
+    }
+
+    /// Metadata of the file or directory; symlinks on the way or at the end are an error.
+    pub fn stat(&self) -> io::Result<Metadata> {
+        File::from(self.source.open_at(&self.relative, OFlag::O_PATH)?).metadata()
+    }
+
+    /// What the directory here shows; whatever lies under `skip` (the mount point) does not.
+    pub fn list(&self, skip: &Path) -> io::Result<Listing> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK;
+        let dir = self.source.open_at(&self.relative, flags)?;
+        let stamp = Stamp::of(&self.stat()?);
+        let mut dir = Dir::from_fd(dir)?;
+        let mut listing = Listing { stamp, settled: stamp.settled(), ..Listing::default() };
+        for entry in dir.iter() {
+            let entry = entry?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes()).to_owned();
+            if name == "." || name == ".." {
+                continue;
+            }
+            let relative = self.relative.join(&name);
+            let inode = FileIdentity { device: stamp.identity.device, inode: entry.ino() };
+            self.enter(&mut listing, name, relative, entry.file_type(), inode, skip);
+        }
+        listing.hide_parts();
+        Ok(listing)
+    }
+
+    fn enter(
+        &self,
+        listing: &mut Listing,
+        name: OsString,
+        relative: PathBuf,
+        kind: Option<nix::dir::Type>,
+        identity: FileIdentity,
+        skip: &Path,
+    ) {
+        use nix::dir::Type;
+        let imagelike = formats::by_extension(Path::new(&name)).is_some();
+        let kind = kind.or_else(|| {
+            // The file system does not say in the directory itself.
+            let place = self.elsewhere(relative.clone());
+            let file = place.source.open_at(&relative, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok()?;
+            let kind = File::from(file).metadata().ok()?.file_type();
+            match kind {
+                kind if kind.is_dir() => Some(Type::Directory),
+                kind if kind.is_file() => Some(Type::File),
+                kind if kind.is_symlink() => Some(Type::Symlink),
+                _ => None,
+            }
+        });
+        match kind {
+            Some(Type::Directory) if self.source.root.join(&relative) != skip => {
+                listing.folders.insert(name, identity);
+            }
+            Some(Type::File) if imagelike => {
+                listing.images.insert(name, ImageEntry { relative, identity });
+            }
+            Some(Type::Symlink) if imagelike => {
+                if let Some((relative, identity)) = self.source.follow(&relative, skip) {
+                    listing.images.insert(name, ImageEntry { relative, identity });
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A file that may be an image.
+#[derive(Debug, Clone)]
+pub struct ImageEntry {
+    /// Path from the source's root, symlinks followed.
+    pub relative: PathBuf,
+    /// Which file it was when the directory was read.
+    pub identity: FileIdentity,
+}
+
+/// What a directory shows. No image was opened for it: names decide.
+#[derive(Debug, Default)]
+pub struct Listing {
+    stamp: Stamp,
+    settled: bool,
+    /// Directories by name.
+    pub folders: BTreeMap<OsString, FileIdentity>,
+    /// Possible images by name.
+    pub images: BTreeMap<OsString, ImageEntry>,
+}
+
+impl Default for Stamp {
+    fn default() -> Self {
+        let identity = FileIdentity { device: 0, inode: 0 };
+        Self { identity, size: 0, mtime: (0, 0), ctime: (0, 0) }
+    }
+}
+
+impl Listing {
+    /// Whether the directory, whose metadata is now `meta`, still has the entries listed here.
+    pub fn current(&self, meta: &Metadata) -> bool {
+        self.settled && self.stamp == Stamp::of(meta)
+    }
+
+    /// Takes out the files that are parts of an image beside them.
+    fn hide_parts(&mut self) {
+        let parts: BTreeSet<_> = self
+            .images
+            .keys()
+            .filter(|name| {
+                whole_of_part(name).is_some_and(|whole| self.images.contains_key(&whole))
+            })
+            .cloned()
+            .collect();
+        self.images.retain(|name, _| !parts.contains(name));
+    }
+}
+
+/// The name of the descriptor that a VMDK extent, change-tracking file or raw device map of this
+/// name belongs to: `disk.vmdk` for `disk-flat.vmdk`, `disk-s001.vmdk` and their like.
+fn whole_of_part(name: &OsStr) -> Option<OsString> {
+    let bytes = name.as_bytes();
+    let stem = &bytes[..bytes.len().checked_sub(".vmdk".len())?];
+    let extension = &bytes[stem.len()..];
+    if !extension.eq_ignore_ascii_case(b".vmdk") {
+        return None;
+    }
+    let dash = stem.iter().rposition(|b| *b == b'-')?;
+    let role = stem[dash + 1..].to_ascii_lowercase();
+    let numbered = matches!(&role[..], [b's' | b'f', number @ ..]
+        if number.len() >= 3 && number.iter().all(u8::is_ascii_digit));
+    let named = [&b"flat"[..], b"delta", b"sesparse", b"ctk", b"rdm", b"rdmp"].contains(&&role[..]);
+    (numbered || named).then(|| OsString::from_vec([&stem[..dash], extension].concat()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn listing(dir: &Path) -> (Vec<String>, Vec<String>) {
+        let place = Place { source: Source::open(dir).unwrap(), relative: PathBuf::new() };
+        let listing = place.list(Path::new("/nowhere")).unwrap();
+        let text = |name: &OsString| name.to_str().unwrap().to_owned();
+        (listing.folders.keys().map(text).collect(), listing.images.keys().map(text).collect())
+    }
+
+    fn touch(dir: &Path, names: &[&str]) {
+        names.iter().for_each(|name| fs::write(dir.join(name), "").unwrap());
+    }
+
+    #[test]
+    fn folders_and_images_show_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        touch(dir.path(), &["a.vhd", "B.VHDX", "c.vmdk", "notes.txt", "vhd"]);
+        fs::create_dir(dir.path().join("sub")).unwrap();
+        let (folders, images) = listing(dir.path());
+        assert_eq!(folders, ["sub"]);
+        assert_eq!(images, ["B.VHDX", "a.vhd", "c.vmdk"]);
+    }
+
+    #[test]
+    fn parts_of_an_image_show_only_without_it() {
+        let dir = tempfile::tempdir().unwrap();
+        touch(
+            dir.path(),
+            &[
+                "x.vmdk",
+                "x-flat.vmdk",
+                "x-s001.vmdk",
+                "x-f002.vmdk",
+                "x-s1000.vmdk",
+                "x-delta.vmdk",
+                "x-sesparse.vmdk",
+                "x-ctk.vmdk",
+                "x-rdm.vmdk",
+                "x-rdmp.vmdk",
+                "x-s01.vmdk",
+                "lone-flat.vmdk",
+                "x-flat.vhd",
+            ],
+        );
+        let (_, images) = listing(dir.path());
+        assert_eq!(images, ["lone-flat.vmdk", "x-flat.vhd", "x-s01.vmdk", "x.vmdk"]);
+    }
+
+    #[test]
+    fn symlinks_show_only_where_they_lead_to_a_file_of_the_source() {
+        let outside = tempfile::tempdir().unwrap();
+        touch(outside.path(), &["o.vhd"]);
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        fs::create_dir_all(root.join("sub/deep")).unwrap();
+        touch(&root, &["sub/real.vhd"]);
+        symlink("sub/real.vhd", root.join("relative.vhd")).unwrap();
+        symlink(root.join("sub/real.vhd"), root.join("absolute.vhd")).unwrap();
+        symlink("relative.vhd", root.join("twice.vhd")).unwrap();
+        symlink(outside.path().join("o.vhd"), root.join("out.vhd")).unwrap();
+        symlink("../x/../../etc/passwd", root.join("climb.vhd")).unwrap();
+        symlink("loop.vhd", root.join("loop.vhd")).unwrap();
+        symlink("sub", root.join("folder.vhd")).unwrap();
+        symlink("sub", root.join("folder")).unwrap();
+        symlink("folder/real.vhd", root.join("through.vhd")).unwrap();
+        let (folders, images) = listing(&root);
+        assert_eq!(folders, ["sub"]);
+        assert_eq!(images, ["absolute.vhd", "relative.vhd", "twice.vhd"]);
+    }
+
+    #[test]
+    fn the_mount_point_inside_a_source_does_not_show() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        fs::create_dir_all(root.join("mnt")).unwrap();
+        touch(&root, &["mnt/x.vhd"]);
+        symlink("mnt/x.vhd", root.join("back.vhd")).unwrap();
+        let place = Place { source: Source::open(&root).unwrap(), relative: PathBuf::new() };
+        let listing = place.list(&root.join("mnt")).unwrap();
+        assert!(listing.folders.is_empty() && listing.images.is_empty(), "{listing:?}");
+    }
+
+    #[test]
+    fn a_directory_swapped_for_a_symlink_is_not_entered() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        symlink("/etc", root.join("sub")).unwrap();
+        let place = Place { source: Source::open(&root).unwrap(), relative: "sub".into() };
+        assert!(place.list(Path::new("/nowhere")).is_err());
+        assert!(place.stat().is_err());
+    }
+}

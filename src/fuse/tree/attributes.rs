@@ -1,0 +1,175 @@
+//! Attributes: what stat(2) and getfattr(1) show.
+
+use std::fs::Metadata;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use super::{Attributes, Kind, Node, ROOT, Tree, What, not_permitted};
+use crate::error::{Error, Result};
+use crate::fuse::image::stale;
+use crate::fuse::source::Place;
+
+impl Tree {
+    /// What stat(2) shows of a node.
+    pub fn attributes(&self, ino: u64) -> Result<Attributes> {
+        self.attributes_of(&*self.node(ino)?)
+    }
+
+    pub(super) fn attributes_of(&self, node: &Node) -> Result<Attributes> {
+        match &node.what {
+            What::Root => match &self.mirror {
+                Some(place) => self.folder_attributes(ROOT, place),
+                None => Ok(self.plain_attributes(ROOT, Kind::Folder, 0, 0o755 & !self.look.dmask)),
+            },
+            What::Folder(place) => self.folder_attributes(node.ino, place),
+            What::Image(image) => {
+                let (facts, meta) = image.look(&self.images)?;
+                let mut files: Vec<_> = facts.files[1..]
+                    .iter()
+                    .filter_map(|path| std::fs::symlink_metadata(path).ok())
+                    .collect();
+                let mut mode = meta.mode() as u16 & 0o666 & !self.look.fmask;
+                if self.may_write(image, &facts).is_err() {
+                    mode &= !0o222;
+                }
+                files.push(meta.clone());
+                let mut attributes = self.attributes_from(node.ino, Kind::File, &meta, mode);
+                attributes.size = facts.size;
+                attributes.blocks = files.iter().map(Metadata::blocks).sum();
+                // A descriptor keeps its time while its extents change.
+                let changed = files.iter().filter_map(|meta| meta.modified().ok()).max();
+                attributes.mtime = changed.unwrap_or(attributes.mtime);
+                attributes.ctime = attributes.ctime.max(attributes.mtime);
+                Ok(attributes)
+            }
+            What::Problem(place, _) => {
+                let meta = place.stat().map_err(|e| Error::io("stat", &e))?;
+                let mode = meta.mode() as u16 & 0o444 & !self.look.fmask;
+                let mut attributes = self.attributes_from(node.ino, Kind::File, &meta, mode);
+                attributes.size = self.problem_text(place)?.len() as u64;
+                attributes.blocks = 0;
+                Ok(attributes)
+            }
+            What::Link(target) => {
+                let size = target.as_os_str().len() as u64;
+                Ok(self.plain_attributes(node.ino, Kind::Link, size, 0o777))
+            }
+        }
+    }
+
+    fn folder_attributes(&self, ino: u64, place: &Place) -> Result<Attributes> {
+        let meta = place.stat().map_err(|e| Error::io("stat", &e).in_file(&place.path()))?;
+        // Only the root takes new names.
+        let (cleared, set) = if ino == ROOT { (0o022, 0o200) } else { (0o222, 0) };
+        let mode = ((meta.mode() as u16 & 0o777 & !cleared) | set) & !self.look.dmask;
+        Ok(self.attributes_from(ino, Kind::Folder, &meta, mode))
+    }
+
+    fn attributes_from(&self, ino: u64, kind: Kind, meta: &Metadata, mode: u16) -> Attributes {
+        let changed = i64::max(meta.ctime(), 0) as u64;
+        let changed = Duration::new(changed, meta.ctime_nsec() as u32);
+        Attributes {
+            ino,
+            kind,
+            size: meta.len(),
+            blocks: meta.blocks(),
+            mode,
+            uid: self.look.uid.unwrap_or(meta.uid()),
+            gid: self.look.gid.unwrap_or(meta.gid()),
+            atime: meta.accessed().unwrap_or(SystemTime::UNIX_EPOCH),
+            mtime: meta.modified().unwrap_or(SystemTime::UNIX_EPOCH),
+            ctime: SystemTime::UNIX_EPOCH + changed,
+        }
+    }
+
+    /// Attributes of what the host does not have.
+    fn plain_attributes(&self, ino: u64, kind: Kind, size: u64, mode: u16) -> Attributes {
+        let now = SystemTime::now();
+        let (uid, gid) = self.look.owner;
+        Attributes {
+            ino,
+            kind,
+            size,
+            blocks: 0,
+            mode,
+            uid: self.look.uid.unwrap_or(uid),
+            gid: self.look.gid.unwrap_or(gid),
+            atime: now,
+            mtime: now,
+            ctime: now,
+        }
+    }
+
+    /// Checks a change of attributes: the size is fixed, so are owner and mode; times are accepted
+    /// and stay the image's.
+    pub fn change(
+        &self,
+        ino: u64,
+        size: Option<u64>,
+        mode: Option<u32>,
+        owner: (Option<u32>, Option<u32>),
+    ) -> Result<Attributes> {
+        let attributes = self.attributes(ino)?;
+        let same = size.is_none_or(|size| size == attributes.size)
+            && mode.is_none_or(|mode| mode as u16 & 0o7777 == attributes.mode)
+            && owner.0.is_none_or(|uid| uid == attributes.uid)
+            && owner.1.is_none_or(|gid| gid == attributes.gid);
+        if same { Ok(attributes) } else { Err(not_permitted("attributes are the image's own")) }
+    }
+
+    /// The extended attributes of a flat file.
+    pub fn xattrs(&self, ino: u64) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        let node = self.node(ino)?;
+        let What::Image(image) = &node.what else { return Ok(Vec::new()) };
+        let (facts, _) = image.look(&self.images)?;
+        let info = &facts.info;
+        let text = |text: &str| text.as_bytes().to_vec();
+        let mut xattrs = vec![
+            ("user.flatdisk.format", text(info.format)),
+            ("user.flatdisk.subformat", text(&info.subformat)),
+            ("user.flatdisk.virtual-size", text(&facts.size.to_string())),
+            ("user.flatdisk.sector-size", text(&info.logical_sector_size.to_string())),
+            ("user.flatdisk.image", image.place.path().into_os_string().into_vec()),
+        ];
+        if let Some(parent) = &info.parent {
+            xattrs.push(("user.flatdisk.parent", text(parent)));
+        }
+        if let Some(uuid) = &info.uuid {
+            xattrs.push(("user.flatdisk.uuid", text(uuid)));
+        }
+        if !facts.damage.is_empty() {
+            let ranges =
+                facts.damage.iter().take(1000).map(|r| format!("{:#x}-{:#x}", r.start, r.end));
+            xattrs.push(("user.flatdisk.damage", text(&ranges.collect::<Vec<_>>().join(" "))));
+        }
+        Ok(xattrs)
+    }
+
+    /// A directory of the host on whose file system `ino` lies.
+    pub fn host_dir(&self, ino: u64) -> Result<PathBuf> {
+        let node = self.node(ino)?;
+        let place = match &node.what {
+            What::Folder(place) => Some(place.clone()),
+            What::Image(image) => Some(image.place.clone()),
+            What::Problem(place, _) => Some(place.clone()),
+            What::Root | What::Link(_) => self
+                .mirror
+                .clone()
+                .or_else(|| self.pinned.read().values().next().map(|p| p.place.clone())),
+        };
+        Ok(place.map_or(PathBuf::from("/"), |place| place.source.root().to_owned()))
+    }
+
+    pub(super) fn problem_text(&self, place: &Place) -> Result<String> {
+        let Err(problem) = self.images.examine(place) else { return Err(stale()) };
+        let path = place.path();
+        Ok(format!(
+            "This image cannot be shown as a disk:\n\n    {problem}\n\n\
+             `flatdisk check '{path}'` tells more.\n\
+             The flat file appears here as soon as the image opens.\n",
+            path = path.display()
+        ))
+    }
+}

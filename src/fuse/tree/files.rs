@@ -1,0 +1,193 @@
+//! Open files: reading, writing, and who may.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+use super::{FIRST_HANDLE, Handle, Opened, READER, Tree, WRITER, What, not_permitted};
+use crate::disk::Disk;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::facts::Facts;
+use crate::fuse::image::{ImageFile, stale};
+
+impl Tree {
+    /// Opens a flat file. What it holds is never truncated.
+    pub fn open(&self, ino: u64, write: bool, truncate: bool) -> Result<Opened> {
+        let node = self.node(ino)?;
+        match &node.what {
+            What::Image(_) if truncate => {
+                Err(not_permitted("the size is the virtual disk's; open without truncating"))
+            }
+            What::Image(image) => {
+                let keep_cache =
+                    image.open(&self.images, write, |facts| self.permit_write(image, facts))?;
+                let handle = if write { WRITER } else { READER };
+                Ok(Opened { handle, keep_cache, direct: false })
+            }
+            What::Problem(place, _) if !write => {
+                let text = self.problem_text(place)?.into_bytes();
+                let handle = self.new_handle(Handle::Text(text.into()));
+                Ok(Opened { handle, keep_cache: false, direct: true })
+            }
+            What::Problem(..) => Err(Error::new(ErrorKind::ReadOnly, "a message, not an image")),
+            _ => Err(Error::invalid("not a file")),
+        }
+    }
+
+    /// Whether an image can be written as far as is known without looking further.
+    pub(super) fn may_write(&self, image: &ImageFile, facts: &Facts) -> Result<()> {
+        let refuse = |why: String| {
+            let what = format!("cannot be written: {why}");
+            Err(Error::new(ErrorKind::ReadOnly, what).in_file(&image.place.path()))
+        };
+        if self.look.read_only {
+            return refuse("the mount is read-only".into());
+        }
+        if self.look.nonpersistent {
+            return Ok(());
+        }
+        if let Some(reason) = &facts.read_only {
+            return refuse(reason.clone());
+        }
+        match self.images.child_of(image.identity) {
+            Some(child) => refuse(format!("{} is made from it", child.display())),
+            None => Ok(()),
+        }
+    }
+
+    /// [`Self::may_write`], after looking at every image that may be a child: those beside the
+    /// image and in the directories above it.
+    fn permit_write(&self, image: &ImageFile, facts: &Facts) -> Result<()> {
+        self.may_write(image, facts)?;
+        if self.look.nonpersistent {
+            return Ok(());
+        }
+        for folder in image.place.relative.ancestors().skip(1) {
+            let folder = image.place.elsewhere(folder.to_owned());
+            let Ok(listing) = self.listing(&folder) else { continue };
+            for entry in listing.images.values().filter(|e| e.identity != image.identity) {
+                let _ = self.images.examine(&folder.elsewhere(entry.relative.clone()));
+            }
+        }
+        self.may_write(image, facts)
+    }
+
+    /// Reads into `buf` and returns how much of it the file reached.
+    pub fn read(&self, ino: u64, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let node = self.node(ino)?;
+        match &node.what {
+            What::Image(image) => image.read(&self.images, offset, buf),
+            What::Problem(..) => {
+                let text = match self.handles.lock().get(&handle) {
+                    Some(Handle::Text(text)) => text.clone(),
+                    _ => return Err(stale()),
+                };
+                let rest = text.get(offset as usize..).unwrap_or_default();
+                let len = rest.len().min(buf.len());
+                buf[..len].copy_from_slice(&rest[..len]);
+                Ok(len)
+            }
+            _ => Err(Error::invalid("not a file")),
+        }
+    }
+
+    /// Writes as much of `data` as lies inside the disk; no space at its end, as on a block device.
+    pub fn write(&self, ino: u64, offset: u64, data: &[u8]) -> Result<usize> {
+        self.with_disk(ino, |disk| {
+            let room = disk.size().saturating_sub(offset).min(data.len() as u64) as usize;
+            if room == 0 && !data.is_empty() {
+                return Err(Error::new(ErrorKind::NoSpace, "the end of the disk"));
+            }
+            disk.write_at(offset, &data[..room]).map(|()| room)
+        })
+    }
+
+    /// Runs `act` on an image's open disk.
+    fn with_disk<R>(&self, ino: u64, act: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
+        match &self.node(ino)?.what {
+            What::Image(image) => image.with_disk(&self.images, act),
+            _ => Err(Error::invalid("not an image")),
+        }
+    }
+
+    /// close(2) of a file: whoever wrote learns whether that worked.
+    pub fn flush(&self, ino: u64, handle: u64) -> Result<()> {
+        if handle == WRITER { self.sync(ino) } else { Ok(()) }
+    }
+
+    /// Makes all writes durable.
+    pub fn sync(&self, ino: u64) -> Result<()> {
+        match &self.node(ino)?.what {
+            What::Image(image) => image.flush(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends the use of a file.
+    pub fn release(&self, ino: u64, handle: u64) -> Result<()> {
+        if handle >= FIRST_HANDLE {
+            self.handles.lock().remove(&handle);
+            return Ok(());
+        }
+        let node = self.node(ino)?;
+        let What::Image(image) = &node.what else { return Ok(()) };
+        let released = image.release(&self.images, handle == WRITER);
+        if let Err(e) = &released {
+            self.note_failure(e);
+        }
+        if node.lookups.load(Ordering::Relaxed) == 0 {
+            self.forget(ino, 0);
+        }
+        released
+    }
+
+    /// fallocate(2): punching holes and zeroing free space, reserving has nothing to do.
+    pub fn allocate(&self, ino: u64, offset: u64, len: u64, mode: i32) -> Result<()> {
+        let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
+        let what = mode & !libc::FALLOC_FL_KEEP_SIZE;
+        self.with_disk(ino, |disk| {
+            let end = offset.checked_add(len).ok_or_else(|| Error::invalid("range too large"))?;
+            if end > disk.size() && !keep_size {
+                return Err(not_permitted("the size is the virtual disk's"));
+            }
+            let inside = end.min(disk.size()).saturating_sub(offset);
+            match what {
+                0 if disk.read_only().is_some() => {
+                    Err(Error::new(ErrorKind::ReadOnly, "read-only"))
+                }
+                0 => Ok(()),
+                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE => {
+                    if inside == 0 {
+                        Ok(())
+                    } else {
+                        disk.discard(offset, inside)
+                    }
+                }
+                _ => Err(Error::unsupported("this kind of fallocate")),
+            }
+        })
+    }
+
+    /// lseek(2) to the next data (`SEEK_DATA`) or hole (`SEEK_HOLE`).
+    pub fn seek(&self, ino: u64, offset: u64, data: bool) -> Result<Option<u64>> {
+        self.with_disk(ino, |disk| {
+            if offset >= disk.size() {
+                return Ok(None);
+            }
+            match data {
+                // Data the kernel holds back may lie in what is a hole here.
+                true if self.look.writeback => Ok(Some(offset)),
+                false if self.look.writeback => Ok(Some(disk.size())),
+                true => Ok(disk.next_data(offset)?.map(|range| range.start.max(offset))),
+                false => disk.next_hole(offset).map(Some),
+            }
+        })
+    }
+
+    /// Target of the symlink that `ln -s` just made.
+    pub fn link_target(&self, ino: u64) -> Result<PathBuf> {
+        match &self.node(ino)?.what {
+            What::Link(target) => Ok(target.clone()),
+            _ => Err(Error::invalid("not a symlink")),
+        }
+    }
+}

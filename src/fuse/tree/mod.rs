@@ -1,0 +1,400 @@
+//! The mounted tree: names, inode numbers, attributes and handles. Knows nothing of fuser, so all of
+//! it is tested without a mount.
+//!
+//! # Names
+//!
+//! The root holds what the user named: images, and directories by their name; a single directory
+//! is mirrored in the root itself. In a mirrored directory only folders and possible images show, by
+//! their names alone, so that listing ten thousand images opens none. In a folder of at most
+//! [`EXAMINED`] images each is looked at when the folder is listed, and one that does not open
+//! shows as `name.error.txt`; in larger ones that happens when a name is looked up.
+//!
+//! # Inode numbers
+//!
+//! A number is computed from the host path and the host's inode, so it is the same in every
+//! listing, in every mount, and before the node exists. A replaced image is another node, and
+//! programs that have the old one open keep it.
+
+mod attributes;
+mod files;
+mod names;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::facts::{FactsCache, Opener};
+use crate::fuse::image::{ImageFile, Usage, stale};
+use crate::fuse::source::{Listing, Place, Source};
+use crate::storage::FileIdentity;
+
+/// Inode number of the root.
+pub const ROOT: u64 = 1;
+
+/// Largest folder whose images are all looked at when it is listed.
+pub const EXAMINED: usize = 256;
+
+/// Directories whose listings are kept at most.
+const MAX_LISTINGS: usize = 1024;
+
+/// What stands in for an image that does not open.
+const PROBLEM_SUFFIX: &str = ".error.txt";
+
+/// How the tree looks, as the user asked.
+#[derive(Debug, Clone)]
+pub struct Look {
+    /// Nothing can be written.
+    pub read_only: bool,
+    /// What is written vanishes, and any image can be written so.
+    pub nonpersistent: bool,
+    /// Owner of everything, instead of the host's.
+    pub uid: Option<u32>,
+    /// Group of everything, instead of the host's.
+    pub gid: Option<u32>,
+    /// Permission bits that flat files do not get.
+    pub fmask: u16,
+    /// Permission bits that directories do not get.
+    pub dmask: u16,
+    /// Appended to an image's name.
+    pub suffix: OsString,
+    /// Absolute path of the mount point; the tree never looks below it.
+    pub mountpoint: PathBuf,
+    /// Who runs the daemon: owner of a root that is no directory of the host.
+    pub owner: (u32, u32),
+    /// The kernel may hold writes back, so holes are not known here.
+    pub writeback: bool,
+}
+
+/// The kinds of nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A directory.
+    Folder,
+    /// A flat file, or the text that stands for a broken image.
+    File,
+    /// A symlink, for the moment that `ln -s` needs it.
+    Link,
+}
+
+/// What stat(2) shows.
+#[derive(Debug, Clone)]
+pub struct Attributes {
+    /// Inode number.
+    pub ino: u64,
+    /// What it is.
+    pub kind: Kind,
+    /// Size in bytes.
+    pub size: u64,
+    /// Space taken, in units of 512 bytes.
+    pub blocks: u64,
+    /// Permission bits.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Last access.
+    pub atime: SystemTime,
+    /// Last change of the contents.
+    pub mtime: SystemTime,
+    /// Last change of anything.
+    pub ctime: SystemTime,
+}
+
+/// An entry of a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirEntry {
+    /// Inode number.
+    pub ino: u64,
+    /// What it is.
+    pub kind: Kind,
+    /// Its name.
+    pub name: OsString,
+}
+
+/// An open file or directory.
+#[derive(Debug)]
+pub struct Opened {
+    /// Handle for the calls that follow.
+    pub handle: u64,
+    /// Whether cached pages are still good.
+    pub keep_cache: bool,
+    /// Whether reading must bypass the kernel's cache.
+    pub direct: bool,
+}
+
+/// Handles of flat files say only how they are open; the node has everything else.
+const READER: u64 = 0;
+const WRITER: u64 = 1;
+const FIRST_HANDLE: u64 = 2;
+
+#[derive(Debug)]
+enum Handle {
+    Folder(Arc<[DirEntry]>),
+    Text(Arc<[u8]>),
+}
+
+#[derive(Debug)]
+struct Node {
+    ino: u64,
+    what: What,
+    /// References the kernel holds.
+    lookups: AtomicU64,
+}
+
+#[derive(Debug)]
+enum What {
+    Root,
+    Folder(Place),
+    Image(Box<ImageFile>),
+    /// An image that does not open.
+    Problem(Place, FileIdentity),
+    Link(PathBuf),
+}
+
+impl What {
+    fn is(&self, found: &Found) -> bool {
+        match (self, found) {
+            (Self::Folder(a), Found::Folder(b, _)) => a.path() == b.path(),
+            (Self::Image(a), Found::Image(b, identity)) => {
+                a.identity == *identity && a.place.path() == b.path()
+            }
+            (Self::Problem(a, seen), Found::Problem(b, identity)) => {
+                seen == identity && a.path() == b.path()
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What a name stands for.
+#[derive(Debug)]
+enum Found {
+    Folder(Place, FileIdentity),
+    Image(Place, FileIdentity),
+    Problem(Place, FileIdentity),
+}
+
+impl Found {
+    fn ino(&self) -> u64 {
+        let (tag, place, identity) = match self {
+            Self::Folder(place, identity) => (0u8, place, identity),
+            Self::Image(place, identity) => (1, place, identity),
+            Self::Problem(place, identity) => (2, place, identity),
+        };
+        let mut hasher = DefaultHasher::new();
+        (tag, place.path().as_os_str().as_bytes(), identity).hash(&mut hasher);
+        // Room for the numbers below, and for signed arithmetic of programs.
+        (hasher.finish() >> 1).max(ROOT + 1)
+    }
+}
+
+/// Something in the root that the user named.
+#[derive(Debug, Clone)]
+struct Pinned {
+    place: Place,
+    folder: bool,
+}
+
+/// An image that is open, for `status`.
+#[derive(Debug)]
+pub struct ImageUsage {
+    /// The image.
+    pub path: PathBuf,
+    /// How it is in use.
+    pub usage: Usage,
+}
+
+/// See the module's documentation.
+pub struct Tree {
+    look: Look,
+    images: FactsCache,
+    /// The directory mirrored in the root.
+    mirror: Option<Place>,
+    pinned: RwLock<BTreeMap<OsString, Pinned>>,
+    nodes: RwLock<HashMap<u64, Arc<Node>>>,
+    listings: Mutex<HashMap<PathBuf, Arc<Listing>>>,
+    handles: Mutex<HashMap<u64, Handle>>,
+    next_handle: AtomicU64,
+    /// Failed flushes and closes, for the end of the mount.
+    failures: Mutex<Vec<String>>,
+}
+
+/// Failures kept at most.
+const MAX_FAILURES: usize = 64;
+
+impl Tree {
+    /// A tree over `sources`, each an image or a directory.
+    pub fn new(sources: &[PathBuf], opener: Box<dyn Opener>, look: Look) -> Result<Self> {
+        let images = FactsCache::new(opener, look.nonpersistent);
+        let mut tree = Self {
+            look,
+            images,
+            mirror: None,
+            pinned: RwLock::default(),
+            nodes: RwLock::default(),
+            listings: Mutex::default(),
+            handles: Mutex::default(),
+            next_handle: AtomicU64::new(FIRST_HANDLE),
+            failures: Mutex::default(),
+        };
+        if let [source] = sources
+            && source.is_dir()
+        {
+            let source = Source::open(source)?;
+            tree.refuse_own(source.root())?;
+            tree.mirror = Some(Place { source, relative: PathBuf::new() });
+        } else {
+            for source in sources {
+                tree.pin_source(source)?;
+            }
+        }
+        let root = Node { ino: ROOT, what: What::Root, lookups: AtomicU64::new(1) };
+        tree.nodes.write().insert(ROOT, Arc::new(root));
+        Ok(tree)
+    }
+
+    fn node(&self, ino: u64) -> Result<Arc<Node>> {
+        self.nodes.read().get(&ino).cloned().ok_or_else(stale)
+    }
+
+    /// Looks up `name` in the directory `parent`; the kernel holds one more reference to the node.
+    pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Attributes> {
+        let parent = self.node(parent)?;
+        let node = self.enter(self.find(&parent, name)?);
+        self.attributes_of(&node).inspect_err(|_| self.forget(node.ino, 1))
+    }
+
+    /// The node for what was found, made if need be, with one more reference.
+    fn enter(&self, found: Found) -> Arc<Node> {
+        let mut ino = found.ino();
+        let mut nodes = self.nodes.write();
+        while let Some(node) = nodes.get(&ino) {
+            if node.what.is(&found) {
+                node.lookups.fetch_add(1, Ordering::Relaxed);
+                return node.clone();
+            }
+            ino += 1;
+        }
+        let what = match found {
+            Found::Folder(place, _) => What::Folder(place),
+            Found::Image(place, identity) => What::Image(Box::new(ImageFile::new(place, identity))),
+            Found::Problem(place, identity) => What::Problem(place, identity),
+        };
+        let node = Arc::new(Node { ino, what, lookups: AtomicU64::new(1) });
+        nodes.insert(ino, node.clone());
+        node
+    }
+
+    /// The kernel dropped `count` references to a node.
+    pub fn forget(&self, ino: u64, count: u64) {
+        if ino == ROOT {
+            return;
+        }
+        let mut nodes = self.nodes.write();
+        let Some(node) = nodes.get(&ino) else { return };
+        let left = node.lookups.load(Ordering::Relaxed).saturating_sub(count);
+        node.lookups.store(left, Ordering::Relaxed);
+        // A release may still be under way; the node goes with the last one.
+        if left == 0 && !matches!(&node.what, What::Image(image) if image.in_use()) {
+            nodes.remove(&ino);
+        }
+    }
+
+    fn new_handle(&self, handle: Handle) -> u64 {
+        let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.handles.lock().insert(number, handle);
+        number
+    }
+
+    fn opened_images(&self) -> Vec<Arc<Node>> {
+        let nodes = self.nodes.read();
+        let images = nodes.values().filter(|node| matches!(node.what, What::Image(_)));
+        images.cloned().collect()
+    }
+
+    /// Flushes every image that was written, and returns what failed.
+    pub fn flush_all(&self) -> Vec<Error> {
+        self.flush_each(ImageFile::flush)
+    }
+
+    /// Flushes every image whose tables wait for it, and returns what failed.
+    pub fn flush_tables(&self) -> Vec<Error> {
+        self.flush_each(ImageFile::flush_tables)
+    }
+
+    fn flush_each(&self, flush: fn(&ImageFile) -> Result<()>) -> Vec<Error> {
+        let mut errors = Vec::new();
+        for node in self.opened_images() {
+            if let What::Image(image) = &node.what
+                && let Err(e) = flush(image)
+            {
+                self.note_failure(&e);
+                errors.push(e);
+            }
+        }
+        errors
+    }
+
+    /// Closes every image; the mount is gone.
+    pub fn close_all(&self) {
+        for node in self.opened_images() {
+            if let What::Image(image) = &node.what
+                && let Err(e) = image.shut(&self.images)
+            {
+                self.note_failure(&e);
+            }
+        }
+    }
+
+    fn note_failure(&self, error: &Error) {
+        let text = error.to_string();
+        let mut failures = self.failures.lock();
+        if !failures.contains(&text) && failures.len() < MAX_FAILURES {
+            log::error!("{text}");
+            failures.push(text);
+        }
+    }
+
+    /// What failed to reach its image since the tree was made.
+    pub fn failures(&self) -> Vec<String> {
+        self.failures.lock().clone()
+    }
+
+    /// The images in use.
+    pub fn usage(&self) -> Vec<ImageUsage> {
+        let nodes = self.opened_images();
+        let used = nodes.iter().filter_map(|node| match &node.what {
+            What::Image(image) => {
+                let usage = image.usage();
+                let path = image.place.path();
+                (usage.readers + usage.writers > 0).then_some(ImageUsage { path, usage })
+            }
+            _ => None,
+        });
+        used.collect()
+    }
+}
+
+fn not_found() -> Error {
+    Error::new(ErrorKind::NotFound, "no such file or directory")
+}
+
+fn not_a_folder() -> Error {
+    Error::io("not a directory", &io::Error::from_raw_os_error(libc::ENOTDIR))
+}
+
+fn not_permitted(why: &'static str) -> Error {
+    Error::io(why, &io::Error::from_raw_os_error(libc::EPERM))
+}

@@ -1,0 +1,328 @@
+//! Names: what a directory holds, and what the user pinned to the root.
+
+use std::ffi::{OsStr, OsString};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{
+    Attributes, DirEntry, EXAMINED, Found, Handle, Kind, MAX_LISTINGS, Node, PROBLEM_SUFFIX,
+    Pinned, ROOT, Tree, What, not_a_folder, not_found,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::image::stale;
+use crate::fuse::source::{Listing, Place, Source, identity, normalise};
+use crate::storage::FileIdentity;
+
+impl Tree {
+    /// Refuses a source directory that the mount would cover.
+    pub(super) fn refuse_own(&self, path: &Path) -> Result<()> {
+        if path.starts_with(&self.look.mountpoint) {
+            return Err(Error::invalid("the mount point would cover this source")
+                .in_file(path)
+                .hint("mount somewhere else"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn pin_source(&mut self, source: &Path) -> Result<()> {
+        let failed = |e: io::Error| Error::io("open", &e).in_file(source);
+        let absolute = std::path::absolute(source).map_err(failed)?;
+        let meta = std::fs::metadata(&absolute).map_err(failed)?;
+        let real = std::fs::canonicalize(&absolute).map_err(failed)?;
+        let name = absolute.file_name().or(real.file_name()).unwrap_or(OsStr::new("root"));
+        let (shown, pinned) = if meta.is_dir() {
+            let place = Place { source: Source::open(&real)?, relative: PathBuf::new() };
+            (name.to_owned(), Pinned { place, folder: true })
+        } else {
+            let place = place_of(&real)?;
+            // Named by the user, so that it is no image is an error of the whole mount.
+            self.images.examine(&place)?;
+            (self.shown(name), Pinned { place, folder: false })
+        };
+        self.refuse_own(&real)?;
+        if let Some(other) = self.pinned.get_mut().insert(shown.clone(), pinned) {
+            let what = format!(
+                "{} and {} would both be `{}`",
+                other.place.path().display(),
+                source.display(),
+                shown.display()
+            );
+            return Err(Error::new(ErrorKind::Exists, what).hint("mount them separately"));
+        }
+        Ok(())
+    }
+
+    /// The name under which an image called `name` shows.
+    fn shown(&self, name: &OsStr) -> OsString {
+        [name, &self.look.suffix].into_iter().collect()
+    }
+
+    /// The listing of a mirrored directory, read again only if the directory changed.
+    pub(super) fn listing(&self, folder: &Place) -> Result<Arc<Listing>> {
+        let path = folder.path();
+        let failed = |e: io::Error| Error::io("list", &e).in_file(&path);
+        let meta = folder.stat().map_err(failed)?;
+        if let Some(listing) = self.listings.lock().get(&path)
+            && listing.current(&meta)
+        {
+            return Ok(listing.clone());
+        }
+        let listing = Arc::new(folder.list(&self.look.mountpoint).map_err(failed)?);
+        let mut listings = self.listings.lock();
+        if listings.len() >= MAX_LISTINGS {
+            listings.clear();
+        }
+        listings.insert(path, listing.clone());
+        Ok(listing)
+    }
+
+    pub(super) fn find(&self, parent: &Node, name: &OsStr) -> Result<Found> {
+        let folder = match &parent.what {
+            What::Root => match self.find_pinned(name)? {
+                Some(found) => return Ok(found),
+                None => self.mirror.as_ref().ok_or_else(not_found)?,
+            },
+            What::Folder(place) => place,
+            _ => return Err(not_a_folder()),
+        };
+        let listing = self.listing(folder)?;
+        if let Some(base) = strip_suffix(name, &self.look.suffix)
+            && let Some(entry) = listing.images.get(base)
+        {
+            let place = folder.elsewhere(entry.relative.clone());
+            if self.images.examine(&place).is_ok() {
+                return found(place, Found::Image);
+            }
+        }
+        if let Some(base) = strip_suffix(name, PROBLEM_SUFFIX.as_ref())
+            && let Some(entry) = listing.images.get(base)
+        {
+            let place = folder.elsewhere(entry.relative.clone());
+            if self.images.examine(&place).is_err() {
+                return found(place, Found::Problem);
+            }
+        }
+        if listing.folders.contains_key(name) {
+            return found(folder.elsewhere(folder.relative.join(name)), Found::Folder);
+        }
+        Err(not_found())
+    }
+
+    fn find_pinned(&self, name: &OsStr) -> Result<Option<Found>> {
+        let (pinned, base) = {
+            let all = self.pinned.read();
+            let exact = all.get(name).cloned();
+            let base = strip_suffix(name, PROBLEM_SUFFIX.as_ref()).and_then(|base| {
+                Some((base, all.get(&self.shown(base)).or(all.get(base))?.clone()))
+            });
+            (exact, base)
+        };
+        if let Some(Pinned { place, folder }) = pinned {
+            if folder {
+                return found(place, Found::Folder).map(Some);
+            }
+            if self.images.examine(&place).is_ok() {
+                return found(place, Found::Image).map(Some);
+            }
+        }
+        if let Some((_, Pinned { place, folder: false })) = base
+            && self.images.examine(&place).is_err()
+        {
+            return found(place, Found::Problem).map(Some);
+        }
+        Ok(None)
+    }
+
+    /// Opens a directory: its entries as they are now.
+    pub fn open_folder(&self, ino: u64) -> Result<u64> {
+        let node = self.node(ino)?;
+        let mut entries = vec![
+            DirEntry { ino, kind: Kind::Folder, name: ".".into() },
+            DirEntry { ino: ROOT, kind: Kind::Folder, name: "..".into() },
+        ];
+        match &node.what {
+            What::Root => {
+                self.pinned_entries(&mut entries)?;
+                if let Some(place) = &self.mirror {
+                    self.mirrored_entries(place, &mut entries)?;
+                }
+            }
+            What::Folder(place) => self.mirrored_entries(place, &mut entries)?,
+            _ => return Err(not_a_folder()),
+        }
+        Ok(self.new_handle(Handle::Folder(entries.into())))
+    }
+
+    fn pinned_entries(&self, entries: &mut Vec<DirEntry>) -> Result<()> {
+        let pinned = self.pinned.read().clone();
+        for (shown, Pinned { place, folder }) in pinned {
+            let Ok(meta) = place.stat() else { continue };
+            let (found, name) = if folder {
+                (Found::Folder(place, identity(&meta)), shown)
+            } else if self.images.examine(&place).is_ok() {
+                (Found::Image(place, identity(&meta)), shown)
+            } else {
+                let base = strip_suffix(&shown, &self.look.suffix).unwrap_or(&shown);
+                let name = [base, PROBLEM_SUFFIX.as_ref()].into_iter().collect();
+                (Found::Problem(place, identity(&meta)), name)
+            };
+            let kind = if folder { Kind::Folder } else { Kind::File };
+            entries.push(DirEntry { ino: found.ino(), kind, name });
+        }
+        Ok(())
+    }
+
+    fn mirrored_entries(&self, folder: &Place, entries: &mut Vec<DirEntry>) -> Result<()> {
+        let listing = self.listing(folder)?;
+        let places = || {
+            let images = listing.images.iter();
+            images.map(|(name, e)| (name, folder.elsewhere(e.relative.clone()), e.identity))
+        };
+        // Parts of images that only the image itself names.
+        let mut parts = Vec::new();
+        if listing.images.len() <= EXAMINED {
+            for (_, place, _) in places() {
+                if let Ok(facts) = self.images.examine(&place) {
+                    parts.extend_from_slice(&facts.files[1..]);
+                }
+            }
+        }
+        for (name, place, identity) in places() {
+            if parts.contains(&place.path()) {
+                continue;
+            }
+            let (found, name) = if self.images.known_bad(&place) {
+                let name = [name, OsStr::new(PROBLEM_SUFFIX)].into_iter().collect();
+                (Found::Problem(place, identity), name)
+            } else {
+                (Found::Image(place, identity), self.shown(name))
+            };
+            entries.push(DirEntry { ino: found.ino(), kind: Kind::File, name });
+        }
+        for (name, identity) in &listing.folders {
+            let place = folder.elsewhere(folder.relative.join(name));
+            let ino = Found::Folder(place, *identity).ino();
+            entries.push(DirEntry { ino, kind: Kind::Folder, name: name.clone() });
+        }
+        Ok(())
+    }
+
+    /// The entries of an open directory.
+    pub fn entries(&self, handle: u64) -> Result<Arc<[DirEntry]>> {
+        match self.handles.lock().get(&handle) {
+            Some(Handle::Folder(entries)) => Ok(entries.clone()),
+            _ => Err(stale()),
+        }
+    }
+
+    /// Ends the use of a directory.
+    pub fn release_folder(&self, handle: u64) {
+        self.handles.lock().remove(&handle);
+    }
+
+    /// Shows the image at `path` in the root as `name`, or under its own name.
+    pub fn pin(&self, path: &Path, name: Option<&OsStr>) -> Result<OsString> {
+        let absolute = normalise(path).filter(|_| path.is_absolute());
+        let absolute = absolute
+            .ok_or_else(|| Error::invalid("an absolute path is needed here").in_file(path))?;
+        self.refuse_own(&absolute)?;
+        let failed = |e: io::Error| Error::io("open", &e).in_file(path);
+        let real = std::fs::canonicalize(&absolute).map_err(failed)?;
+        self.refuse_own(&real)?;
+        let shown = match (name, absolute.file_name()) {
+            (Some(name), _) => name.to_owned(),
+            (None, Some(own)) => self.shown(own),
+            (None, None) => return Err(Error::invalid("not a file").in_file(path)),
+        };
+        let exists = || {
+            let what = format!("`{}` is there already", shown.display());
+            Error::new(ErrorKind::Exists, what)
+        };
+        let root = self.node(ROOT)?;
+        if self.find(&root, &shown).is_ok() {
+            return Err(exists());
+        }
+        let place = place_of(&real)?;
+        self.images.examine(&place)?;
+        let mut pinned = self.pinned.write();
+        if pinned.contains_key(&shown) {
+            return Err(exists());
+        }
+        pinned.insert(shown.clone(), Pinned { place, folder: false });
+        Ok(shown)
+    }
+
+    /// `ln -s`: shows the image at `target` as `name`, and answers with the symlink that the kernel
+    /// expects; the next lookup finds the flat file.
+    pub fn link(&self, parent: u64, name: &OsStr, target: &Path) -> Result<Attributes> {
+        if parent != ROOT {
+            return Err(Error::new(ErrorKind::ReadOnly, "images open in the root only"));
+        }
+        let target = if target.is_absolute() {
+            target.to_owned()
+        } else {
+            self.look.mountpoint.join(target)
+        };
+        self.pin(&target, Some(name))?;
+        let mut hasher = DefaultHasher::new();
+        (3u8, name, &target, self.next_handle.fetch_add(1, Ordering::Relaxed)).hash(&mut hasher);
+        let mut nodes = self.nodes.write();
+        let mut ino = (hasher.finish() >> 1).max(ROOT + 1);
+        while nodes.contains_key(&ino) {
+            ino += 1;
+        }
+        let node = Node { ino, what: What::Link(target), lookups: AtomicU64::new(1) };
+        let attributes = self.attributes_of(&node);
+        nodes.insert(ino, Arc::new(node));
+        attributes
+    }
+
+    /// `rm`: takes an image that the user named out of the root. The image itself stays.
+    pub fn unpin(&self, parent: u64, name: &OsStr) -> Result<()> {
+        let parent = self.node(parent)?;
+        let found = self.find(&parent, name)?;
+        let read_only =
+            || Error::new(ErrorKind::ReadOnly, "only images opened by name can be closed");
+        let (ino, place) = match &found {
+            Found::Image(place, _) | Found::Problem(place, _) => (found.ino(), place.path()),
+            Found::Folder(..) => return Err(read_only()),
+        };
+        if parent.ino != ROOT {
+            return Err(read_only());
+        }
+        let mut pinned = self.pinned.write();
+        let key = pinned.iter().find(|(key, pinned)| {
+            pinned.place.path() == place && (*key == name || matches!(found, Found::Problem(..)))
+        });
+        let key = key.map(|(key, _)| key.clone()).ok_or_else(read_only)?;
+        if let Ok(node) = self.node(ino)
+            && let What::Image(image) = &node.what
+            && image.in_use()
+        {
+            return Err(Error::new(ErrorKind::Busy, "the file is open").in_file(&place));
+        }
+        pinned.remove(&key);
+        Ok(())
+    }
+}
+
+/// The place of a file by its real path.
+fn place_of(real: &Path) -> Result<Place> {
+    match (real.parent(), real.file_name()) {
+        (Some(dir), Some(name)) => Ok(Place { source: Source::open(dir)?, relative: name.into() }),
+        _ => Err(Error::invalid("not a file").in_file(real)),
+    }
+}
+
+fn found(place: Place, make: fn(Place, FileIdentity) -> Found) -> Result<Found> {
+    let meta = place.stat().map_err(|e| Error::io("stat", &e).in_file(&place.path()))?;
+    Ok(make(place, identity(&meta)))
+}
+
+fn strip_suffix<'a>(name: &'a OsStr, suffix: &OsStr) -> Option<&'a OsStr> {
+    name.as_bytes().strip_suffix(suffix.as_bytes()).map(OsStr::from_bytes)
+}

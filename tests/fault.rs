@@ -1,0 +1,291 @@
+//! Every storage call fails once in turn: the caller learns of it, nothing promised is lost, the
+//! image reopens.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::crash::{check_state, compare, contents, read};
+use common::history::{History, Sectors};
+use common::images::{Kind, all_small};
+use common::toy::{Flaw, Toy};
+use common::workload::{Runner, Step, script};
+use common::{in_parallel, number, seed};
+use flatdisk::error::{Error, ErrorKind};
+use flatdisk::storage::crash::{Choice, CrashPoint};
+use flatdisk::storage::faulty::{Call, Fault, Faults, FaultyHost};
+use flatdisk::storage::memory::MemoryHost;
+use flatdisk::storage::recording::RecordingHost;
+use flatdisk::storage::{Access, Host};
+
+/// How many faults to try for each kind of image.
+fn budget() -> usize {
+    number("FLATDISK_FAULTS", 150) as usize
+}
+
+/// A workload under one fault.
+struct Trial<'a> {
+    runner: Runner<'a>,
+    faults: Arc<Faults>,
+    /// A failure made the disk unusable until it is reopened.
+    latched: bool,
+}
+
+impl<'a> Trial<'a> {
+    /// Opens the disk with `faults` in place. A fault while opening may fail that, once.
+    fn begin(
+        kind: &'a dyn Kind,
+        created: &Arc<MemoryHost>,
+        faults: Arc<Faults>,
+    ) -> Result<Self, String> {
+        let recorder = RecordingHost::over(created);
+        let host = FaultyHost::over(recorder.clone(), &faults);
+        let plain: Arc<dyn Host> = recorder.clone();
+        let disk = kind.open(&plain, Access::Read).map_err(|e| e.to_string())?;
+        let initial = contents(&disk)?;
+        drop(disk);
+        let open =
+            || Runner::open(kind, host.clone(), recorder.clone(), History::new(initial.clone()));
+        let runner = match open() {
+            Err(e) if faults.fired() == 0 => return Err(format!("open failed by itself: {e}")),
+            Err(_) => open().map_err(|e| format!("open fails although no call does: {e}"))?,
+            Ok(runner) => runner,
+        };
+        Ok(Self { runner, faults, latched: false })
+    }
+
+    /// Runs a step and holds its result against what has failed so far.
+    fn step(&mut self, step: &Step) -> Result<(), String> {
+        let before = self.faults.fired();
+        let syncs_before = self.faults.fired_in(Call::Sync);
+        let result = self.runner.run(step);
+        let fired = self.faults.fired() > before;
+        let sync_failed = self.faults.fired_in(Call::Sync) > syncs_before;
+        if self.latched {
+            return match result {
+                Ok(()) => Err(format!("{step:?} works after a failed flush")),
+                Err(_) => self.settle(step),
+            };
+        }
+        let Err(error) = result else {
+            return match sync_failed {
+                true => Err(format!("{step:?} hides that a sync failed")),
+                false => Ok(()),
+            };
+        };
+        if !fired {
+            return Err(format!("{step:?} fails although no call did: {error}"));
+        }
+        self.latched = self.must_latch(step, &error, sync_failed);
+        if *step == Step::Reopen {
+            return self.reopen();
+        }
+        self.settle(step)
+    }
+
+    /// Whether this failure leaves it unknown what is on stable storage.
+    fn must_latch(&self, step: &Step, error: &Error, sync_failed: bool) -> bool {
+        let promise = matches!(step, Step::Flush | Step::Reopen);
+        sync_failed || promise && error.kind() != ErrorKind::NoSpace || self.refuses()
+    }
+
+    /// Whether the disk says so itself, as it may after marking the image as written failed.
+    fn refuses(&self) -> bool {
+        let mut byte = [0];
+        self.runner.disk.read_at(0, &mut byte).is_ok()
+            && matches!(self.runner.disk.write_at(0, &[]), Err(e) if e.kind() == ErrorKind::Failed)
+    }
+
+    /// After a failed step every sector is old or new, and stays what it is.
+    fn settle(&self, step: &Step) -> Result<(), String> {
+        let (Step::Write { at, len } | Step::Zeroes { at, len } | Step::Discard { at, len }) =
+            *step
+        else {
+            return Ok(());
+        };
+        let legal = self.runner.history.lock().candidates(at, len);
+        let found = read(&self.runner.disk, &legal)
+            .map_err(|e| format!("after the failed {step:?}: {e}"))?;
+        self.observe(found);
+        Ok(())
+    }
+
+    fn observe(&self, found: Sectors) {
+        let mut history = self.runner.history.lock();
+        let position = self.runner.recorder.position();
+        for (number, contents) in found {
+            if history.now(number) != contents {
+                history.observe(number, contents, position);
+            }
+        }
+    }
+
+    /// Opens the disk anew, as after a crash of the program.
+    fn reopen(&mut self) -> Result<(), String> {
+        let runner = &mut self.runner;
+        runner.disk = runner
+            .kind
+            .open(&runner.host, Access::Write)
+            .map_err(|e| format!("the image does not open after the fault: {e}"))?;
+        let legal = runner.history.lock().legal_at(runner.recorder.position());
+        let found = read(&runner.disk, &legal).map_err(|e| format!("after reopening: {e}"))?;
+        self.latched = false;
+        self.observe(found);
+        Ok(())
+    }
+
+    /// After the workload: what was promised is there, whatever else is lost.
+    fn finish(mut self, seed: u64) -> Result<(), String> {
+        self.faults.clear();
+        if self.latched {
+            if self.runner.apply(&Step::Flush).is_ok() {
+                return Err("a flush works after a failed one".into());
+            }
+            self.reopen()?;
+        } else {
+            self.runner.apply(&Step::Flush).map_err(|e| format!("the last flush: {e}"))?;
+        }
+        let history = self.runner.history.lock().clone();
+        compare(&self.runner.disk, &history.expected()).map_err(|e| format!("at the end: {e}"))?;
+        let recording = self.runner.recorder.recording();
+        let mut point = CrashPoint::start(&recording);
+        while point.advance() {}
+        let legal = history.legal_at(point.at());
+        for choice in [Choice::All, Choice::None, Choice::Random(seed), Choice::Random(!seed)] {
+            let fates = point.fates(choice);
+            check_state(self.runner.kind, &point.state(&fates), &legal, seed, 0, &mut 0)
+                .map_err(|e| format!("{e}\n{}", point.describe(&fates)))?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs the workload with one fault after `skip` calls.
+fn trial(
+    kind: &dyn Kind,
+    created: &Arc<MemoryHost>,
+    seed: u64,
+    calls: &[Call],
+    skip: u64,
+    fault: Option<Fault>,
+) -> Result<Arc<Faults>, String> {
+    let faults = Arc::new(Faults::default());
+    if let Some(fault) = fault {
+        faults.inject(calls, skip, fault, false);
+    }
+    let mut trial = Trial::begin(kind, created, faults.clone())?;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let geometry = *trial.runner.disk.geometry();
+    for step in script(&mut random, geometry.size, geometry.block_size, 22) {
+        trial.step(&step)?;
+    }
+    trial.finish(seed)?;
+    Ok(faults)
+}
+
+/// Fails every call of a workload in turn, or a sample of them; how many.
+fn run(kind: &dyn Kind, seed: u64, budget: usize) -> Result<usize, String> {
+    let named = |e: String| format!("{}: {e}", kind.name());
+    let created = MemoryHost::new();
+    kind.create(&created).map_err(|e| named(e.to_string()))?;
+    let mut kinds_of_calls: Vec<Vec<Call>> = vec![vec![Call::Sync], Call::CHANGES.to_vec()];
+    kinds_of_calls.push(vec![Call::Read, Call::Look, Call::Open]);
+    let mut cases = Vec::new();
+    let mut random = fastrand::Rng::with_seed(seed);
+    for round in 0..3 {
+        let seed = seed ^ round;
+        let whole = trial(kind, &created, seed, &[], 0, None).map_err(named)?;
+        for calls in &kinds_of_calls {
+            for fault in [
+                Fault::Errno(libc::EIO),
+                Fault::Errno(libc::ENOSPC),
+                Fault::Half(libc::ENOSPC),
+                Fault::Half(libc::EIO),
+            ] {
+                cases.extend((0..whole.count(calls)).map(|n| (seed, calls.clone(), n, fault)));
+            }
+        }
+    }
+    random.shuffle(&mut cases);
+    cases.truncate(budget);
+    for (seed, calls, skip, fault) in &cases {
+        trial(kind, &created, *seed, calls, *skip, Some(*fault)).map_err(|e| {
+            named(format!("{fault:?} at call {skip} of {calls:?}, script of seed {seed}:\n{e}"))
+        })?;
+    }
+    Ok(cases.len())
+}
+
+#[test]
+fn a_toy_tells_of_every_fault_and_reopens() {
+    run(&Toy { flaw: Flaw::None }, seed(), budget() * 4).unwrap();
+}
+
+#[test]
+fn hidden_and_forgotten_failures_are_noticed() {
+    for flaw in [Flaw::SyncErrorIgnored, Flaw::PagesForgotten] {
+        match run(&Toy { flaw }, seed(), 5000) {
+            Ok(trials) => panic!("{flaw:?} went unnoticed in {trials} trials"),
+            Err(report) => println!("{flaw:?}:\n{report}\n"),
+        }
+    }
+}
+
+#[test]
+fn every_format_tells_of_every_fault_and_reopens() {
+    let kinds = all_small();
+    let results = in_parallel(&kinds, |kind| {
+        run(&**kind, seed(), if kind.flat() { budget() / 4 } else { budget() })
+    });
+    let mut failures = Vec::new();
+    for (kind, result) in kinds.iter().zip(results) {
+        match result {
+            Ok(trials) => println!("{}: {trials} faults", kind.name()),
+            Err(report) => failures.push(report),
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+}
+
+/// Runs a workload on a host with little room, makes room, and goes on with the same disk.
+fn fill_up(kind: &dyn Kind, created: &Arc<MemoryHost>, room: u64, seed: u64) -> Result<(), String> {
+    let faults = Arc::new(Faults::default());
+    let mut trial = Trial::begin(kind, created, faults.clone())?;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let geometry = *trial.runner.disk.geometry();
+    faults.set_room(room);
+    for step in script(&mut random, geometry.size, geometry.block_size, 30) {
+        if step == Step::Reopen {
+            continue;
+        }
+        trial.step(&step)?;
+        if trial.latched {
+            return Err(format!("{step:?} without room made the disk unusable"));
+        }
+    }
+    faults.clear();
+    trial.step(&Step::Flush)?;
+    for step in script(&mut random, geometry.size, geometry.block_size, 10) {
+        trial.step(&step)?;
+    }
+    trial.finish(seed)
+}
+
+#[test]
+fn a_full_host_is_no_lasting_failure() {
+    let mut kinds = all_small();
+    kinds.push(Box::new(Toy { flaw: Flaw::None }));
+    let results = in_parallel(&kinds, |kind| -> Result<(), String> {
+        let created = MemoryHost::new();
+        kind.create(&created).map_err(|e| e.to_string())?;
+        for (round, room) in
+            [0, 512, 4096, 70_000, 1 << 20, (3 << 20) + 512, 5 << 20].into_iter().enumerate()
+        {
+            fill_up(&**kind, &created, room, seed() + round as u64)
+                .map_err(|e| format!("{}, room for {room} bytes: {e}", kind.name()))?;
+        }
+        Ok(())
+    });
+    let failures: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+}

@@ -1,0 +1,142 @@
+//! Real file systems on loop devices over flat files.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod live;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
+
+use live::{Loop, Mount, MountedFs, create, have, run, scratch, succeed};
+
+/// Images that file systems are made on: every way of allocating.
+const IMAGES: [(&str, &[&str]); 6] = [
+    ("dynamic.vhd", &[]),
+    ("dynamic.vhdx", &[]),
+    ("sector4k.vhdx", &["--sector-size", "4096"]),
+    ("sparse.vmdk", &[]),
+    ("split.vmdk", &["--subformat", "twoGbMaxExtentSparse"]),
+    ("flat.vmdk", &["--subformat", "monolithicFlat"]),
+];
+
+const FILES: u32 = 2000;
+
+/// Contents of file `i`: 0 to 40 KiB that differ from file to file.
+fn contents(i: u32) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(u64::from(i));
+    let mut bytes = vec![0; random.usize(0..40_000)];
+    random.fill(&mut bytes);
+    bytes
+}
+
+fn name(dir: &Path, i: u32) -> std::path::PathBuf {
+    dir.join(format!("d{}", i / 100)).join(format!("f{i}"))
+}
+
+fn fill(dir: &Path) {
+    for i in 0..FILES {
+        if i.is_multiple_of(100) {
+            fs::create_dir(dir.join(format!("d{}", i / 100))).unwrap();
+        }
+        fs::write(name(dir, i), contents(i)).unwrap();
+    }
+}
+
+fn compare(dir: &Path) {
+    for i in 0..FILES {
+        let found = fs::read(name(dir, i)).unwrap();
+        assert!(found == contents(i), "file {i} differs");
+    }
+}
+
+/// mkfs, thousands of files, unmount, fsck, flatdisk check, mount again, compare.
+fn survives(mkfs: &[&str], fsck: &[&str], options: &[&str]) {
+    if !live::can_mount() || !have(&["losetup", mkfs[0], fsck[0]]) {
+        return;
+    }
+    let folder = scratch();
+    for (image, create_options) in IMAGES {
+        println!("{} on {image}", mkfs[0]);
+        let path = folder.path().join(image);
+        create(&path, "640M", create_options);
+        let sector: &[&str] = if image == "sector4k.vhdx" { &["-b", "4096"] } else { &[] };
+        {
+            let mount = Mount::new(folder.path(), &[]);
+            let device = Loop::new(&mount.flat(image), sector);
+            run(mkfs[0], &[&mkfs[1], &device.device]);
+            let fs = MountedFs::new(&device.device, options);
+            fill(fs.path());
+            fs.unmount();
+            succeed(Command::new(fsck[0]).args(&fsck[1..]).arg(&device.device));
+            drop(device);
+            assert!(mount.unmount().success());
+        }
+        succeed(live::flatdisk().arg("check").arg(&path));
+        let mount = Mount::new(folder.path(), &["-o", "ro"]);
+        let device = Loop::new(&mount.flat(image), &[&["-r"], sector].concat());
+        let fs = MountedFs::new(&device.device, &[&["-r"], options].concat());
+        compare(fs.path());
+        fs.unmount();
+        drop(device);
+        assert!(mount.unmount().success());
+        fs::remove_dir_all(folder.path()).unwrap();
+        fs::create_dir(folder.path()).unwrap();
+    }
+}
+
+#[test]
+fn ext4_keeps_its_files() {
+    survives(&["mkfs.ext4", "-q"], &["e2fsck", "-fn"], &[]);
+}
+
+#[test]
+fn xfs_keeps_its_files() {
+    survives(&["mkfs.xfs", "-q"], &["xfs_repair", "-n"], &["-o", "nouuid"]);
+}
+
+#[test]
+fn btrfs_keeps_its_files() {
+    survives(&["mkfs.btrfs", "-q"], &["btrfs", "check"], &[]);
+}
+
+/// Host space of all files of a folder, in bytes.
+fn host_space(folder: &Path) -> u64 {
+    fs::read_dir(folder).unwrap().map(|e| e.unwrap().metadata().unwrap().blocks() * 512).sum()
+}
+
+#[test]
+fn fstrim_gives_space_back_to_the_host() {
+    if !live::can_mount() || !have(&["losetup", "mkfs.ext4", "fstrim"]) {
+        return;
+    }
+    for (image, options) in IMAGES {
+        let folder = scratch();
+        create(&folder.path().join(image), "640M", options);
+        let mount = Mount::new(folder.path(), &[]);
+        let sector: &[&str] = if image == "sector4k.vhdx" { &["-b", "4096"] } else { &[] };
+        let device = Loop::new(&mount.flat(image), sector);
+        run("mkfs.ext4", &[&"-q", &device.device]);
+        let fs = MountedFs::new(&device.device, &[]);
+        let big = fs.path().join("big");
+        let mut bytes = vec![0; 256 << 20];
+        fastrand::Rng::with_seed(1).fill(&mut bytes);
+        fs::write(&big, bytes).unwrap();
+        succeed(&mut Command::new("sync"));
+        let full = host_space(folder.path());
+        assert!(full > 256 << 20, "{image}: only {full} bytes after writing 256 MiB");
+        fs::remove_file(&big).unwrap();
+        succeed(&mut Command::new("sync"));
+        run("fstrim", &[&fs.path()]);
+        succeed(Command::new("sync").arg("-f").arg(fs.path()));
+        let trimmed = host_space(folder.path());
+        let shown = fs::metadata(mount.flat(image)).unwrap().blocks() * 512;
+        println!("{image}: {} MiB before fstrim, {} MiB after", full >> 20, trimmed >> 20);
+        assert!(trimmed < 64 << 20, "{image}: {trimmed} of {full} bytes are left");
+        assert!(shown < 80 << 20, "{image}: stat still shows {shown} bytes");
+        fs.unmount();
+        drop(device);
+        assert!(mount.unmount().success());
+        succeed(live::flatdisk().arg("check").arg(folder.path().join(image)));
+    }
+}

@@ -1,0 +1,266 @@
+//! What tests on a live mount share: the daemon, loop devices and file systems, each undone when
+//! dropped, also when a test fails half way.
+#![allow(dead_code)] // Every test program uses its own part.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a condition may take to come true before a test gives up.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Polls until `condition` holds; panics naming `what` when it never does.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < DEADLINE, "{what}: still not so after {DEADLINE:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether tools that are not part of the project must be there.
+fn required() -> bool {
+    std::env::var_os("FLATDISK_REQUIRE_TOOLS").is_some_and(|v| v == "1")
+}
+
+/// Says aloud that a test is skipped, or fails where nothing may be missing.
+pub fn skip(why: &str) -> bool {
+    assert!(!required(), "{why}, and FLATDISK_REQUIRE_TOOLS=1 forbids skipping");
+    println!("SKIPPED: {why}");
+    false
+}
+
+/// Whether all `tools` are installed; says SKIPPED if not.
+pub fn have(tools: &[&str]) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = |tool: &str| std::env::split_paths(&path).any(|dir| dir.join(tool).is_file());
+    match tools.iter().find(|tool| !found(tool)) {
+        None => true,
+        Some(tool) => skip(&format!("{tool} is not installed")),
+    }
+}
+
+/// Whether file systems can be mounted here; says SKIPPED if not.
+pub fn can_mount() -> bool {
+    if !Path::new("/dev/fuse").exists() {
+        return skip("there is no /dev/fuse");
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return skip("not root");
+    }
+    true
+}
+
+/// The folder of real images, if there is one.
+pub fn corpus() -> Option<PathBuf> {
+    match std::env::var_os("FLATDISK_CORPUS") {
+        Some(dir) => Some(dir.into()),
+        None => {
+            skip("FLATDISK_CORPUS is not set");
+            None
+        }
+    }
+}
+
+/// The program under test.
+pub fn flatdisk() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_flatdisk"))
+}
+
+/// Runs a command that must succeed and returns what it printed.
+pub fn run(program: impl AsRef<OsStr>, arguments: &[&dyn AsRef<OsStr>]) -> String {
+    let mut command = Command::new(program);
+    command.args(arguments.iter().map(|a| a.as_ref()));
+    succeed(&mut command)
+}
+
+/// Runs a command that must succeed and returns what it printed.
+pub fn succeed(command: &mut Command) -> String {
+    let output = outcome(command);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+/// Runs a command to its end.
+pub fn outcome(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
+}
+
+/// Makes an image with `flatdisk create`.
+pub fn create(path: &Path, size: &str, options: &[&str]) {
+    succeed(flatdisk().args(["create", "-q", "--size", size]).args(options).arg(path));
+}
+
+/// A live mount of a folder or image, with the daemon as a child in the foreground.
+pub struct Mount {
+    daemon: Child,
+    dir: tempfile::TempDir,
+    mounted: bool,
+}
+
+impl Mount {
+    /// Mounts `source` on a new mount point and waits until it is live.
+    pub fn new(source: &Path, options: &[&str]) -> Self {
+        let dir = tempfile::Builder::new().prefix("flatdisk-mnt-").tempdir().expect("tempdir");
+        let daemon = flatdisk()
+            .args(["mount", "-f"])
+            .args(options)
+            .arg(source)
+            .arg(dir.path())
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("start the daemon");
+        let mut mount = Self { daemon, dir, mounted: true };
+        wait_until("the mount is live", || {
+            if let Some(status) = mount.daemon.try_wait().expect("wait for the daemon") {
+                mount.mounted = false;
+                panic!("the daemon ended with {status}");
+            }
+            is_mounted(mount.dir.path())
+        });
+        mount
+    }
+
+    /// The mount point.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The flat file of image `name`.
+    pub fn flat(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.img"))
+    }
+
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        self.daemon.id()
+    }
+
+    /// Resident memory of the daemon that is not file pages, in bytes.
+    pub fn memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("status");
+        let line = status.lines().find(|l| l.starts_with("RssAnon:")).expect("RssAnon");
+        let kib: u64 = line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("KiB");
+        kib << 10
+    }
+
+    /// Files that the daemon holds open beneath `folder`.
+    pub fn open_files(&self, folder: &Path) -> Vec<PathBuf> {
+        fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .expect("the daemon's descriptors")
+            .filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
+            .filter(|target| target.starts_with(folder) && target.is_file())
+            .collect()
+    }
+
+    /// Unmounts as a user does, waits for the daemon and returns its exit status.
+    pub fn unmount(mut self) -> ExitStatus {
+        succeed(flatdisk().arg("umount").arg(self.dir.path()));
+        self.mounted = false;
+        self.daemon.wait().expect("wait for the daemon")
+    }
+
+    /// Kills the daemon without warning and clears its mount point.
+    pub fn kill(mut self) {
+        self.daemon.kill().expect("kill");
+        self.daemon.wait().expect("wait for the daemon");
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if self.mounted {
+            let _ = self.daemon.kill();
+            let _ = self.daemon.wait();
+            let _ = outcome(Command::new("umount").arg("-il").arg(self.dir.path()));
+        }
+    }
+}
+
+/// Whether something is mounted at exactly this path.
+pub fn is_mounted(path: &Path) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    mounts.lines().any(|l| l.split(' ').nth(4).is_some_and(|at| Path::new(at) == path))
+}
+
+/// A loop device over a file.
+pub struct Loop {
+    /// The device node.
+    pub device: PathBuf,
+}
+
+impl Loop {
+    /// Attaches `file` with direct I/O.
+    pub fn new(file: &Path, options: &[&str]) -> Self {
+        let mut command = Command::new("losetup");
+        command.args(["-f", "--show", "--direct-io=on"]).args(options).arg(file);
+        Self { device: succeed(&mut command).trim().into() }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = outcome(Command::new("losetup").arg("-d").arg(&self.device));
+    }
+}
+
+/// A mounted file system.
+pub struct MountedFs {
+    dir: tempfile::TempDir,
+}
+
+impl MountedFs {
+    /// Mounts a device.
+    pub fn new(device: &Path, options: &[&str]) -> Self {
+        let dir = tempfile::Builder::new().prefix("flatdisk-fs-").tempdir().expect("tempdir");
+        succeed(Command::new("mount").args(options).arg(device).arg(dir.path()));
+        Self { dir }
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Unmounts it; failing to is the test's failure.
+    pub fn unmount(self) {
+        succeed(Command::new("umount").arg(self.dir.path()));
+    }
+}
+
+impl Drop for MountedFs {
+    fn drop(&mut self) {
+        if is_mounted(self.dir.path()) {
+            let _ = outcome(Command::new("umount").arg("-l").arg(self.dir.path()));
+        }
+    }
+}
+
+/// SHA-256 of a file, in hex.
+pub fn sha256(path: &Path) -> String {
+    use sha2::Digest;
+    use std::io::Read;
+    let mut file = fs::File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let mut hash = sha2::Sha256::new();
+    let mut buf = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buf).unwrap_or_else(|e| panic!("{}: {e}", path.display())) {
+            0 => return hash.finalize().iter().map(|b| format!("{b:02x}")).collect(),
+            n => hash.update(&buf[..n]),
+        }
+    }
+}
+
+/// A folder for images, on the file system that temporary files are on.
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("flatdisk-test-").tempdir().expect("tempdir")
+}
