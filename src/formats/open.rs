@@ -156,6 +156,14 @@ fn open_link(
                 log::warn!("{error}; reading by force");
                 read_only = Some("the parent is not the one the image was made from".to_owned());
             }
+            let sector = opened.map.geometry().logical_sector;
+            if parent.disk.geometry().logical_sector != sector {
+                let what = format!(
+                    "the parent has sectors of {} bytes, the image of {sector}",
+                    parent.disk.geometry().logical_sector
+                );
+                return Err(Error::corrupt(what).in_file(path));
+            }
             Some(Box::new(parent))
         }
     };

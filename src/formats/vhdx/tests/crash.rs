@@ -218,6 +218,36 @@ fn repairs_of_the_first_write_survive_every_crash() {
 }
 
 #[test]
+fn a_flush_of_several_entries_never_shows_a_block_without_its_bitmap() {
+    let others = MemoryHost::new();
+    let host: Arc<dyn Host> = others.clone();
+    let spec = CreateSpec { block_size: Some(MIB), ..spec(40 << 30) };
+    formats::create(&Vhdx, &*others, Path::new(BASE), &spec).unwrap();
+    let base = super::open_with(&host, BASE, Access::Read).unwrap();
+    vhdx::create_child(&*others, Path::new(PATH), &base, &CreateSpec::default()).unwrap();
+    let start = image(&others, PATH);
+    let recorded = RecordingHost::new(&start, others.clone());
+    let child = open(&recorded, Access::Write);
+    // A page of the BAT covers 512 MiB, the bitmap's entry is behind those of its 4 GiB.
+    for i in 0..80 {
+        child.disk.write_at(i * (512 << 20), &[1; SECTOR]).unwrap();
+    }
+    child.disk.flush().unwrap();
+    let ops = recorded.file.ops();
+    let entries =
+        ops.iter().filter(|op| matches!(op, Op::Write(at, _) if (MIB..2 * MIB).contains(at)));
+    assert!(entries.count() > 2);
+    let mut rng = Rng::with_seed(0);
+    for count in (0..=ops.len()).filter(|n| *n == ops.len() || matches!(ops[*n], Op::Sync)) {
+        let crashed = RecordingHost::new(&crash(&start, &ops, count, &mut rng), others.clone());
+        let host: Arc<dyn Host> = crashed;
+        let options = OpenOptions::new(Access::Read);
+        let report = formats::check(&host, Path::new(PATH), &options).unwrap();
+        assert_eq!(report.errors, 0, "crash after {count}: {:?}", report.findings);
+    }
+}
+
+#[test]
 fn children_survive_every_crash() {
     for (seed, sector) in [(10, 512), (11, 512)] {
         println!("seed {seed}");
