@@ -125,7 +125,7 @@ fn put(file: &dyn Storage, at: u64, bytes: &[u8]) {
 }
 
 /// Rewrites the checksum of a VHD structure of `N` bytes whose checksum is at `field`.
-fn seal_vhd<const N: usize>(file: &dyn Storage, at: u64, field: u64) {
+pub fn seal_vhd<const N: usize>(file: &dyn Storage, at: u64, field: u64) {
     put(file, at + field, &[0; 4]);
     let sum = get::<N>(file, at).iter().fold(0u32, |sum, byte| sum.wrapping_add((*byte).into()));
     put(file, at + field, &(!sum).to_be_bytes());
@@ -166,7 +166,8 @@ fn metadata(file: &dyn Storage) -> u64 {
     u64::from_le_bytes(get(file, entry.expect("a metadata region") + 16))
 }
 
-fn data_write_guid(file: &dyn Storage) -> uuid::Uuid {
+/// The identity of a VHDX, as its children know it.
+pub fn data_write_guid(file: &dyn Storage) -> uuid::Uuid {
     let sequence = |at| u64::from_le_bytes(get(file, at + 8));
     let (first, second) = (64 << 10, 128 << 10);
     let current = if sequence(first) > sequence(second) { first } else { second };
@@ -174,26 +175,30 @@ fn data_write_guid(file: &dyn Storage) -> uuid::Uuid {
 }
 
 fn link_vhdx(host: &MemoryHost, parent: &Path, child: &Path) {
-    let (parent_file, child) = (file(host, parent), file(host, child));
-    let table = metadata(&*child);
-    let count = u16::from_le_bytes(get(&*child, table + 10));
+    let linkage = format!("{{{}}}", data_write_guid(&*file(host, parent)));
+    let name = parent.file_name().and_then(|name| name.to_str()).expect("a plain name");
+    let pairs = [("parent_linkage", linkage), ("relative_path", format!(".\\{name}"))];
+    name_vhdx_parent(&*file(host, child), &pairs);
+}
+
+/// Turns a VHDX without parent into one whose parent locator holds `pairs`.
+pub fn name_vhdx_parent(child: &dyn Storage, pairs: &[(&str, String)]) {
+    let table = metadata(child);
+    let count = u16::from_le_bytes(get(child, table + 10));
     let entry = |index: u16| table + 32 + u64::from(index) * 32;
     for index in 0..count {
-        if get::<16>(&*child, entry(index)) == FILE_PARAMETERS {
-            let item = table + u64::from(u32::from_le_bytes(get(&*child, entry(index) + 16)));
-            let flags = u32::from_le_bytes(get(&*child, item + 4));
-            put(&*child, item + 4, &(flags | 2).to_le_bytes());
+        if get::<16>(child, entry(index)) == FILE_PARAMETERS {
+            let item = table + u64::from(u32::from_le_bytes(get(child, entry(index) + 16)));
+            let flags = u32::from_le_bytes(get(child, item + 4));
+            put(child, item + 4, &(flags | 2).to_le_bytes());
         }
     }
     let utf16 = |text: &str| flatdisk::codec::to_utf16(text, false);
-    let name = parent.file_name().and_then(|name| name.to_str()).expect("a plain name");
-    let linkage = format!("{{{}}}", data_write_guid(&*parent_file));
-    let pairs = [("parent_linkage", linkage), ("relative_path", format!(".\\{name}"))];
     let mut locator = LOCATOR_TYPE.to_vec();
     locator.extend([0, 0, pairs.len() as u8, 0]);
     let mut strings = Vec::new();
     let strings_at = (locator.len() + pairs.len() * 12) as u32;
-    for (key, value) in &pairs {
+    for (key, value) in pairs {
         let (key, value) = (utf16(key), utf16(value));
         let key_at = strings_at + strings.len() as u32;
         let value_at = key_at + key.len() as u32;
@@ -206,13 +211,13 @@ fn link_vhdx(host: &MemoryHost, parent: &Path, child: &Path) {
     }
     locator.extend(strings);
     let offset = 96 << 10;
-    put(&*child, table + u64::from(offset), &locator);
+    put(child, table + u64::from(offset), &locator);
     let new = entry(count);
-    put(&*child, new, &PARENT_LOCATOR);
-    put(&*child, new + 16, &u32::to_le_bytes(offset));
-    put(&*child, new + 20, &(locator.len() as u32).to_le_bytes());
-    put(&*child, new + 24, &4u32.to_le_bytes());
-    put(&*child, table + 10, &(count + 1).to_le_bytes());
+    put(child, new, &PARENT_LOCATOR);
+    put(child, new + 16, &u32::to_le_bytes(offset));
+    put(child, new + 20, &(locator.len() as u32).to_le_bytes());
+    put(child, new + 24, &4u32.to_le_bytes());
+    put(child, table + 10, &(count + 1).to_le_bytes());
 }
 
 /// Where the descriptor of a VMDK is: offset and length in its file.
