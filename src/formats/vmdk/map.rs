@@ -122,6 +122,7 @@ pub struct VmdkMap {
     written: Vec<Arc<ExtentFile>>,
     descriptor: Mutex<DescriptorFile>,
     has_parent: bool,
+    next_cid: Option<u32>,
     cache: TableCache,
     inflated: InflatedGrains,
     /// One flush at a time. Taken before `state`.
@@ -154,6 +155,8 @@ pub struct Parts {
     pub has_parent: bool,
     /// The disk's sizes.
     pub geometry: Geometry,
+    /// The content id from the first write on, if it is not to be a new one.
+    pub next_cid: Option<u32>,
     /// The tables' memory.
     pub cache: TableCache,
 }
@@ -173,6 +176,7 @@ impl VmdkMap {
             written,
             descriptor: Mutex::new(parts.descriptor),
             has_parent: parts.has_parent,
+            next_cid: parts.next_cid,
             cache: parts.cache,
             inflated: InflatedGrains::default(),
             flushing: Mutex::new(()),
@@ -508,7 +512,7 @@ impl BlockMap for VmdkMap {
             walk::renew_redundant(&sparse.tables)?;
         }
         let mut place = self.descriptor.lock();
-        place.descriptor.set_content_id();
+        place.descriptor.set_content_id(self.next_cid);
         codec::write_all(&*place.file, place.at, place.descriptor.text(), "the descriptor")?;
         drop(place);
         self.sync_written()?;
