@@ -394,7 +394,7 @@ fn what_would_break_a_chain_is_refused() {
 
         // Merged all the same, siblings say what happened to them where their format lets them know.
         let merged = chain::merge(&host, &c, &options, true, &mut |_| ()).unwrap();
-        assert_eq!(merged.siblings, [sibling.clone()]);
+        assert_eq!(merged.siblings, std::slice::from_ref(&sibling));
         let opened = try_open(&host, &sibling, Access::Read).map_err(|e| e.kind());
         match base.format {
             "vhd" => assert!(opened.is_ok()),
