@@ -518,3 +518,74 @@ fn the_daemon_leaves_terminal_directory_and_files_behind() {
     // Its own session: process group and session are the process.
     assert_eq!((fields[2], fields[3]), (&*mount.pid().to_string(), &*mount.pid().to_string()));
 }
+
+#[test]
+fn umount_does_not_wait_for_another_mount_of_the_same() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = folder();
+    let mount = Background::new(folder.path(), &[]);
+    let pid = mount.pid();
+    let other = scratch();
+    succeed(Command::new("mount").arg("--bind").arg(mount.path()).arg(other.path()));
+    let output = outcome(flatdisk().arg("umount").arg(mount.path()));
+    assert!(output.status.success());
+    assert!(stderr(&output).contains("still in use"), "{}", stderr(&output));
+    assert!(!is_mounted(mount.path()) && other.path().join("a.vhd.img").exists());
+    succeed(flatdisk().arg("umount").arg(other.path()));
+    wait_until("the daemon is gone", || !alive(pid));
+}
+
+#[test]
+fn users_other_than_root_mount_and_are_kept_apart() {
+    if !live::can_mount() || !have(&["setpriv", "fusermount3", "unshare"]) {
+        return;
+    }
+    let (folder, point, scratch) = (folder(), scratch(), scratch());
+    // In a mount namespace whose /dev/fuse is for everybody, as on most machines.
+    let script = r#"
+        set -eu
+        mknod "$T/fuse" c 10 229; chmod 666 "$T/fuse"
+        mount --bind "$T/fuse" /dev/fuse
+        printf '' > "$T/fuse.conf"; mount --bind "$T/fuse.conf" /etc/fuse.conf
+        cp "$FLATDISK" "$T/flatdisk"; chmod 755 "$T"
+        chown -R 65534:65534 "$FROM" "$TO"
+        nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups -- "$T/flatdisk" "$@"; }
+        refused() { if "$@" >/dev/null 2>&1; then echo "succeeds: $*" >&2; exit 9; fi; }
+        trap 'umount -il "$TO" 2>/dev/null || true' EXIT
+        set -x
+
+        status=0; nobody mount --allow-other "$FROM" "$TO" 2>"$T/err" || status=$?
+        [ $status = 32 ]; grep -q user_allow_other "$T/err"
+
+        nobody mount "$FROM" "$TO"
+        [ "$(findmnt -no FSTYPE,SOURCE "$TO" | tr -s ' ')" = "fuse.flatdisk $FROM" ]
+        nobody status --json "$TO" | grep -q '"mountpoint"'
+        setpriv --reuid=65534 --regid=65534 --clear-groups -- \
+            dd if=/dev/zero of="$TO/a.vhd.img" bs=4k count=1 conv=notrunc,fsync 2>/dev/null
+        refused cat "$TO/a.vhd.img"
+        nobody umount "$TO"
+        refused mountpoint -q "$TO"
+
+        nobody mount -o "fsname=a\,b" "$FROM" "$TO"
+        [ "$(findmnt -no SOURCE "$TO")" = "a,b" ]
+        "$FLATDISK" umount "$TO"
+        refused mountpoint -q "$TO"
+
+        "$FLATDISK" mount "$FROM" "$TO"
+        for command in umount sync status; do refused nobody $command "$TO"; done
+        mountpoint -q "$TO"
+        "$FLATDISK" umount "$TO"
+    "#;
+    let output = outcome(
+        Command::new("unshare")
+            .args(["-m", "sh", "-c", script])
+            .env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk"))
+            .env("FROM", folder.path())
+            .env("TO", point.path())
+            .env("T", scratch.path())
+            .env_remove("XDG_RUNTIME_DIR"),
+    );
+    assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
+}

@@ -62,7 +62,18 @@ fn real_images_read_as_listed_and_do_not_change() {
         let folder = scratch();
         unpack(&corpus.join(case), folder.path());
         let before = hashes(folder.path());
-        let mount = Mount::new(folder.path(), &[]);
+        // A folder shows what has an image's extension; anything can be named by itself.
+        let image = folder.path().join(name);
+        let known = ["vhd", "vhdx", "avhdx", "vmdk"];
+        let shown = image.extension().is_some_and(|e| known.iter().any(|k| e == *k));
+        if !shown && expected != "opens" {
+            let output = live::outcome(live::flatdisk().arg("info").arg(&image));
+            let why = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success() && why.contains(name), "{id}: {why}");
+            println!("{id}: {why}");
+            continue;
+        }
+        let mount = Mount::new(if shown { folder.path() } else { &image }, &[]);
         let names: Vec<_> =
             fs::read_dir(mount.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         let flat = mount.flat(name);
@@ -176,7 +187,10 @@ fn qemu_and_the_flat_files_agree_both_ways() {
         if checkable {
             run("qemu-img", &[&"check", &"-f", &driver, &path]);
         }
-        succeed(live::flatdisk().arg("check").arg(&path));
+        // QEMU itself leaves room unused in a VHDX it makes.
+        let check = live::outcome(live::flatdisk().arg("check").arg(&path));
+        let said = String::from_utf8_lossy(&check.stdout).into_owned();
+        assert!(matches!(check.status.code(), Some(0 | 3)), "{name}: {said}");
         fs::remove_dir_all(folder.path()).unwrap();
         fs::create_dir(folder.path()).unwrap();
     }

@@ -193,15 +193,18 @@ fn print_report(image: &Path, report: &Report) -> Result<()> {
     if shown < all {
         print_line(&format!("… and {} more", all - shown))?;
     }
-    let percent = (report.allocated_blocks * 100).checked_div(report.blocks).unwrap_or(0);
-    let allocated =
-        format!("{} of {} blocks allocated ({percent}%)", report.allocated_blocks, report.blocks);
-    print_line(&match (report.errors, report.leaks) {
-        (0, 0) => format!("No errors found. {allocated}"),
-        (0, _) => format!("No errors found, {} leaked. {allocated}", iec(report.leaked_bytes)),
-        (1, _) => format!("1 error found. {allocated}"),
-        (n, _) => format!("{n} errors found. {allocated}"),
-    })
+    let found = match (report.errors, report.leaks) {
+        (0, 0) => "No errors found.".to_owned(),
+        (0, _) => format!("No errors found, {} leaked.", iec(report.leaked_bytes)),
+        (1, _) => "1 error found.".to_owned(),
+        (n, _) => format!("{n} errors found."),
+    };
+    // Flat images have no blocks to count.
+    let Some(percent) = (report.allocated_blocks * 100).checked_div(report.blocks) else {
+        return print_line(&found);
+    };
+    let (allocated, blocks) = (report.allocated_blocks, report.blocks);
+    print_line(&format!("{found} {allocated} of {blocks} blocks allocated ({percent}%)"))
 }
 
 fn describe(image: &Path, finding: &Finding) -> String {

@@ -492,6 +492,12 @@ impl Disk {
         self.unflushed.load(Ordering::Acquire)
     }
 
+    /// Whether tables changed in memory wait for a flush. Without such, only payload may be unsynced,
+    /// which the host writes back by itself.
+    pub fn tables_dirty(&self) -> bool {
+        self.map.dirty()
+    }
+
     /// Flushes and marks the image clean. The disk must not be used afterwards.
     pub fn close(&self) -> Result<()> {
         self.flush()?;

@@ -225,6 +225,11 @@ fn find_parent(
         }
         let file = host.open_beneath(&root, &name, access)?;
         let link = Link::open(host, file, &path, &options)?;
+        let [below, above] = [&link, child].map(|l| l.opened.map.geometry().logical_sector);
+        if below != above {
+            let what = format!("the parent has sectors of {below} bytes, the image of {above}");
+            return Err(Error::corrupt(what).in_file(&child.path));
+        }
         if link.opened.identity.satisfies(&wanted.identity) {
             return Ok(Found { parent: link, doubt: None });
         }

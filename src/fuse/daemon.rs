@@ -1,7 +1,7 @@
 //! The life of a mount: what is checked first, what runs beside it, how it ends.
 //!
-//! Besides fuser's threads that serve requests there are: one that flushes what was written at most
-//! [`FLUSH_INTERVAL`] later, one for signals, one for the control socket, and the caller's, which
+//! Besides fuser's threads that serve requests there are: one that flushes tables at most
+//! [`FLUSH_INTERVAL`] after their data, one for signals, one for the control socket, and the caller's, which
 //! waits for the end. A signal asks for an ordinary unmount, which fails while somebody uses the
 //! mount; the second one detaches it from the name space. Either way every image is closed only when the
 //! kernel has ended the session, and then nobody can write any more.
@@ -13,10 +13,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{getegid, geteuid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -33,7 +35,7 @@ use crate::formats::OpenOptions;
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
-/// How long a write stays without a flush when nobody asks for one. Five seconds are promised; the
+/// How long a table stays changed in memory only when nobody asks for a flush. Five seconds are promised; the
 /// rest is for the flush itself.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(4);
 
@@ -114,6 +116,7 @@ impl Prepared {
     /// Mounts, calls `ready` once the mount is live, and serves it to its end. Returns what failed
     /// to reach its image.
     pub fn serve(self, ready: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
+        raise_file_limit();
         let (events, ended) = mpsc::channel();
         forward_signals(events.clone())?;
         let mounted =
@@ -125,12 +128,14 @@ impl Prepared {
                 .in_file(&self.mountpoint));
         };
         set_read_ahead(&entry.device);
+        let ending = Arc::new(AtomicBool::new(false));
         let service = Service {
             tree: self.tree.clone(),
             mounted,
             mountpoint: self.mountpoint.clone(),
             source: self.source.clone(),
             read_only: self.options.read_only,
+            ending: ending.clone(),
         };
         let server = control::Server::start(&entry.device, service)
             .inspect_err(|e| log::warn!("no control socket: {e}"))
@@ -144,6 +149,7 @@ impl Prepared {
             let _ = unmount_own(&entry.device, false);
         }
         self.wait(&ended, &entry.device);
+        ending.store(true, Ordering::Relaxed);
         notify("STOPPING=1\nSTATUS=Closing images");
         drop(flusher);
         self.tree.close_all();
@@ -261,12 +267,12 @@ fn forward_signals(events: Sender<Event>) -> Result<()> {
     start_thread("signals", forward)
 }
 
-/// Flushes all images every [`FLUSH_INTERVAL`] until the returned sender is dropped.
+/// Flushes the images' tables every [`FLUSH_INTERVAL`] until the returned sender is dropped.
 fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
     let (sender, ended) = mpsc::channel::<()>();
     start_thread("flush", move || {
         while ended.recv_timeout(FLUSH_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-            tree.flush_all();
+            tree.flush_tables();
         }
     })?;
     Ok(sender)
@@ -275,6 +281,15 @@ fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
 fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
     let started = thread::Builder::new().name(name.into()).spawn(run);
     started.map(drop).map_err(|e| Error::io("starting a thread", &e))
+}
+
+/// Every image in use takes a few files.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(e) = raised {
+        log::debug!("raising the limit of open files: {e}");
+    }
 }
 
 /// Only root may; without it reading is somewhat slower.

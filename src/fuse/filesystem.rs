@@ -430,11 +430,9 @@ impl Filesystem for Shell {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        match self.tree.xattrs(ino.0) {
-            Ok(xattrs) => match xattrs.iter().find(|(known, _)| name == *known) {
-                Some((_, value)) => reply_xattr(reply, size, value),
-                None => reply.error(Errno::NO_XATTR),
-            },
+        match self.tree.xattr(ino.0, name) {
+            Ok(Some(value)) => reply_xattr(reply, size, &value),
+            Ok(None) => reply.error(Errno::NO_XATTR),
             Err(e) => reply.error(failed("getxattr", &e)),
         }
     }

@@ -269,6 +269,14 @@ impl ImageFile {
         })
     }
 
+    /// Flushes if tables wait for it. Payload alone the host writes back in its own time; syncing it
+    /// every few seconds would only slow its writer down.
+    pub fn flush_tables(&self) -> Result<()> {
+        let waiting = |open: &OpenImage| open.writable && open.disk.tables_dirty();
+        let waiting = self.current.read().as_ref().is_some_and(waiting);
+        if waiting { self.flush() } else { Ok(()) }
+    }
+
     /// Flushes what was written, if anything was.
     pub fn flush(&self) -> Result<()> {
         match &*self.current.read() {

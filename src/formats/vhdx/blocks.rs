@@ -38,8 +38,8 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// Whether `len` bytes at `at` may be a block in a file of `file_len` bytes. The last block of a
-    /// file may be cut short.
+    /// Whether `len` bytes at `at` may be a block in a file of `file_len` bytes. The last block of
+    /// a file may be cut short.
     pub fn may_hold(&self, at: u64, len: u64, file_len: u64) -> bool {
         at.checked_add(len).is_some_and(|end| {
             at < file_len && self.reserved.iter().all(|r| end <= r.start || r.end <= at)
@@ -73,7 +73,7 @@ impl Shape {
 /// The mapping of one opened file.
 ///
 /// Table pages, of the BAT and of sector bitmaps alike, are cached by their place in the file,
-/// counted in 4 KiB. A bitmap block never moves and is never given up, so a place keeps its meaning.
+/// counted in 4 KiB. A bitmap block never moves and is never given up: a place keeps its meaning.
 pub(super) struct Blocks {
     pub shape: Shape,
     pub files: [Arc<dyn Storage>; 1],

@@ -225,3 +225,75 @@ impl NewFile {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::storage::memory::MemoryHost;
+
+    fn made(spec: &CreateSpec) -> Result<Vec<u8>> {
+        let host = MemoryHost::new();
+        create(&*host, Path::new("/x.vhdx"), spec)?;
+        Ok(host.file(Path::new("/x.vhdx")).unwrap().to_vec())
+    }
+
+    fn spec(size: u64) -> CreateSpec {
+        CreateSpec { size, ..CreateSpec::default() }
+    }
+
+    #[test]
+    fn what_the_format_cannot_hold_is_refused_before_a_file_is_made() {
+        let cases = [
+            spec((64 << 40) + 512),
+            CreateSpec { block_size: Some(3 * MIB), ..spec(MIB) },
+            CreateSpec { block_size: Some(MIB / 2), ..spec(MIB) },
+            CreateSpec { block_size: Some(512 * MIB), ..spec(MIB) },
+            CreateSpec { logical_sector: Some(1024), ..spec(MIB) },
+            CreateSpec { physical_sector: Some(8192), ..spec(MIB) },
+            CreateSpec { logical_sector: Some(4096), ..spec(MIB + 512) },
+            CreateSpec { log_size: Some(0), ..spec(MIB) },
+            CreateSpec { log_size: Some(MIB + 4096), ..spec(MIB) },
+            CreateSpec { log_size: Some(2 << 30), ..spec(MIB) },
+        ];
+        for case in cases {
+            let host = MemoryHost::new();
+            let e = create(&*host, Path::new("/x.vhdx"), &case).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::InvalidInput, "{case:?}");
+            assert!(host.files().is_empty(), "{case:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_of_the_file_follow_from_the_options() {
+        assert_eq!(made(&spec(MIB)).unwrap().len() as u64, 4 * MIB);
+        let log = CreateSpec { log_size: Some(4 * MIB), ..spec(MIB) };
+        assert_eq!(made(&log).unwrap().len() as u64, 7 * MIB);
+        let fixed = CreateSpec { subformat: Some("fixed".to_owned()), ..spec(5 * MIB) };
+        assert_eq!(made(&fixed).unwrap().len() as u64, 10 * MIB);
+    }
+
+    #[test]
+    fn large_disks_get_large_blocks() {
+        let block_size = |size| {
+            let bytes = made(&spec(size)).unwrap();
+            let at = 2 * MIB as usize + (64 << 10);
+            u64::from(u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()))
+        };
+        assert_eq!((block_size(1 << 40), block_size((1 << 40) + 512)), (2 * MIB, 32 * MIB));
+    }
+
+    #[test]
+    fn a_parent_is_named_from_the_directory_of_the_child() {
+        let names = |child, parent| parent_names(Path::new(child), Path::new(parent)).unwrap();
+        assert_eq!(
+            names("/a/b/x.vhdx", "/a/b/y.vhdx"),
+            (".\\y.vhdx".to_owned(), "\\\\?\\C:\\a\\b\\y.vhdx".to_owned())
+        );
+        assert_eq!(names("/a/b/x.vhdx", "/a/c/y.vhdx").0, "..\\c\\y.vhdx");
+        assert_eq!(names("/x.vhdx", "/a/y.vhdx").0, ".\\a\\y.vhdx");
+        assert_eq!(names("/a/b/x.vhdx", "/y.vhdx").0, "..\\..\\y.vhdx");
+        let e = parent_names(Path::new("/x"), Path::new("/a\\b")).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidInput);
+    }
+}

@@ -2,52 +2,54 @@
 //!
 //! | file | owns |
 //! |---|---|
-//! | [`layout`] | the structures on disk |
-//! | [`headers`], [`regions`], [`metadata`], [`locator`] | reading and writing each of them |
-//! | [`log`], [`overlay`] | the log, and a file as its log makes it |
-//! | [`bat`], [`bitmap`] | block allocation table and sector bitmaps |
-//! | [`open`], [`create`], [`check`] | what [`Format`] asks for |
-//! | [`blocks`], [`writes`], [`session`] | the mapping, its changes, and making them durable |
-//! | [`space`], [`stock`] | which parts of the file are in use |
+//! | `layout` | the structures on disk |
+//! | `headers`, `regions`, `metadata`, `locator` | reading and writing each of them |
+//! | `log`, `overlay` | the log, and a file as its log makes it |
+//! | `bat`, `bitmap` | block allocation table and sector bitmaps |
+//! | `open`, `create`, `check` | what [`Format`] asks for |
+//! | `blocks`, `writes`, `session` | the mapping, its changes, and making them durable |
+//! | `space`, `stock` | which parts of the file are in use |
 //!
 //! # The order of writes
 //!
-//! Every step below is durable (`sync`) before the next one begins, unless it says otherwise. What a
-//! crash leaves is said for the moment before the step is durable, any part of it being written.
+//! Every step below is durable (`sync`) before the next one begins, unless it says otherwise. What
+//! a crash leaves is said for the moment before the step is durable, any part of it being written.
 //!
-//! **The first write** of a session ([`session`]):
+//! **The first write** of a session (`session`):
 //!
 //! 1. The BAT is read through. If two structures claim the same space, nothing is ever written.
 //! 2. If there is a log to replay: new `FileWriteGuid`, the log's GUID stays; the log's updates in
 //!    their places; headers without log GUID. A crash leaves a log that is replayed again.
 //! 3. An entry without updates at the start of the log, under a new GUID that no header names. A
 //!    crash leaves a clean file.
-//! 4. Headers, one after the other, with that GUID, `FileWriteGuid` and `DataWriteGuid` new. A crash
-//!    leaves one good header, whose log is empty or not to be replayed.
+//! 4. Headers, one after the other, with that GUID, `FileWriteGuid` and `DataWriteGuid` new. A
+//!    crash leaves one good header, whose log is empty or not to be replayed.
 //!
 //! **A write** into a block that is not stored goes to space that no table names, a write into a
-//! stored block to its place; neither is durable before the next flush. BAT and sector bitmaps change
-//! in memory only.
+//! stored block to its place; neither is durable before the next flush. BAT and sector bitmaps
+//! change in memory only.
 //!
 //! **A flush**:
 //!
 //! 1. Payload, and with it the pages that the flush before put in their places. A crash leaves new
 //!    bytes in stored blocks and space that nothing names.
-//! 2. A log entry with all changed pages of BAT and sector bitmaps, as many entries as it takes,
-//!    bitmaps first. A crash in it leaves the entry before as the newest one, and that entry's
-//!    updates are in their places already.
+//! 2. A log entry with all changed pages of BAT and sector bitmaps. A crash in it leaves the entry
+//!    before as the newest one, and that entry's updates are in their places already.
 //! 3. The pages in their places, without sync. A crash replays the entry.
 //! 4. Space that was given up can be used again, and is punched out of the host file. Nothing that
 //!    a crash could bring back names it.
 //!
-//! So a flush that changed tables costs two syncs, one that did not costs one. If a page cannot be
-//! put in its place for lack of space, it stays in memory, and nothing more is logged until it is.
+//! So a flush that changed tables costs two syncs, one that did not costs one. When the pages do
+//! not fit into one entry, steps 1 to 3 are repeated, bitmaps first, then the BAT from its end, so
+//! that no crash shows a block without the bits that belong to it. If a page cannot be put in its
+//! place for lack of space, it stays in memory, and nothing more is logged until it is.
 //!
 //! **Another parent** ([`relink`]): a session in which one log entry changes the parent locator and its
 //! place in the metadata table. `DataWriteGuid` stays, as the disk's contents do.
 //!
-//! **Closing**: a flush; one more sync, for the pages in their places; headers without log GUID; the
-//! unused end of the file is cut off. A crash leaves a log to replay, or a file that is too long.
+//! **Closing**: a flush; one more sync, for the pages in their places; headers without log GUID;
+//! the unused end of the file is cut off. A crash leaves a log to replay, or a file that is too
+//! long.
 
 mod bat;
 mod bitmap;

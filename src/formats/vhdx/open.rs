@@ -291,9 +291,8 @@ pub(super) fn open(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> 
         let mut name = parts.file.path().as_os_str().to_owned();
         name.push(format!(".{extension}"));
         if ctx.host().open(&PathBuf::from(name), Access::Peek).is_ok() {
-            parts.warnings.push(format!(
-                "change tracking file .{extension} beside the image: stale once the image is written"
-            ));
+            let what = "beside the image tracks changes: it is stale once the image is written";
+            parts.warnings.push(format!("a file .{extension} {what}"));
         }
     }
     for fault in &parts.faults {

@@ -2,6 +2,7 @@
 //!
 //! The order of what is written, and why, is in the driver's [documentation](super).
 
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -88,7 +89,8 @@ impl Blocks {
     /// written then could destroy something else.
     fn take_stock(&self) -> Result<Space> {
         let file = self.file();
-        let len = file.len().map_err(|e| Error::io("asking for the size", &e))?;
+        let len =
+            file.len().map_err(|e| Error::io("asking for the size", &e).in_file(file.path()))?;
         let mut stock = Stock::new(&self.shape, len)?;
         let mut fault = None;
         bat::scan(file, &self.shape.bat, &self.shape.layout, |index, slot, entry| {
@@ -186,9 +188,11 @@ impl Blocks {
             // What the file grows by from here on is not covered by the sync below.
             (self.cache.snapshot(), std::mem::take(&mut state.freed), state.lengths())
         };
-        // Bits of a sector bitmap mean nothing before the BAT says so: bitmaps go first.
+        // In case one entry cannot hold all: a block that becomes partially present needs its bits
+        // and the bitmap's own entry, which is behind the block's in the BAT. So the bitmaps go
+        // first, then the BAT from its end.
         let bat = self.shape.bat.range();
-        images.sort_by_key(|(page, _)| bat.contains(&(page * LOG_SECTOR)));
+        images.sort_by_key(|(page, _)| (bat.contains(&(page * LOG_SECTOR)), Reverse(*page)));
 
         let mut rest = &images[..];
         let mut result = sync_file(file);

@@ -3,7 +3,8 @@
 //! The format has no list of free space: it is what no structure names. [`Space`] is built by
 //! marking everything that is named, which also finds what is named twice. New space comes from a
 //! hole among the used units if one is large enough, else from the end of the file, which grows in
-//! steps. Only space from beyond any end that the file ever had in this session is known to be zero.
+//! steps. Only space from beyond any end that the file ever had in this session is known to be
+//! zero.
 
 use std::ops::Range;
 

@@ -4,12 +4,11 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::disk::tables::TableCache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{OpenContext, Report, Severity};
 use crate::storage::Storage;
 
-use super::grains::{Dialect, PAGE};
+use super::grains::{Dialect, TableCaches};
 use super::layout::SECTOR;
 use super::link::Link;
 use super::map::SparseExtent;
@@ -37,7 +36,7 @@ pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> 
         let name = (!own).then(|| extent.file.path().to_owned());
         if matches!(extent.tables.dialect, Dialect::Packed { .. }) {
             report.blocks += extent.tables.grains();
-            let cache = TableCache::new(PAGE as usize, &ctx.budget);
+            let cache = TableCaches::new(&ctx.budget);
             report.allocated_blocks += stream::check(&extent.tables, &cache, &mut |at, what| {
                 report.add_in(name.clone(), Severity::Error, Some(at), what);
             })?;
@@ -52,6 +51,8 @@ pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> 
 fn check_extent(extent: &SparseExtent, name: Option<PathBuf>, report: &mut Report) -> Result<()> {
     let usage = walk::walk(&extent.tables, &mut |problem| {
         let severity = match problem.kind {
+            // What a crash leaves costs nothing: the next writer renews the redundant copy.
+            Kind::Torn if extent.unclean => Severity::Notice,
             Kind::Damage | Kind::Torn => Severity::Error,
             Kind::Oddity => Severity::Notice,
         };

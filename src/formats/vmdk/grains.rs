@@ -1,7 +1,7 @@
 //! The tables of one sparse extent: a grain directory whose entries lead to grain tables, whose
 //! entries lead to grains.
 //!
-//! Tables are read through the disk's [`TableCache`] in pages of at most [`PAGE`] bytes of one table,
+//! Tables are read through the disk's [`TableCaches`] in pages of at most [`PAGE`] bytes of one table,
 //! and never looked at as a whole. A page is named by its place in the extent, not in the file, so a
 //! hit on a grain table needs no look at the directory. A table that does not exist is a page of
 //! zeroes; one that cannot be found is a page of ones, which every dialect reads as damage.
@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::codec;
 use crate::disk::map::{ExtentList, FileIndex, Source};
-use crate::disk::tables::TableCache;
-use crate::error::Result;
+use crate::disk::tables::{CacheBudget, CacheStats, PageImage, TableCache};
+use crate::error::{Error, Result};
 use crate::storage::Storage;
 
 use super::layout::SECTOR;
@@ -117,19 +117,115 @@ pub struct GrainTables {
     pub salvage: Option<Salvage>,
 }
 
-/// In a page's name: it is of a directory, of the redundant one.
-const KIND_DIRECTORY: u64 = 1 << 47;
-const KIND_REDUNDANT: u64 = 1 << 46;
+/// In a directory page's name: it is of the redundant directory.
+const REDUNDANT: u64 = 1 << 47;
 
-/// Where a changed page goes.
+/// The pages in memory. Directories have a cache of their own, because a table's page is loaded by
+/// way of its directory: pages that one load needs must not drive out each other.
 #[derive(Debug)]
-pub struct PagePlaces {
+pub struct TableCaches {
+    tables: TableCache,
+    directories: TableCache,
+}
+
+/// Changed pages as a flush finds them.
+#[derive(Debug)]
+pub struct ChangedPages {
+    tables: Vec<PageImage>,
+    directories: Vec<PageImage>,
+}
+
+impl TableCaches {
+    /// Empty caches within `budget`.
+    pub fn new(budget: &Arc<CacheBudget>) -> Self {
+        let cache = || TableCache::new(PAGE as usize, budget);
+        Self { tables: cache(), directories: cache() }
+    }
+
+    /// Number of changed pages.
+    pub fn dirty_pages(&self) -> usize {
+        self.tables.dirty_pages() + self.directories.dirty_pages()
+    }
+
+    /// See [`TableCache::snapshot`].
+    pub fn snapshot(&self) -> ChangedPages {
+        ChangedPages { tables: self.tables.snapshot(), directories: self.directories.snapshot() }
+    }
+
+    /// See [`TableCache::retire`].
+    pub fn retire(&self, pages: &ChangedPages) {
+        self.tables.retire(&pages.tables);
+        self.directories.retire(&pages.directories);
+    }
+
+    /// See [`TableCache::restore`].
+    pub fn restore(&self, pages: &ChangedPages) {
+        self.tables.restore(&pages.tables);
+        self.directories.restore(&pages.directories);
+    }
+
+    /// The figures of both.
+    pub fn stats(&self) -> CacheStats {
+        let (a, b) = (self.tables.stats(), self.directories.stats());
+        CacheStats {
+            hits: a.hits + b.hits,
+            misses: a.misses + b.misses,
+            pages: a.pages + b.pages,
+            dirty: a.dirty + b.dirty,
+        }
+    }
+}
+
+/// A changed page, and where it goes.
+#[derive(Debug)]
+pub struct PageWrite<'a> {
+    /// The number of its sparse extent.
+    pub extent: usize,
     /// Byte of the file.
-    pub primary: Table,
-    /// Byte of the file of its redundant copy.
-    pub redundant: Table,
-    /// Bytes of the page that are written.
-    pub len: usize,
+    pub at: u64,
+    /// Byte of the file of its redundant copy, if it has one.
+    pub redundant: Option<u64>,
+    /// What is written.
+    pub bytes: &'a [u8],
+}
+
+impl ChangedPages {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.tables.is_empty() && self.directories.is_empty()
+    }
+
+    /// Where all pages go; `tables_of` knows the sparse extents by their number.
+    pub fn places<'a, 'b>(
+        &'a self,
+        caches: &TableCaches,
+        tables_of: impl Fn(usize) -> &'b GrainTables,
+    ) -> Result<Vec<PageWrite<'a>>> {
+        let split = |name: u64| ((name >> 48) as usize, name & (REDUNDANT - 1));
+        let mut writes = Vec::new();
+        for (name, page) in &self.tables {
+            let (extent, number) = split(*name);
+            let tables = tables_of(extent);
+            let (Table::At(at), redundant) = tables.page_places(caches, number)? else {
+                let what = "a grain table that was changed has no place in the file";
+                return Err(Error::corrupt(what).in_file(tables.file.path()));
+            };
+            let redundant = match redundant {
+                Table::At(at) => Some(at),
+                _ => None,
+            };
+            let bytes = &page[..tables.page_len() as usize];
+            writes.push(PageWrite { extent, at, redundant, bytes });
+        }
+        for (name, page) in &self.directories {
+            let (extent, number) = split(*name);
+            let tables = tables_of(extent);
+            let from = number * PAGE;
+            let bytes = &page[..(tables.directory_len() - from).min(PAGE) as usize];
+            writes.push(PageWrite { extent, at: tables.gd + from, redundant: None, bytes });
+        }
+        Ok(writes)
+    }
 }
 
 impl GrainTables {
@@ -175,26 +271,6 @@ impl GrainTables {
     /// The name of table page `page` in the cache.
     fn key(&self, page: u64) -> u64 {
         (self.number as u64) << 48 | page
-    }
-
-    /// The number of the sparse extent whose page a name stands for.
-    pub fn extent_of_key(key: u64) -> usize {
-        (key >> 48) as usize
-    }
-
-    /// Where the page that a name stands for is in the file.
-    pub fn places_of_key(&self, cache: &TableCache, key: u64) -> Result<PagePlaces> {
-        let page = key & ((1 << 46) - 1);
-        if key & KIND_DIRECTORY != 0 {
-            let from = page * PAGE;
-            return Ok(PagePlaces {
-                primary: Table::At(self.gd + from),
-                redundant: Table::Absent,
-                len: (self.directory_len() - from).min(PAGE) as usize,
-            });
-        }
-        let (primary, redundant) = self.page_places(cache, page)?;
-        Ok(PagePlaces { primary, redundant, len: self.page_len() as usize })
     }
 
     /// The entry number `index` of `bytes`.
@@ -266,15 +342,15 @@ impl GrainTables {
     }
 
     /// Reads the entry for table `table` of the directory at byte `gd`.
-    fn directory_entry(&self, cache: &TableCache, gd: u64, table: u64) -> Result<u64> {
+    fn directory_entry(&self, cache: &TableCaches, gd: u64, table: u64) -> Result<u64> {
         if table >= self.directory_entries {
             return Ok(u64::MAX);
         }
         let per_page = PAGE / self.dialect.entry_len();
         let (page, index) = (table / per_page, table % per_page);
-        let copy = if gd == self.gd { 0 } else { KIND_REDUNDANT };
+        let copy = if gd == self.gd { 0 } else { REDUNDANT };
         let load = |buf: &mut [u8]| self.load_directory(gd, page, buf);
-        cache.read(self.key(KIND_DIRECTORY | copy | page), load, |bytes| self.raw(bytes, index))
+        cache.directories.read(self.key(copy | page), load, |bytes| self.raw(bytes, index))
     }
 
     fn load_directory(&self, gd: u64, page: u64, buf: &mut [u8]) -> Result<()> {
@@ -284,19 +360,19 @@ impl GrainTables {
     }
 
     /// Gives table `table`, which has none yet, a place: sector `sector`, where zeroes are.
-    pub fn set_table(&self, cache: &TableCache, table: u64, sector: u64) -> Result<()> {
+    pub fn set_table(&self, cache: &TableCaches, table: u64, sector: u64) -> Result<()> {
         let width = self.dialect.entry_len();
         let (page, index) = (table / (PAGE / width), table % (PAGE / width));
         let load = |buf: &mut [u8]| self.load_directory(self.gd, page, buf);
         let at = (index * width) as usize;
-        cache.update(self.key(KIND_DIRECTORY | page), load, |bytes| {
+        cache.directories.update(self.key(page), load, |bytes| {
             bytes[at..at + width as usize].copy_from_slice(&sector.to_le_bytes()[..width as usize]);
         })
     }
 
     /// Where grain table `table` is. A primary entry that leads nowhere gives way to the redundant
     /// one.
-    pub fn table(&self, cache: &TableCache, table: u64) -> Result<Table> {
+    pub fn table(&self, cache: &TableCaches, table: u64) -> Result<Table> {
         let primary = self.decode_table(self.directory_entry(cache, self.gd, table)?);
         if let (Table::Absent | Table::Bad, Some(rgd)) = (primary, self.rgd)
             && let twin @ Table::At(_) = self.decode_table(self.directory_entry(cache, rgd, table)?)
@@ -307,7 +383,7 @@ impl GrainTables {
     }
 
     /// Where the redundant copy of grain table `table` is.
-    pub fn redundant_table(&self, cache: &TableCache, table: u64) -> Result<Table> {
+    fn redundant_table(&self, cache: &TableCaches, table: u64) -> Result<Table> {
         match self.rgd {
             None => Ok(Table::Absent),
             Some(rgd) => Ok(self.decode_table(self.directory_entry(cache, rgd, table)?)),
@@ -315,22 +391,31 @@ impl GrainTables {
     }
 
     /// Where page `page` is in the file: in its table, and in that table's redundant copy.
-    pub fn page_places(&self, cache: &TableCache, page: u64) -> Result<(Table, Table)> {
-        let (table, part) = (page / self.pages_per_table(), page % self.pages_per_table());
-        let inside = |t| match t {
-            Table::At(at) => Table::At(at + part * PAGE),
-            other => other,
-        };
-        Ok((inside(self.table(cache, table)?), inside(self.redundant_table(cache, table)?)))
+    fn page_places(&self, cache: &TableCaches, page: u64) -> Result<(Table, Table)> {
+        let redundant = self.redundant_table(cache, page / self.pages_per_table())?;
+        Ok((self.page_place(cache, page)?, self.inside(redundant, page)))
     }
 
-    fn load(&self, cache: &TableCache, page: u64, buf: &mut [u8]) -> Result<()> {
+    /// Where page `page` is in the file.
+    pub fn page_place(&self, cache: &TableCaches, page: u64) -> Result<Table> {
+        Ok(self.inside(self.table(cache, page / self.pages_per_table())?, page))
+    }
+
+    /// Where page `page` is, given its table.
+    fn inside(&self, table: Table, page: u64) -> Table {
+        match table {
+            Table::At(at) => Table::At(at + page % self.pages_per_table() * PAGE),
+            other => other,
+        }
+    }
+
+    fn load(&self, cache: &TableCaches, page: u64, buf: &mut [u8]) -> Result<()> {
         if let Some(salvage) = &self.salvage {
             let entries = self.entries_per_page();
             salvage.fill(page * entries, &mut buf[..self.page_len() as usize]);
             return Ok(());
         }
-        match self.page_places(cache, page)?.0 {
+        match self.page_place(cache, page)? {
             Table::Absent => Ok(()),
             Table::At(at) => {
                 let buf = &mut buf[..self.page_len() as usize];
@@ -346,26 +431,26 @@ impl GrainTables {
     /// Runs `read` on table page `page`.
     pub fn read_page<R>(
         &self,
-        cache: &TableCache,
+        cache: &TableCaches,
         page: u64,
         read: impl FnOnce(Page<'_>) -> R,
     ) -> Result<R> {
         let load = |buf: &mut [u8]| self.load(cache, page, buf);
-        cache.read(self.key(page), load, |bytes| read(Page { tables: self, bytes }))
+        cache.tables.read(self.key(page), load, |bytes| read(Page { tables: self, bytes }))
     }
 
     /// Gives the grains from `first` on, all of one page, the entries `raw`. Either all or none
     /// change.
     pub fn update(
         &self,
-        cache: &TableCache,
+        cache: &TableCaches,
         first: u64,
         raw: impl Iterator<Item = u64>,
     ) -> Result<()> {
         let (page, index) = (first / self.entries_per_page(), first % self.entries_per_page());
         let load = |buf: &mut [u8]| self.load(cache, page, buf);
         let width = self.dialect.entry_len() as usize;
-        cache.update(self.key(page), load, |bytes| {
+        cache.tables.update(self.key(page), load, |bytes| {
             for (entry, raw) in bytes[index as usize * width..].chunks_exact_mut(width).zip(raw) {
                 entry.copy_from_slice(&raw.to_le_bytes()[..width]);
             }
@@ -376,7 +461,7 @@ impl GrainTables {
     /// `below` stands for what is not allocated.
     pub fn lookup(
         &self,
-        cache: &TableCache,
+        cache: &TableCaches,
         range: Range<u64>,
         base: u64,
         below: Source,

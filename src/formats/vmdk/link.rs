@@ -378,7 +378,7 @@ impl<'a> Builder<'a> {
         {
             return Err(Error::corrupt("the embedded descriptor's first extent is not sparse"));
         }
-        let descriptor = &self.link.descriptor.descriptor;
+        let descriptor = self.link.descriptor.descriptor.clone();
         let reason = if descriptor.get("changeTrackPath").is_some() {
             Some("changed block tracking is on, and writing would make its record wrong")
         } else if descriptor.ambiguous {
@@ -395,7 +395,15 @@ impl<'a> Builder<'a> {
         if let Some(reason) = reason {
             self.read_only(|| reason.to_owned());
         }
-        if self.link.descriptor.descriptor.cid().is_none() {
+        let parentless = matches!(descriptor.parent_cid(), Ok(None));
+        if parentless && descriptor.get("parentFileNameHint").is_some_and(|h| !h.is_empty()) {
+            let warning = "a parent is named, but parentCID says that there is none";
+            self.link.warnings.push(warning.to_owned());
+        }
+        if let Some(filters) = descriptor.get("ddb.iofilters").filter(|f| !f.is_empty()) {
+            self.link.warnings.push(format!("made for I/O filters that are not here: {filters}"));
+        }
+        if descriptor.cid().is_none() {
             self.link.warnings.push("the descriptor has no CID".to_owned());
         }
         if self.link.sparse.iter().any(|s| s.unclean) {

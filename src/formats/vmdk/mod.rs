@@ -1,15 +1,16 @@
 //! The VMDK driver.
 //!
-//! A VMDK is a descriptor ([`descriptor`]) and the extents it lists ([`link`]). Extents are raw files or
-//! sparse ones; a sparse extent has a directory of grain tables ([`grains`]), twice. [`map`] answers for the disk
-//! they make together.
+//! A VMDK is a descriptor (`descriptor`) and the extents it lists (`link`). An extent is a raw file or
+//! a sparse one, and a sparse one comes in several kinds (`hosted`, `stream`, `cowd`, `sesparse`) that
+//! have a directory and tables of grains in common (`grains`). `map` answers for the disk they make
+//! together, `write` changes it.
 //!
 //! # The order of writes
 //!
-//! 1. Before the first change ([`map::VmdkMap::begin_writes`](crate::disk::map::BlockMap::begin_writes))
-//!    every sparse extent is walked ([`walk`]): damage refuses the write, and the walk leaves what is
-//!    free ([`space`]). Then each extent is marked unclean and the descriptor gets a new content id;
-//!    one sync of each file.
+//! 1. Before the first change ([`begin_writes`](crate::disk::map::BlockMap::begin_writes)) every
+//!    sparse extent is walked (`walk`): damage refuses the write, and the walk leaves what is free
+//!    (`space`). Then each extent is marked unclean and the descriptor gets a new content id; one
+//!    sync of each file.
 //! 2. A new grain lies in space that no durable table leads to: behind the end of the file, which is
 //!    extended first, or where a grain was freed by tables that are durable. The disk fills it
 //!    completely; only then its entry changes, in memory.
@@ -41,7 +42,7 @@ mod check;
 mod child;
 mod cowd;
 mod create;
-pub mod descriptor;
+mod descriptor;
 mod extent_file;
 mod grains;
 mod hosted;
@@ -53,6 +54,7 @@ mod sesparse;
 mod space;
 mod stream;
 mod walk;
+mod write;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -64,11 +66,11 @@ use super::{
     Probe, Report,
 };
 use crate::disk::map::Geometry;
-use crate::disk::tables::TableCache;
 use crate::error::Result;
 use crate::storage::{Host, Storage};
 pub use child::create_child;
 use descriptor::ExtentAccess;
+use grains::TableCaches;
 use link::{Link, parent_link};
 use map::{Backing, Parts, VmdkMap};
 
@@ -117,7 +119,7 @@ impl Format for Vmdk {
                 Some(Identity::VmdkCid(cid)) => Some(cid),
                 _ => None,
             },
-            cache: TableCache::new(grains::PAGE as usize, &ctx.budget),
+            cache: TableCaches::new(&ctx.budget),
         });
         Ok(Opened { map: Box::new(map), info, identity, parent, read_only, damage })
     }
@@ -143,6 +145,20 @@ impl Format for Vmdk {
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(file, ctx, report)
     }
+}
+
+/// Whether a file is one extent of a disk, and no disk by itself.
+pub fn is_lone_extent(probe: &Probe) -> bool {
+    let head = probe.head.as_slice();
+    if head.starts_with(&layout::MAGIC_COWD) || head.starts_with(&layout::MAGIC_SESPARSE) {
+        return true;
+    }
+    let header = head.first_chunk().and_then(|bytes| layout::Header::decode(bytes).ok());
+    header.is_some_and(|header| {
+        let descriptor = header.descriptor_at.saturating_mul(layout::SECTOR) as usize;
+        // An area for a descriptor without one in it is what QEMU gives to split disks.
+        header.descriptor_at == 0 || head.get(descriptor) == Some(&0)
+    })
 }
 
 /// The disk's sizes.

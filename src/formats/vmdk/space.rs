@@ -63,8 +63,10 @@ impl Space {
         file: &dyn Storage,
         file_len: &AtomicU64,
     ) -> Result<Run> {
-        if let Some((start, run)) = self.free.pop_first() {
-            let end = run.end.min(start + wanted);
+        let fits = |(start, run): &(&u64, &Free)| run.end - **start >= unit;
+        if let Some((&start, &run)) = self.free.iter().find(fits) {
+            self.free.remove(&start);
+            let end = start + (run.end - start).min(wanted) / unit * unit;
             if end < run.end {
                 self.free.insert(end, run);
             }
@@ -188,6 +190,16 @@ mod tests {
         assert_eq!(take(&mut space, 8, &file), (8..16, false));
         assert_eq!(take(&mut space, 80, &file), (16..32, false));
         assert_eq!(take(&mut space, 80, &file), (32..40, true));
+        assert_eq!(take(&mut space, 8, &file), (64..72, true));
+    }
+
+    #[test]
+    fn runs_too_short_for_a_unit_are_left_alone() {
+        let file = MemoryFile::new("x", &[]);
+        let mut space = Space::new(64);
+        space.release(5..12, true);
+        space.release(20..39, true);
+        assert_eq!(take(&mut space, 80, &file), (20..36, true));
         assert_eq!(take(&mut space, 8, &file), (64..72, true));
     }
 

@@ -14,11 +14,10 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::codec;
-use crate::disk::tables::TableCache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
-use super::grains::{Dialect, Grain, GrainTables};
+use super::grains::{Dialect, Grain, GrainTables, TableCaches};
 use super::layout::{self, GD_AT_END, Header, SECTOR};
 
 /// How far from the end a footer is looked for, over sectors of zeroes.
@@ -247,7 +246,7 @@ impl InflatedGrains {
 /// one. Says how many grains there are.
 pub fn check(
     tables: &GrainTables,
-    cache: &TableCache,
+    cache: &TableCaches,
     found: &mut dyn FnMut(u64, String),
 ) -> Result<u64> {
     let mut stored = 0;

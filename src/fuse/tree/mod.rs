@@ -326,10 +326,19 @@ impl Tree {
 
     /// Flushes every image that was written, and returns what failed.
     pub fn flush_all(&self) -> Vec<Error> {
+        self.flush_each(ImageFile::flush)
+    }
+
+    /// Flushes every image whose tables wait for it, and returns what failed.
+    pub fn flush_tables(&self) -> Vec<Error> {
+        self.flush_each(ImageFile::flush_tables)
+    }
+
+    fn flush_each(&self, flush: fn(&ImageFile) -> Result<()>) -> Vec<Error> {
         let mut errors = Vec::new();
         for node in self.opened_images() {
             if let What::Image(image) = &node.what
-                && let Err(e) = image.flush()
+                && let Err(e) = flush(image)
             {
                 self.note_failure(&e);
                 errors.push(e);

@@ -1,7 +1,9 @@
 //! Log entries: encoding, and decoding with every check that makes an entry valid.
 //!
 //! ```text
-//! header, 64 bytes | descriptors, 32 bytes each, to a 4 KiB border | one 4 KiB sector per data descriptor
+//! header, 64 bytes
+//! descriptors, 32 bytes each, to a 4 KiB border
+//! one 4 KiB data sector per data descriptor
 //! ```
 //!
 //! Every sector of an entry is recognisable, and the first one is unlike the others. So two entries

@@ -2,11 +2,11 @@
 //!
 //! # Why the ring never fills up
 //!
-//! An entry is appended only after everything that earlier entries hold was written to its place and
-//! synced: the sync of the payload, which precedes every entry anyway, covers that too. So every
-//! entry is its own tail, and the only sectors of the ring that a crash may need are those of the
-//! newest durable entry. The next one goes right behind it; as no entry takes half of the ring, it
-//! cannot reach around into it.
+//! An entry is appended only after everything that earlier entries hold was written to its place
+//! and synced: the sync of the payload, which precedes every entry anyway, covers that too. So
+//! every entry is its own tail, and the only sectors of the ring that a crash may need are those of
+//! the newest durable entry. The next one goes right behind it; as no entry takes half of the ring,
+//! it cannot reach around into it.
 
 use std::sync::Arc;
 

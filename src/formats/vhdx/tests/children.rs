@@ -197,6 +197,27 @@ fn bitmaps_of_later_chunks_are_their_own() {
 }
 
 #[test]
+fn a_partial_block_without_its_bitmap_is_lost_and_reported() {
+    let (memory, host) =
+        family(&CreateSpec { block_size: Some(MIB), ..spec(4 * MIB) }, &[7; 4 << 20]);
+    let image = open(&host, PATH);
+    image.disk.write_at(MIB, &[1; 512]).unwrap();
+    image.disk.close().unwrap();
+    let file = memory.file(Path::new(PATH)).unwrap();
+    file.write_at(3 * MIB + 4096 * 8, &[0; 8]).unwrap();
+    let image = open(&host, PATH);
+    let mut buf = [0; 512];
+    assert_eq!(image.disk.read_at(MIB, &mut buf).unwrap_err().kind(), ErrorKind::Corrupt);
+    image.disk.read_at(0, &mut buf).unwrap();
+    assert_eq!(buf, [7; 512]);
+    assert_eq!(image.disk.write_at(MIB, &buf).unwrap_err().kind(), ErrorKind::Corrupt);
+    image.disk.close().unwrap();
+    let options = OpenOptions::new(Access::Read);
+    let report = formats::check(&host, Path::new(PATH), &options).unwrap();
+    assert_eq!((report.errors, report.findings[0].offset), (1, Some(3 * MIB + 8)));
+}
+
+#[test]
 fn a_parent_that_was_written_is_no_longer_the_parent() {
     let (_, host) = family(&CreateSpec { block_size: Some(MIB), ..spec(4 * MIB) }, &[7; 512]);
     let base = open_with(&host, BASE, Access::Write).unwrap();

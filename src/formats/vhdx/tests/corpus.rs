@@ -2,15 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::skip;
+use super::{check_file, open_file, skip};
 use crate::disk::Disk;
-use crate::formats::{self, OpenOptions};
-use crate::storage::file::HostFs;
-use crate::storage::{Access, Host};
+use crate::storage::Access;
 
 struct Row {
     id: String,
@@ -94,7 +91,6 @@ fn check(prefix: &str) {
     let Some(corpus) = std::env::var_os("FLATDISK_CORPUS").map(PathBuf::from) else {
         return skip("FLATDISK_CORPUS is not set");
     };
-    let host: Arc<dyn Host> = HostFs::shared();
     let rows = rows(&corpus, prefix);
     assert!(!rows.is_empty());
     for row in rows {
@@ -102,8 +98,7 @@ fn check(prefix: &str) {
         let path = unpack(&corpus, &row, dir.path());
         let before = hash_file(&path);
         for access in [Access::Peek, Access::Read, Access::Write] {
-            let image = formats::open(&host, &path, &OpenOptions::new(access))
-                .unwrap_or_else(|e| panic!("{}: {e}", row.id));
+            let image = open_file(&path, access);
             assert_eq!(image.disk.size(), row.size, "{}", row.id);
             if access == Access::Read {
                 assert_eq!(hash_disk(&image.disk), row.content, "{}", row.id);
@@ -143,11 +138,10 @@ fn images_of_other_programs_are_written_and_stay_whole() {
     let Some(corpus) = std::env::var_os("FLATDISK_CORPUS").map(PathBuf::from) else {
         return skip("FLATDISK_CORPUS is not set");
     };
-    let host: Arc<dyn Host> = HostFs::shared();
     for row in rows(&corpus, "vhdx-").iter().filter(|row| row.size <= 100 << 20) {
         let dir = tempfile::tempdir().unwrap();
         let path = unpack(&corpus, row, dir.path());
-        let open = |access| formats::open(&host, &path, &OpenOptions::new(access)).unwrap();
+        let open = |access| open_file(&path, access);
         let mut model = super::contents(&open(Access::Read).disk);
         let image = open(Access::Write);
         let mut rng = fastrand::Rng::with_seed(9);
@@ -169,7 +163,7 @@ fn images_of_other_programs_are_written_and_stay_whole() {
         image.disk.close().unwrap();
         drop(image);
         assert!(super::contents(&open(Access::Read).disk) == model, "{}", row.id);
-        let report = formats::check(&host, &path, &OpenOptions::new(Access::Read)).unwrap();
+        let report = check_file(&path);
         assert_eq!(report.errors, 0, "{}: {:?}", row.id, report.findings);
     }
 }
@@ -179,11 +173,10 @@ fn checks_find_no_damage_in_images_of_other_programs() {
     let Some(corpus) = std::env::var_os("FLATDISK_CORPUS").map(PathBuf::from) else {
         return skip("FLATDISK_CORPUS is not set");
     };
-    let host: Arc<dyn Host> = HostFs::shared();
     for row in rows(&corpus, "vhdx-") {
         let dir = tempfile::tempdir().unwrap();
         let path = unpack(&corpus, &row, dir.path());
-        let report = formats::check(&host, &path, &OpenOptions::new(Access::Read)).unwrap();
+        let report = check_file(&path);
         println!("{}: {:?}", row.id, report.findings);
         assert_eq!(report.errors, 0, "{}: {:?}", row.id, report.findings);
     }

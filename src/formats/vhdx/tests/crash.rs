@@ -5,7 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fastrand::Rng;
+use uuid::Uuid;
 
+use super::super::headers::Header;
+use super::super::layout::{HEADER_BYTES, HEADER_OFFSETS};
 use super::recorder::{Op, RecordingHost, crash};
 use super::{MIB, PATH, Vhdx, contents, spec};
 use crate::disk::Disk;
@@ -173,6 +176,74 @@ fn dynamic_disks_survive_every_crash() {
         // A length that is no multiple of 1 MiB is made one.
         start.resize(start.len() + 100 * seed as usize, 0xee);
         play(&start, &others, &vec![vec![0]; sectors], &steps, &mut rng, 1);
+    }
+}
+
+#[test]
+fn repairs_of_the_first_write_survive_every_crash() {
+    type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+    let headers = |change: fn(&mut Header)| {
+        move |bytes: &mut Vec<u8>| {
+            for at in HEADER_OFFSETS {
+                let slot = at as usize..at as usize + HEADER_BYTES;
+                let old: [u8; HEADER_BYTES] = bytes[slot.clone()].try_into().unwrap();
+                let mut header = Header::decode(&old).unwrap();
+                change(&mut header);
+                bytes[slot].copy_from_slice(&header.encode());
+            }
+        }
+    };
+    let no_log = headers(|h| (h.log_length, h.log_offset) = (0, 0));
+    let identical = headers(|h| (h.sequence, h.file_write) = (7, Uuid::nil()));
+    let cases: [(&str, Damage<'_>); 6] = [
+        ("first header", &|b| b[70 << 10 | 5] ^= 1),
+        ("second header", &|b| b[130 << 10 | 5] ^= 1),
+        ("first region table", &|b| b[195 << 10] ^= 1),
+        ("second region table", &|b| b[260 << 10] ^= 1),
+        ("no log", &no_log),
+        ("identical headers", &identical),
+    ];
+    for (seed, (what, damage)) in (20..).zip(cases) {
+        println!("{what}");
+        let mut rng = Rng::with_seed(seed);
+        let others = MemoryHost::new();
+        let spec = CreateSpec { block_size: Some(MIB), ..spec(2 * MIB) };
+        formats::create(&Vhdx, &*others, Path::new(PATH), &spec).unwrap();
+        let sectors = spec.size as usize / SECTOR;
+        let steps = workload(&mut rng, sectors, 4);
+        let mut start = image(&others, PATH);
+        damage(&mut start);
+        play(&start, &others, &vec![vec![0]; sectors], &steps, &mut rng, 1);
+    }
+}
+
+#[test]
+fn a_flush_of_several_entries_never_shows_a_block_without_its_bitmap() {
+    let others = MemoryHost::new();
+    let host: Arc<dyn Host> = others.clone();
+    let spec = CreateSpec { block_size: Some(MIB), ..spec(40 << 30) };
+    formats::create(&Vhdx, &*others, Path::new(BASE), &spec).unwrap();
+    let base = super::open_with(&host, BASE, Access::Read).unwrap();
+    vhdx::create_child(&*others, Path::new(PATH), &base, &CreateSpec::default()).unwrap();
+    let start = image(&others, PATH);
+    let recorded = RecordingHost::new(&start, others.clone());
+    let child = open(&recorded, Access::Write);
+    // A page of the BAT covers 512 MiB, the bitmap's entry is behind those of its 4 GiB.
+    for i in 0..80 {
+        child.disk.write_at(i * (512 << 20), &[1; SECTOR]).unwrap();
+    }
+    child.disk.flush().unwrap();
+    let ops = recorded.file.ops();
+    let entries =
+        ops.iter().filter(|op| matches!(op, Op::Write(at, _) if (MIB..2 * MIB).contains(at)));
+    assert!(entries.count() > 2);
+    let mut rng = Rng::with_seed(0);
+    for count in (0..=ops.len()).filter(|n| *n == ops.len() || matches!(ops[*n], Op::Sync)) {
+        let crashed = RecordingHost::new(&crash(&start, &ops, count, &mut rng), others.clone());
+        let host: Arc<dyn Host> = crashed;
+        let options = OpenOptions::new(Access::Read);
+        let report = formats::check(&host, Path::new(PATH), &options).unwrap();
+        assert_eq!(report.errors, 0, "crash after {count}: {:?}", report.findings);
     }
 }
 

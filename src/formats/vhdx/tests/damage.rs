@@ -246,6 +246,30 @@ fn an_image_without_log_gets_one_when_it_is_written() {
 }
 
 #[test]
+fn two_different_headers_of_one_number_are_refused() {
+    let (host, file) = sample();
+    let mut headers = super::super::headers::Headers::read(&*file).unwrap();
+    let header = headers.slots[headers.current].as_mut().unwrap();
+    file.write_at(64 << 10, &header.encode()).unwrap();
+    file.write_at(128 << 10, &header.encode()).unwrap();
+    assert_eq!(read(&open_with(&host, PATH, Access::Read).unwrap(), 1).unwrap(), 2);
+    header.data_write = uuid::Uuid::new_v4();
+    file.write_at(64 << 10, &header.encode()).unwrap();
+    refused_but_forced(&host);
+}
+
+#[test]
+fn files_that_track_changes_are_warned_about() {
+    let memory = MemoryHost::new();
+    formats::create(&Vhdx, &*memory, Path::new(PATH), &spec(4 * MIB)).unwrap();
+    let host: Arc<dyn Host> = memory.clone();
+    assert!(open_with(&host, PATH, Access::Read).unwrap().info.warnings.is_empty());
+    memory.insert(MemoryFile::new(format!("{PATH}.rct"), b"x"));
+    let warnings = open_with(&host, PATH, Access::Read).unwrap().info.warnings;
+    assert!(warnings.len() == 1 && warnings[0].contains(".rct"), "{warnings:?}");
+}
+
+#[test]
 fn a_version_that_is_not_known_is_refused() {
     let (host, file) = sample();
     let mut headers = super::super::headers::Headers::read(&*file).unwrap();
@@ -275,37 +299,58 @@ fn a_bat_too_small_loses_the_blocks_behind_it() {
     assert!(check(&host).errors >= 1);
 }
 
+/// A child of the sample, with partially present blocks, that was flushed, but not closed.
+fn dirty_child() -> (Arc<MemoryHost>, Vec<u8>) {
+    let memory = MemoryHost::new();
+    let host: Arc<dyn Host> = memory.clone();
+    let spec = CreateSpec { block_size: Some(MIB), ..spec(4 * MIB) };
+    formats::create(&Vhdx, &*host, Path::new("/d/base.vhdx"), &spec).unwrap();
+    let base = open_with(&host, "/d/base.vhdx", Access::Read).unwrap();
+    super::super::create_child(&*host, Path::new(PATH), &base, &spec).unwrap();
+    let child = open_with(&host, PATH, Access::Write).unwrap();
+    for at in [5, MIB + 70_000, 2 * MIB] {
+        child.disk.write_at(at, &[1; 3000]).unwrap();
+    }
+    child.disk.flush().unwrap();
+    let bytes = memory.file(Path::new(PATH)).unwrap().to_vec();
+    (memory, bytes)
+}
+
+/// Changes some bytes of structures; with `sealed` their checksums are made right again.
+fn damage(bytes: &mut [u8], rng: &mut fastrand::Rng, sealed: bool) {
+    let tables = [64 << 10, 128 << 10, 192 << 10, 256 << 10, 1 << 20, (1 << 20) + 4096];
+    let more = [2 << 20, (2 << 20) + 65536, 3 << 20, (3 << 20) + 4096 * 8, 5 << 20];
+    let places: Vec<usize> = tables.into_iter().chain(more).collect();
+    for _ in 0..rng.usize(1..4) {
+        let at = places[rng.usize(..places.len())] + rng.usize(..130);
+        match rng.u8(..4) {
+            0 => bytes[at] ^= 1 << rng.u8(..8),
+            1 => bytes[at..at + 8].fill(rng.u8(..)),
+            2 => bytes[at..at + 4].fill(0xff),
+            _ => bytes[at] = rng.u8(..9),
+        }
+    }
+    if sealed {
+        for (at, len) in tables.into_iter().zip([4096, 4096, 65536, 65536, 4096, 8192]) {
+            super::super::layout::seal(&mut bytes[at..at + len]);
+        }
+    }
+}
+
 #[test]
 fn garbage_never_panics() {
-    let (_, file) = dirty();
-    let good = file.to_vec();
+    let rounds = std::env::var("FLATDISK_ROUNDS").map_or(600, |n| n.parse().unwrap());
+    let (plain, child) = (dirty().1.to_vec(), dirty_child());
     let mut rng = fastrand::Rng::with_seed(77);
-    for round in 0..600 {
+    for round in 0..rounds {
+        let (host, good) =
+            if round % 2 == 0 { (MemoryHost::new(), &plain) } else { (child.0.clone(), &child.1) };
         let mut bytes = good.clone();
-        for _ in 0..rng.usize(1..4) {
-            // Where structures are, mostly: headers, region tables, log, metadata, BAT.
-            let places = [64 << 10, 128 << 10, 192 << 10, 256 << 10, 1 << 20, (1 << 20) + 4096];
-            let more = [2 << 20, (2 << 20) + 65536, 3 << 20];
-            let at = *rng.choice(places.iter().chain(&more).collect::<Vec<_>>()).unwrap();
-            let at = at + rng.usize(..130);
-            match rng.u8(..3) {
-                0 => bytes[at] ^= 1 << rng.u8(..8),
-                1 => bytes[at..at + 8].fill(rng.u8(..)),
-                _ => bytes[at..at + 4].fill(0xff),
-            }
-        }
-        // Checksums are made right, so that the damage is looked at.
-        for (at, len) in
-            [(64 << 10, 4096), (128 << 10, 4096), (192 << 10, 65536), (256 << 10, 65536)]
-        {
-            if rng.bool() {
-                super::super::layout::seal(&mut bytes[at..at + len]);
-            }
-        }
-        let host = MemoryHost::new();
+        let sealed = rng.u8(..4) != 0;
+        damage(&mut bytes, &mut rng, sealed);
         host.insert(MemoryFile::new(PATH, &bytes));
         let host: Arc<dyn Host> = host;
-        let options = OpenOptions { force: round % 2 == 0, ..OpenOptions::new(Access::Write) };
+        let options = OpenOptions { force: rng.bool(), ..OpenOptions::new(Access::Write) };
         let _ = formats::check(&host, Path::new(PATH), &options);
         if let Ok(image) = formats::open(&host, Path::new(PATH), &options) {
             let mut buf = vec![0; 1 << 20];

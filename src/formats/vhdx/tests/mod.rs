@@ -14,8 +14,9 @@ use std::sync::Arc;
 
 use super::Vhdx;
 use crate::disk::Disk;
-use crate::error::Result;
-use crate::formats::{self, CreateSpec, Image, OpenOptions};
+use crate::error::{ErrorKind, Result};
+use crate::formats::{self, CreateSpec, Image, OpenOptions, Report};
+use crate::storage::file::HostFs;
 use crate::storage::memory::MemoryHost;
 use crate::storage::{Access, Host};
 
@@ -55,4 +56,37 @@ fn skip(reason: &str) {
         "needed by FLATDISK_REQUIRE_TOOLS: {reason}"
     );
     println!("SKIPPED: {reason}");
+}
+
+/// Repeats what fails because a file is locked. A program that another test is just starting holds
+/// this one's files for a moment, and with them their locks.
+fn when_unlocked<T>(mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
+    let pause = || std::thread::sleep(std::time::Duration::from_millis(50));
+    (0..100).find_map(|_| {
+        attempt().or_else(|| {
+            pause();
+            None
+        })
+    })
+}
+
+/// Opens an image of the host's file system.
+fn open_file(path: &Path, access: Access) -> Image {
+    let host: Arc<dyn Host> = HostFs::shared();
+    let image = when_unlocked(|| match formats::open(&host, path, &OpenOptions::new(access)) {
+        Err(e) if e.kind() == ErrorKind::Busy => None,
+        opened => Some(opened.unwrap()),
+    });
+    image.unwrap()
+}
+
+/// Checks an image of the host's file system.
+fn check_file(path: &Path) -> Report {
+    let host: Arc<dyn Host> = HostFs::shared();
+    let options = OpenOptions::new(Access::Read);
+    let report = when_unlocked(|| match formats::check(&host, path, &options) {
+        Err(e) if e.kind() == ErrorKind::Busy => None,
+        checked => Some(checked.unwrap()),
+    });
+    report.unwrap()
 }

@@ -110,7 +110,20 @@ fn random_operations_on_every_geometry() {
 
 #[test]
 fn threads_on_ranges_of_their_own_do_not_disturb_each_other() {
-    let host = created(&CreateSpec { block_size: Some(MIB), ..spec(32 * MIB) });
+    for (subformat, sector, block) in
+        [("dynamic", 512, 1), ("dynamic", 4096, 2), ("fixed", 512, 2), ("fixed", 4096, 1)]
+    {
+        threads_agree(&CreateSpec {
+            subformat: Some(subformat.to_owned()),
+            block_size: Some(block * MIB),
+            logical_sector: Some(sector),
+            ..spec(32 * MIB)
+        });
+    }
+}
+
+fn threads_agree(spec: &CreateSpec) {
+    let host = created(spec);
     let image = open(&host);
     let model: Vec<u8> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..4)

@@ -2,6 +2,8 @@
 
 mod chains;
 mod corpus;
+mod crash;
+mod hostile;
 mod model;
 mod opening;
 mod qemu;
@@ -14,6 +16,7 @@ use std::sync::Arc;
 use super::{Vmdk, create};
 use crate::disk::Disk;
 use crate::disk::map::Source;
+use crate::disk::tables::CacheBudget;
 use crate::error::{Error, Result};
 use crate::formats::{self, CreateSpec, Image, OpenOptions, Report};
 use crate::storage::memory::{MemoryFile, MemoryHost};
@@ -42,6 +45,14 @@ fn open_rw(host: &Arc<MemoryHost>, name: &str) -> Image {
     let image = open_with(host, name, Access::Write).unwrap();
     assert_eq!(image.disk.read_only(), None);
     image
+}
+
+/// As [`open_rw`], with room for hardly any table in memory.
+fn open_starved(host: &Arc<MemoryHost>, name: &str) -> Image {
+    let host: Arc<dyn Host> = host.clone();
+    let budget = CacheBudget::new(1);
+    let options = OpenOptions { budget, ..OpenOptions::new(Access::Write) };
+    formats::open(&host, &at(name), &options).unwrap()
 }
 
 fn refused(host: &Arc<MemoryHost>, name: &str) -> Error {

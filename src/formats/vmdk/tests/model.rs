@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::storage::Storage;
 
 const KIB: u64 = 1 << 10;
 
@@ -22,7 +23,11 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
     add(&cowd, "d.vmdk", custom("RW 9001 VMFSSPARSE \"d-delta.vmdk\"").as_bytes());
     shapes.push(("vmfsSparse", cowd));
 
-    for subformat in ["monolithicSparse", "vmfs"] {
+    for (shape, subformat, zeroed) in [
+        ("child", "monolithicSparse", false),
+        ("child with zeroed grains", "monolithicFlat", true),
+        ("vmfsSparse child", "vmfs", false),
+    ] {
         let host = created("base.vmdk", &spec(subformat, 3 * 1024 * KIB));
         let base = open_rw(&host, "base.vmdk");
         let mut pattern = vec![0; 1024 * KIB as usize];
@@ -32,7 +37,12 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
         let base = open_with(&host, "base.vmdk", Access::Read).unwrap();
         formats::vmdk::create_child(&*host, &at("d.vmdk"), &base, &formats::CreateSpec::default())
             .unwrap();
-        shapes.push(("child", host));
+        if zeroed {
+            // Version 2, flags 7.
+            let file = host.file(&at("d.vmdk")).unwrap();
+            Storage::write_at(&*file, 4, &[2, 0, 0, 0, 7]).unwrap();
+        }
+        shapes.push((shape, host));
     }
 
     let split = MemoryHost::new();
@@ -116,7 +126,10 @@ fn random_operations_match_a_vector() {
                 let read_only = open_with(&host, "d.vmdk", Access::Read).unwrap();
                 assert!(contents(&read_only.disk) == model, "{shape}, seed {seed}");
                 drop(read_only);
-                image = open_rw(&host, "d.vmdk");
+                image = match rng.bool() {
+                    true => open_rw(&host, "d.vmdk"),
+                    false => open_starved(&host, "d.vmdk"),
+                };
             }
             image.disk.close().unwrap();
         }
@@ -128,7 +141,10 @@ fn random_operations_from_four_threads_match_a_vector() {
     for seed in 0..6 {
         for (shape, host) in shapes() {
             println!("{shape}, seed {seed}");
-            let image = open_rw(&host, "d.vmdk");
+            let image = match seed % 2 {
+                0 => open_rw(&host, "d.vmdk"),
+                _ => open_starved(&host, "d.vmdk"),
+            };
             let mut model = contents(&image.disk);
             for round in 0..3 {
                 // Borders in the middle of sectors and grains.

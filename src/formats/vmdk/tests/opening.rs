@@ -203,6 +203,24 @@ fn extents_without_their_descriptor_are_told_apart_from_damage() {
 }
 
 #[test]
+fn extents_are_recognised_without_opening_them() {
+    let lone = |host: &Arc<MemoryHost>, name: &str| {
+        let file = host.file(&at(name)).unwrap();
+        super::super::is_lone_extent(&formats::Probe::read(&*file).unwrap())
+    };
+    let split = created("d.vmdk", &spec("twoGbMaxExtentSparse", MIB));
+    assert!(lone(&split, "d-s001.vmdk") && !lone(&split, "d.vmdk"));
+    let whole = created("d.vmdk", &spec("monolithicSparse", MIB));
+    assert!(!lone(&whole, "d.vmdk"));
+    // An empty area for a descriptor.
+    let mut bytes = monolithic();
+    bytes[512..21 * 512].fill(0);
+    add(&whole, "d.vmdk", &bytes);
+    assert!(lone(&whole, "d.vmdk"));
+    assert_refused(&whole, ErrorKind::Unsupported, "without the disk's descriptor");
+}
+
+#[test]
 fn what_is_not_in_files_is_refused_by_name() {
     let text = |lines: &str, more: &str| {
         let host = MemoryHost::new();

@@ -243,3 +243,18 @@ fn freed_grains_become_zero_marks_only_over_a_parent() {
     image.disk.close().unwrap();
     assert_eq!(entries(&bytes(&host), 27, 1), [0]);
 }
+
+/// Loading a table goes by way of its directory: with room for one page neither may drive the other
+/// out for ever.
+#[test]
+fn a_cache_with_room_for_nothing_still_answers() {
+    let host = created("d.vmdk", &spec("monolithicSparse", 80 * MIB));
+    let image = open_starved(&host, "d.vmdk");
+    image.disk.write_at(70 * MIB, &[1; 512]).unwrap();
+    image.disk.write_at(0, &[2; 512]).unwrap();
+    let mut back = [0; 512];
+    image.disk.read_at(70 * MIB, &mut back).unwrap();
+    assert_eq!(back, [1; 512]);
+    image.disk.close().unwrap();
+    assert_clean(&host, "d.vmdk");
+}
