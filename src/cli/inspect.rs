@@ -6,6 +6,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::chain::ParentArgs;
 use super::output::{OutputArgs, iec, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{self, Finding, ImageInfo, OpenOptions, Report, Severity, open};
@@ -20,10 +21,9 @@ pub struct InfoArgs {
     /// Also show the image's parents, nearest first.
     #[arg(long)]
     chain: bool,
-    /// Directories besides the image's own in which parents may lie.
-    #[arg(long, value_name = "DIR")]
-    allow_parent: Vec<PathBuf>,
-    /// Read on where the image contradicts itself.
+    #[command(flatten)]
+    parents: ParentArgs,
+    /// Read on where the image contradicts itself, or its parent is missing or another.
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -45,9 +45,7 @@ struct ImageEntry {
 /// Shows what images say about themselves.
 pub fn info(args: &InfoArgs) -> Result<u8> {
     let host = HostFs::shared();
-    let mut options = OpenOptions::new(Access::Peek);
-    options.force = args.force;
-    options.allow_parent.clone_from(&args.allow_parent);
+    let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek) };
     let mut entries = Vec::new();
     if args.chain {
         let image = formats::open(&host, &args.image, &options)?;

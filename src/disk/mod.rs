@@ -19,6 +19,7 @@
 //!
 //! A flush takes 2–4 and never 1, so it never waits for a writer.
 
+pub mod layers;
 mod locks;
 pub mod map;
 pub mod overlay;
@@ -107,6 +108,11 @@ impl Disk {
     /// The disk this one is a child of.
     pub fn parent(&self) -> Option<&Arc<Disk>> {
         self.parent.as_ref()
+    }
+
+    /// Whether anything was written since the disk was opened.
+    pub fn writing(&self) -> bool {
+        self.writing.load(Ordering::Acquire)
     }
 
     /// Table cache figures.

@@ -41,6 +41,10 @@
 //!
 //! Closing writes the footer behind the last block, syncs, and cuts the file off there. A crash in
 //! between leaves two footers, of which the last one counts, and unused space before it.
+//!
+//! *Another parent* (`relink`): a new dynamic header and new locators go behind the trailing footer,
+//! and are synced; then a footer behind them that leads to the new header, synced; then the copy. The
+//! last footer counts, so the link changes with that one sector.
 
 mod bat;
 mod batmap;
@@ -54,6 +58,7 @@ mod footers;
 mod info;
 mod layout;
 mod locators;
+mod relink;
 mod space;
 mod structure;
 mod survey;
@@ -65,7 +70,9 @@ pub use create::create_child;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, Identity, OpenContext, Opened, ParentLink, Probe, Report};
+use super::{
+    CreateSpec, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Probe, Report,
+};
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
 use blocks::SparseMap;
@@ -113,6 +120,20 @@ impl Format for Vhd {
 
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         create::create(host, path, spec)
+    }
+
+    fn create_child(
+        &self,
+        host: &dyn Host,
+        path: &Path,
+        parent: &Image,
+        spec: &CreateSpec,
+    ) -> Result<()> {
+        create::create_child(host, path, parent, spec.block_size.or(parent.info.block_size))
+    }
+
+    fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
+        relink::relink(file, ctx, link)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {

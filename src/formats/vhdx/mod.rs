@@ -44,6 +44,9 @@
 //! that no crash shows a block without the bits that belong to it. If a page cannot be put in its
 //! place for lack of space, it stays in memory, and nothing more is logged until it is.
 //!
+//! **Another parent** ([`relink`]): a session in which one log entry changes the parent locator and its
+//! place in the metadata table. `DataWriteGuid` stays, as the disk's contents do.
+//!
 //! **Closing**: a flush; one more sync, for the pages in their places; headers without log GUID;
 //! the unused end of the file is cut off. A crash leaves a log to replay, or a file that is too
 //! long.
@@ -61,6 +64,7 @@ mod metadata;
 mod open;
 mod overlay;
 mod regions;
+mod relink;
 mod session;
 mod space;
 mod stock;
@@ -71,7 +75,7 @@ mod writes;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, OpenContext, Opened, Probe, Report};
+use super::{CreateSpec, Format, Image, NewLink, OpenContext, Opened, Probe, Report};
 use crate::error::Result;
 use crate::storage::{Host, Storage};
 
@@ -103,6 +107,20 @@ impl Format for Vhdx {
 
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         create::create(host, path, spec)
+    }
+
+    fn create_child(
+        &self,
+        host: &dyn Host,
+        path: &Path,
+        parent: &Image,
+        spec: &CreateSpec,
+    ) -> Result<()> {
+        create::create_child(host, path, parent, spec)
+    }
+
+    fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
+        relink::relink(file, ctx, link)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {

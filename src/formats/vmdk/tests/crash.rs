@@ -192,7 +192,7 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
     base.disk.write_at(5000, &[0xba; 200_000]).unwrap();
     base.disk.close().unwrap();
     let base = open_with(&child, "base.vmdk", Access::Read).unwrap();
-    create_child(&*child, &at("d.vmdk"), &base).unwrap();
+    create_child(&*child, &at("d.vmdk"), &base, &crate::formats::CreateSpec::default()).unwrap();
     vec![("sparse", sparse), ("split", split), ("vmfsSparse", esx), ("child", child)]
 }
 
