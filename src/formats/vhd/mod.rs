@@ -9,7 +9,8 @@
 //! `layout` has the structures; `footers`, `structure`, `locators` and `batmap` read and judge them.
 //! `fixed` and `blocks` are the mappings, `differencing` is what a child adds to the latter; `bat`
 //! and `bitmaps` are the cached tables and `space` hands out room in the file. `survey` walks the
-//! whole BAT, before the first write and for a check.
+//! whole BAT, before the first write and for a check. `repair` rebuilds what is there twice or follows
+//! from the rest.
 //!
 //! # The order of writes
 //!
@@ -54,6 +55,7 @@ mod footers;
 mod info;
 mod layout;
 mod locators;
+mod repair;
 mod space;
 mod structure;
 mod survey;
@@ -65,7 +67,7 @@ pub use create::create_child;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, Identity, OpenContext, Opened, ParentLink, Probe, Report};
+use super::{CreateSpec, Format, Identity, OpenContext, Opened, ParentLink, Plan, Probe, Report};
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
 use blocks::SparseMap;
@@ -117,6 +119,10 @@ impl Format for Vhd {
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(&*file, ctx.force, report)
+    }
+
+    fn repair(&self, file: Arc<dyn Storage>, _: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(&file, plan)
     }
 }
 

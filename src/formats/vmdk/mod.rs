@@ -45,6 +45,7 @@ mod hosted;
 mod layout;
 mod link;
 mod map;
+mod repair;
 mod sesparse;
 mod space;
 mod stream;
@@ -56,7 +57,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::{
-    CreateSpec, Format, Identity, ImageInfo, OpenContext, Opened, ParentLink, Probe, Report,
+    CreateSpec, Format, Identity, ImageInfo, OpenContext, Opened, ParentLink, Plan, Probe, Report,
 };
 use crate::disk::map::Geometry;
 use crate::disk::tables::TableCache;
@@ -119,6 +120,10 @@ impl Format for Vmdk {
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(file, ctx, report)
+    }
+
+    fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(file, ctx, plan)
     }
 }
 
