@@ -95,6 +95,10 @@ fn replay(file: &Arc<dyn Storage>, parts: &Parts, work: &mut Plan) -> Result<()>
         work.set_len(file, parts.file_len, "the length that the log states");
     }
     replayed.each(|at, replayed| {
+        if work.is_full() {
+            let what = "the log is too long to be replayed by a repair";
+            return Err(Error::unsupported(what).hint("writing to the disk replays it"));
+        }
         match replayed {
             Replayed::Bytes(bytes) => work.write(file, at, bytes, "a page from the log"),
             Replayed::Zeroes(len) => work.punch(file, at..at + len, "zeroes from the log"),
