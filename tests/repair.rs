@@ -1,5 +1,7 @@
 //! Every repairable damage is found, shown, and repaired, whatever interrupts the repair.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::path::Path;
