@@ -7,6 +7,7 @@
 pub mod chain;
 pub mod open;
 pub mod references;
+pub mod repair;
 pub mod report;
 pub mod vhd;
 pub mod vhdx;
@@ -21,6 +22,7 @@ use crate::disk::map::{BlockMap, DiskRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Host, Storage};
 pub use open::{Image, OpenContext, OpenOptions, open};
+pub use repair::{Plan, Repair, Scope, repair};
 pub use report::{Finding, Report, Severity};
 
 /// Every format, in the order of probing.
@@ -90,6 +92,10 @@ pub trait Format: Sync {
     /// Walks every structure of the image, adding what it finds to `report`. An error only means
     /// that checking could not go on; damage is a finding. Time is linear in the file's tables.
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()>;
+
+    /// Plans how to put right what a check finds wrong, as far as that can be rebuilt. Writes
+    /// nothing itself. Repairs that depend on others are planned when those were carried out.
+    fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()>;
 }
 
 /// What a format driver answers for one opened file.

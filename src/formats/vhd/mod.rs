@@ -9,7 +9,8 @@
 //! `layout` has the structures; `footers`, `structure`, `locators` and `batmap` read and judge them.
 //! `fixed` and `blocks` are the mappings, `differencing` is what a child adds to the latter; `bat`
 //! and `bitmaps` are the cached tables and `space` hands out room in the file. `survey` walks the
-//! whole BAT, before the first write and for a check.
+//! whole BAT, before the first write and for a check. `repair` rebuilds what is there twice or follows
+//! from the rest.
 //!
 //! # The order of writes
 //!
@@ -59,6 +60,7 @@ mod info;
 mod layout;
 mod locators;
 mod relink;
+mod repair;
 mod space;
 mod structure;
 mod survey;
@@ -71,7 +73,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{
-    CreateSpec, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Probe, Report,
+    CreateSpec, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan, Probe,
+    Report,
 };
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
@@ -138,6 +141,10 @@ impl Format for Vhd {
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(&*file, ctx.force, report)
+    }
+
+    fn repair(&self, file: Arc<dyn Storage>, _: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(&file, plan)
     }
 }
 

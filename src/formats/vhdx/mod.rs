@@ -6,7 +6,7 @@
 //! | `headers`, `regions`, `metadata`, `locator` | reading and writing each of them |
 //! | `log`, `overlay` | the log, and a file as its log makes it |
 //! | `bat`, `bitmap` | block allocation table and sector bitmaps |
-//! | `open`, `create`, `check` | what [`Format`] asks for |
+//! | `open`, `create`, `check`, `repair`, `relink` | what [`Format`] asks for |
 //! | `blocks`, `writes`, `session` | the mapping, its changes, and making them durable |
 //! | `space`, `stock` | which parts of the file are in use |
 //!
@@ -65,6 +65,7 @@ mod open;
 mod overlay;
 mod regions;
 mod relink;
+mod repair;
 mod session;
 mod space;
 mod stock;
@@ -75,7 +76,7 @@ mod writes;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, Image, NewLink, OpenContext, Opened, Probe, Report};
+use super::{CreateSpec, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report};
 use crate::error::Result;
 use crate::storage::{Host, Storage};
 
@@ -125,5 +126,9 @@ impl Format for Vhdx {
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(file, ctx, report)
+    }
+
+    fn repair(&self, file: Arc<dyn Storage>, _: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(&file, plan)
     }
 }

@@ -50,6 +50,7 @@ mod layout;
 mod link;
 mod map;
 mod relink;
+mod repair;
 mod sesparse;
 mod space;
 mod stream;
@@ -62,7 +63,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::{
-    CreateSpec, Format, Identity, Image, ImageInfo, NewLink, OpenContext, Opened, ParentLink,
+    CreateSpec, Format, Identity, Image, ImageInfo, NewLink, OpenContext, Opened, ParentLink, Plan,
     Probe, Report,
 };
 use crate::disk::map::Geometry;
@@ -144,6 +145,10 @@ impl Format for Vmdk {
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(file, ctx, report)
+    }
+
+    fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(file, ctx, plan)
     }
 }
 

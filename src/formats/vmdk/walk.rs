@@ -131,7 +131,7 @@ impl Usage {
     }
 
     /// Counts the grain at byte `at` as in use; says what is there already.
-    fn add_grain(&mut self, at: u64) -> Option<&'static str> {
+    pub fn add_grain(&mut self, at: u64) -> Option<&'static str> {
         if !at.is_multiple_of(self.unit * SECTOR) {
             self.refine();
         }
@@ -147,6 +147,15 @@ impl Usage {
         }
         self.allocated += 1;
         there
+    }
+
+    /// Whether a range of bytes lies inside the file and no grain and no table uses any of it.
+    pub fn is_free(&self, place: &Range<u64>) -> bool {
+        let grains = self.units(place).any(|unit| self.grains.contains(unit));
+        // Tables are all of one length, so only the last that begins before the end can reach in.
+        let before = self.places.partition_point(|other| other.start < place.end);
+        let table = self.places[..before].last().is_some_and(|other| other.end > place.start);
+        place.end <= self.file * SECTOR && !grains && !table
     }
 
     /// Runs of unused sectors at or after sector `from`.
@@ -227,6 +236,7 @@ pub fn walk(tables: &GrainTables, found: &mut dyn FnMut(Problem)) -> Result<Usag
         usage.add_metadata(place.clone());
     }
     let places = find_tables(tables, &mut usage, found)?;
+    usage.places.sort_unstable_by_key(|place| place.start);
     let mut primary = vec![0; tables.table_len() as usize];
     let mut redundant = primary.clone();
     let mut primary_reader = TableReader::new(&*tables.file);
