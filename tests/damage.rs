@@ -4,6 +4,7 @@
 //!
 //! `FLATDISK_DAMAGE_CASES` is the number of cases; `FLATDISK_SEED` and `FLATDISK_DAMAGE_CASE` repeat
 //! one of them.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 mod hostile;
