@@ -134,7 +134,8 @@ impl Disk {
     /// The host file that holds the whole disk and nothing before it, if there is one: byte `n` of
     /// the disk is byte `n` of the file, for the whole disk.
     pub fn flat_file(&self) -> Option<Arc<dyn Storage>> {
-        if self.size() == 0 || self.parent.is_some() {
+        // Where blocks are allocated one by one, asking for all of them would take long.
+        if self.size() == 0 || self.parent.is_some() || self.geometry().block_size < self.size() {
             return None;
         }
         let mut list = ExtentList::new();
