@@ -46,7 +46,7 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image) -> Result<()> 
     if family.starts_with("vmfs") || family == "sesparse" {
         let name = format!("{stem}-delta.vmdk");
         let extent = made.create(&path.with_file_name(&name))?;
-        cowd::write_new(&*extent, sectors, &name)?;
+        cowd::write_new(&*extent, sectors, &name, None)?;
         let line = format!("RW {sectors} VMFSSPARSE \"{name}\"");
         write_text(&*made.create(path)?, &text("vmfsSparse", &[line]))?;
     } else if family.contains("gbmaxextent") {
