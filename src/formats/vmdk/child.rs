@@ -50,7 +50,7 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
             return Err(Error::invalid("a vmfsSparse child has no block size to choose"));
         }
         let extent = made.create(&path.with_file_name(&name))?;
-        cowd::write_new(&*extent, sectors, &name)?;
+        cowd::write_new(&*extent, sectors, &name, None)?;
         let line = format!("RW {sectors} VMFSSPARSE \"{name}\"");
         write_text(&*made.create(path)?, &text("vmfsSparse", &[line]))?;
     } else if family.contains("gbmaxextent") {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::formats::vmdk::{cowd, create_child};
+use crate::formats::vmdk::create_child;
 use crate::formats::{Identity, ParentLink};
 
 const MIB: u64 = 1 << 20;
@@ -138,13 +138,7 @@ fn freed_grains_hide_the_parent_where_the_image_can_say_so() {
 
 /// A disk of one COWD extent without parent.
 fn cowd_disk(sectors: u64) -> Arc<MemoryHost> {
-    let host = MemoryHost::new();
-    let file = host.create(&at("d-delta.vmdk")).unwrap();
-    cowd::write_new(&*file, sectors, "d").unwrap();
-    let text = custom(&format!("RW {sectors} VMFSSPARSE \"d-delta.vmdk\""))
-        .replace("custom", "vmfsSparse");
-    add(&host, "d.vmdk", text.as_bytes());
-    host
+    created("d.vmdk", &spec("vmfsSparse", sectors * 512))
 }
 
 fn field(bytes: &[u8], at: usize) -> u32 {

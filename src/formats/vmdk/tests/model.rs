@@ -17,12 +17,6 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
     let small = CreateSpec { block_size: Some(4096), ..spec("monolithicSparse", 9000 * KIB) };
     shapes.push(("small grains", created("d.vmdk", &small)));
 
-    let cowd = MemoryHost::new();
-    let file = cowd.create(&at("d-delta.vmdk")).unwrap();
-    formats::vmdk::cowd::write_new(&*file, 9001, "d").unwrap();
-    add(&cowd, "d.vmdk", custom("RW 9001 VMFSSPARSE \"d-delta.vmdk\"").as_bytes());
-    shapes.push(("vmfsSparse", cowd));
-
     for (shape, subformat, zeroed) in [
         ("child", "monolithicSparse", false),
         ("child with zeroed grains", "monolithicFlat", true),

@@ -91,7 +91,7 @@ fn qemu_reads_what_we_write_into_what_we_create() {
             image.disk.close().unwrap();
             drop(image);
             assert!(read_by_qemu(&path) == expected(), "{subformat}");
-            if subformat.contains("Sparse") {
+            if subformat.contains("Sparse") && subformat != "vmfsSparse" {
                 run("qemu-img", &["check", "-f", "vmdk", text(&path)]);
             }
         }
