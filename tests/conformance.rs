@@ -50,6 +50,19 @@ fn all_zero(bytes: &[u8]) -> bool {
 }
 
 #[test]
+fn every_subformat_that_can_be_created_is_tested() {
+    let images = images();
+    for format in formats::FORMATS {
+        for subformat in format.subformats() {
+            let tested = images.iter().any(|image| {
+                image.format == format.name() && image.spec.subformat.as_deref() == Some(subformat)
+            });
+            assert!(tested, "no test makes {} {subformat}", format.name());
+        }
+    }
+}
+
+#[test]
 fn a_new_disk_has_the_size_asked_for_and_reads_as_zeroes() {
     every_disk(|image, host, disk| {
         let geometry = disk.geometry();

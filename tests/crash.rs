@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::images::all_small;
+use common::images::{Kind, all_small};
 use common::toy::{Flaw, Toy};
-use common::{crash, in_parallel, number, seed};
+use common::{corpus, crash, in_parallel, number, seed};
 
 /// Distinct crash states to look at for each kind of image.
 fn budget() -> usize {
@@ -41,10 +41,17 @@ fn every_broken_rule_of_writing_order_is_noticed() {
 
 #[test]
 fn every_format_survives_every_crash() {
-    let kinds = all_small();
-    let results = in_parallel(&kinds, |kind| {
-        // Where only payload is written, states hardly differ.
-        let budget = if kind.flat() { budget() / 4 } else { budget() };
+    survive(&all_small());
+}
+
+#[test]
+fn images_made_by_others_survive_every_crash() {
+    survive(&corpus::kinds());
+}
+
+fn survive(kinds: &[Box<dyn Kind>]) {
+    let results = in_parallel(kinds, |kind| {
+        let budget = budget() / kind.share();
         let began = std::time::Instant::now();
         (crash::run(&**kind, seed(), budget), began.elapsed())
     });

@@ -20,7 +20,7 @@ use flatdisk::storage::{Access, Host};
 
 /// How many faults to try for each kind of image.
 fn budget() -> usize {
-    number("FLATDISK_FAULTS", 150) as usize
+    number("FLATDISK_FAULTS", 64) as usize
 }
 
 /// A workload under one fault.
@@ -233,10 +233,9 @@ fn hidden_and_forgotten_failures_are_noticed() {
 
 #[test]
 fn every_format_tells_of_every_fault_and_reopens() {
-    let kinds = all_small();
-    let results = in_parallel(&kinds, |kind| {
-        run(&**kind, seed(), if kind.flat() { budget() / 4 } else { budget() })
-    });
+    let mut kinds = all_small();
+    kinds.extend(common::corpus::kinds());
+    let results = in_parallel(&kinds, |kind| run(&**kind, seed(), budget() / kind.share()));
     let mut failures = Vec::new();
     for (kind, result) in kinds.iter().zip(results) {
         match result {

@@ -2,9 +2,9 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use common::buffer::{Buffer, PAGE};
 use common::crash::{compare, contents};
 use common::history::History;
 use common::images::{Kind, all_small, large};
@@ -20,41 +20,6 @@ use flatdisk::storage::{Access, Host};
 /// How many operations each kind of image gets.
 fn operations() -> usize {
     number("FLATDISK_MODEL_OPS", 250) as usize
-}
-
-/// What the disk should hold: a flat buffer, of which only pages that were written take memory.
-#[derive(Default)]
-struct Buffer(BTreeMap<u64, Vec<u8>>);
-
-const PAGE: u64 = 64 << 10;
-
-impl Buffer {
-    fn write(&mut self, at: u64, data: &[u8]) {
-        for (index, byte) in (at..).zip(data) {
-            let page = self.0.entry(index / PAGE).or_insert_with(|| vec![0; PAGE as usize]);
-            page[(index % PAGE) as usize] = *byte;
-        }
-    }
-
-    fn zero(&mut self, at: u64, len: u64) {
-        for (page, bytes) in self.0.range_mut(at / PAGE..(at + len).div_ceil(PAGE)) {
-            let from = at.saturating_sub(page * PAGE) as usize;
-            let to = (at + len - page * PAGE).min(PAGE) as usize;
-            bytes[from..to].fill(0);
-        }
-    }
-
-    fn read(&self, at: u64, len: u64) -> Vec<u8> {
-        let mut buf = vec![0; len as usize];
-        for (page, bytes) in self.0.range(at / PAGE..(at + len).div_ceil(PAGE)) {
-            let from = (page * PAGE).max(at);
-            let to = ((page + 1) * PAGE).min(at + len);
-            buf[(from - at) as usize..(to - at) as usize].copy_from_slice(
-                &bytes[(from - page * PAGE) as usize..(to - page * PAGE) as usize],
-            );
-        }
-        buf
-    }
 }
 
 fn same(disk: &Disk, buffer: &Buffer, at: u64, len: u64) -> Result<(), String> {
@@ -107,7 +72,7 @@ fn holes_are_true(disk: &Disk, buffer: &Buffer) -> Result<(), String> {
         if data.as_ref().is_some_and(|data| data.start < pos || data.end <= data.start) {
             return Err(format!("next data from {pos:#x} is {data:?}"));
         }
-        for (page, bytes) in buffer.0.range(pos / PAGE..hole_end.div_ceil(PAGE)) {
+        for (page, bytes) in buffer.pages().range(pos / PAGE..hole_end.div_ceil(PAGE)) {
             for (index, _) in (page * PAGE..).zip(bytes).filter(|(_, byte)| **byte != 0) {
                 if (pos..hole_end).contains(&index) {
                     return Err(format!("data at {index:#x} in the hole {pos:#x}..{hole_end:#x}"));
@@ -171,7 +136,7 @@ fn run(kind: &dyn Kind, seed: u64, count: usize) -> Result<(), String> {
     disk.close().map_err(|e| format!("close: {e}"))?;
     let disk = open(Access::Read)?;
     holes_are_true(&disk, &buffer).map_err(|e| format!("opened to read: {e}"))?;
-    for page in buffer.0.keys() {
+    for page in buffer.pages().keys() {
         let at = page * PAGE;
         same(&disk, &buffer, at, PAGE.min(size - at)).map_err(|e| format!("in the end: {e}"))?;
     }
@@ -186,6 +151,7 @@ fn all() -> Vec<Box<dyn Kind>> {
     let mut kinds = all_small();
     kinds.extend(large().into_iter().map(|image| Box::new(image) as Box<dyn Kind>));
     kinds.push(Box::new(Toy { flaw: Flaw::None }));
+    kinds.extend(common::corpus::kinds());
     kinds
 }
 

@@ -518,3 +518,136 @@ fn the_daemon_leaves_terminal_directory_and_files_behind() {
     // Its own session: process group and session are the process.
     assert_eq!((fields[2], fields[3]), (&*mount.pid().to_string(), &*mount.pid().to_string()));
 }
+
+#[test]
+fn umount_does_not_wait_for_another_mount_of_the_same() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = folder();
+    let mount = Background::new(folder.path(), &[]);
+    let pid = mount.pid();
+    let other = scratch();
+    succeed(Command::new("mount").arg("--bind").arg(mount.path()).arg(other.path()));
+    let output = outcome(flatdisk().arg("umount").arg(mount.path()));
+    assert!(output.status.success());
+    assert!(stderr(&output).contains("still in use"), "{}", stderr(&output));
+    assert!(!is_mounted(mount.path()) && other.path().join("a.vhd.img").exists());
+    succeed(flatdisk().arg("umount").arg(other.path()));
+    wait_until("the daemon is gone", || !alive(pid));
+}
+
+#[test]
+fn users_other_than_root_mount_and_are_kept_apart() {
+    if !live::can_mount() || !have(&["setpriv", "fusermount3", "unshare"]) {
+        return;
+    }
+    let (folder, point, scratch) = (folder(), scratch(), scratch());
+    // In a mount namespace whose /dev/fuse is for everybody, as on most machines.
+    let script = r#"
+        set -eu
+        mknod "$T/fuse" c 10 229; chmod 666 "$T/fuse"
+        mount --bind "$T/fuse" /dev/fuse
+        printf '' > "$T/fuse.conf"; mount --bind "$T/fuse.conf" /etc/fuse.conf
+        cp "$FLATDISK" "$T/flatdisk"; chmod 755 "$T"
+        chown -R 65534:65534 "$FROM" "$TO"
+        nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups -- "$T/flatdisk" "$@"; }
+        refused() { if "$@" >/dev/null 2>&1; then echo "succeeds: $*" >&2; exit 9; fi; }
+        trap 'umount -il "$TO" 2>/dev/null || true' EXIT
+        set -x
+
+        status=0; nobody mount --allow-other "$FROM" "$TO" 2>"$T/err" || status=$?
+        [ $status = 32 ]; grep -q user_allow_other "$T/err"
+
+        nobody mount "$FROM" "$TO"
+        [ "$(findmnt -no FSTYPE,SOURCE "$TO" | tr -s ' ')" = "fuse.flatdisk $FROM" ]
+        nobody status --json "$TO" | grep -q '"mountpoint"'
+        setpriv --reuid=65534 --regid=65534 --clear-groups -- \
+            dd if=/dev/zero of="$TO/a.vhd.img" bs=4k count=1 conv=notrunc,fsync 2>/dev/null
+        refused cat "$TO/a.vhd.img"
+        nobody umount "$TO"
+        refused mountpoint -q "$TO"
+
+        nobody mount -o "fsname=a\,b" "$FROM" "$TO"
+        [ "$(findmnt -no SOURCE "$TO")" = "a,b" ]
+        "$FLATDISK" umount "$TO"
+        refused mountpoint -q "$TO"
+
+        "$FLATDISK" mount "$FROM" "$TO"
+        for command in umount sync status; do refused nobody $command "$TO"; done
+        mountpoint -q "$TO"
+        "$FLATDISK" umount "$TO"
+    "#;
+    let output = outcome(
+        Command::new("unshare")
+            .args(["-m", "sh", "-c", script])
+            .env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk"))
+            .env("FROM", folder.path())
+            .env("TO", point.path())
+            .env("T", scratch.path())
+            .env_remove("XDG_RUNTIME_DIR"),
+    );
+    assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
+}
+
+#[test]
+fn a_flush_that_fails_is_reported_by_close_and_by_umount() {
+    if !live::can_mount() {
+        return;
+    }
+    let small = live::MountedFs::new(Path::new("none"), &["-t", "tmpfs", "-o", "size=16m"]);
+    create(&small.path().join("a.vhdx"), "64M", &["--block-size", "1M"]);
+    let mount = Background::new(small.path(), &[]);
+    let file = writer(&mount.path().join("a.vhdx.img"));
+    file.write_all_at(&[1; 2_000_000], 0).unwrap();
+    // Room for the data there was; none is left for the log.
+    let fill = File::create(small.path().join("fill")).unwrap();
+    let mut end = 0;
+    for chunk in [1 << 20, 1 << 12] {
+        while fill.write_all_at(&vec![1; chunk], end).is_ok() {
+            end += chunk as u64;
+        }
+    }
+    let closed = nix::unistd::close(file);
+    assert_eq!(closed, Err(Errno::ENOSPC));
+    let output = outcome(flatdisk().arg("umount").arg(mount.path()));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("a.vhdx: "), "{}", stderr(&output));
+    assert!(!is_mounted(mount.path()));
+    drop(fill);
+    fs::remove_file(small.path().join("fill")).unwrap();
+    succeed(flatdisk().arg("check").arg(small.path().join("a.vhdx")));
+    small.unmount();
+}
+
+#[test]
+fn a_flat_extent_reads_the_same_with_and_without_passthrough() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    create(&folder.path().join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+    create(&folder.path().join("a.vhd"), "8M", &["--subformat", "fixed"]);
+    let mount = Mount::new(folder.path(), &[]);
+    let mut data = vec![0; 8 << 20];
+    fastrand::Rng::with_seed(3).fill(&mut data);
+    for image in ["a.vmdk", "a.vhd"] {
+        writer(&mount.flat(image)).write_all_at(&data, 0).unwrap();
+    }
+    assert!(mount.unmount().success());
+    for option in ["passthrough", "nopassthrough"] {
+        let mount = Mount::new(folder.path(), &["-o", &format!("ro,{option}")]);
+        for image in ["a.vmdk", "a.vhd"] {
+            let (first, second) = (mount.flat(image), mount.flat(image));
+            let held = File::open(&first).unwrap();
+            // To the end and not a byte further, though a fixed VHD's file is longer.
+            assert!(fs::read(&second).unwrap() == data, "{image}, {option}");
+            let mut past = [0; 16];
+            assert_eq!(held.read_at(&mut past, 8 << 20).unwrap(), 0, "{image}, {option}");
+            drop(held);
+            assert!(fs::read(&second).unwrap() == data, "{image}, {option}");
+        }
+        wait_until("images are closed", || mount.open_files(folder.path()).is_empty());
+        assert!(mount.unmount().success());
+    }
+}

@@ -19,11 +19,10 @@ pub fn start(verbose: u8) {
         _ => LevelFilter::Debug,
     };
     let mut builder = Builder::new();
-    // fuser reports every mount and every unknown request at lower levels.
-    builder.filter_level(LevelFilter::Error).filter_module("flatdisk", own);
-    if verbose > 1 {
-        builder.filter_module("fuser", LevelFilter::Debug);
-    }
+    // fuser calls it an error when a program gives up on a request before it is answered.
+    let fuser = if verbose > 1 { LevelFilter::Debug } else { LevelFilter::Off };
+    builder.filter_level(LevelFilter::Error);
+    builder.filter_module("flatdisk", own).filter_module("fuser", fuser);
     builder
         .parse_env("FLATDISK_LOG")
         .format(|out, record| {

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Parser};
 use serde::Serialize;
@@ -11,6 +12,9 @@ use super::output::{OutputArgs, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Answer, Connection, MountStatus, Request};
 use crate::fuse::mounts::{self, MountEntry};
+
+/// How long after unmounting the kernel may take to end the session.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Arguments of `flatdisk umount`.
 #[derive(Debug, Args)]
@@ -141,13 +145,31 @@ fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
         return Ok(flushed.errors);
     }
     let mut failures = flushed.errors;
-    for failure in daemon.answer()?.errors {
+    let closed = loop {
+        match daemon.answer_within(PATIENCE)? {
+            Some(closed) => break closed,
+            None if ending(&mount) => {}
+            None => {
+                let elsewhere = "unmounted here, but still in use through another mount of it, or \
+                                 in another mount namespace; not waiting for that";
+                eprintln!("flatdisk: {}: {elsewhere}", target.display());
+                return Ok(failures);
+            }
+        }
+    };
+    for failure in closed.errors {
         if !failures.contains(&failure) {
             failures.push(failure);
         }
     }
     daemon.end();
     Ok(failures)
+}
+
+/// Whether a mount's daemon is closing images because the kernel has ended the session, or is gone.
+fn ending(mount: &MountEntry) -> bool {
+    let status = Connection::to(mount).and_then(|mut daemon| daemon.ask(&Request::Status));
+    status.map_or(true, |answer| answer.status.is_none_or(|status| status.ending))
 }
 
 /// The mount that `path` lies in, by the mount table alone.

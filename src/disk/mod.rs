@@ -19,6 +19,7 @@
 //!
 //! A flush takes 2–4 and never 1, so it never waits for a writer.
 
+pub mod layers;
 mod locks;
 pub mod map;
 pub mod overlay;
@@ -109,6 +110,11 @@ impl Disk {
         self.parent.as_ref()
     }
 
+    /// Whether anything was written since the disk was opened.
+    pub fn writing(&self) -> bool {
+        self.writing.load(Ordering::Acquire)
+    }
+
     /// Table cache figures.
     pub fn cache_stats(&self) -> tables::CacheStats {
         self.map.cache_stats()
@@ -128,7 +134,8 @@ impl Disk {
     /// The host file that holds the whole disk and nothing before it, if there is one: byte `n` of
     /// the disk is byte `n` of the file, for the whole disk.
     pub fn flat_file(&self) -> Option<Arc<dyn Storage>> {
-        if self.size() == 0 || self.parent.is_some() {
+        // Where blocks are allocated one by one, asking for all of them would take long.
+        if self.size() == 0 || self.parent.is_some() || self.geometry().block_size < self.size() {
             return None;
         }
         let mut list = ExtentList::new();

@@ -10,24 +10,30 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt};
 use nix::unistd::geteuid;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::mounts::MountEntry;
+use super::mounts::{self, MountEntry};
 use super::tree::{ROOT, Tree};
 use super::{Mounted, is_master};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// Longest request or answer in bytes.
 const MAX_LINE: u64 = 16 << 20;
+
+/// How long after the mount the socket may come.
+const SOCKET_DELAY: Duration = Duration::from_secs(2);
 
 /// What a daemon can be asked.
 #[derive(Debug, Serialize, Deserialize)]
@@ -73,6 +79,8 @@ pub struct MountStatus {
     pub pid: u32,
     /// Whether nothing can be written.
     pub read_only: bool,
+    /// Whether the kernel has ended the session and images are being closed.
+    pub ending: bool,
     /// The images in use.
     pub images: Vec<ImageStatus>,
     /// What failed to reach its image.
@@ -146,6 +154,11 @@ fn receive<T: for<'a> Deserialize<'a>>(stream: &UnixStream) -> io::Result<T> {
     Ok(serde_json::from_str(&line)?)
 }
 
+/// Waits for something to read without taking it.
+fn peek(stream: &UnixStream) -> io::Result<usize> {
+    Ok(recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK)?)
+}
+
 // The daemon's side
 
 /// What the socket gives access to.
@@ -160,6 +173,8 @@ pub struct Service {
     pub source: String,
     /// Whether nothing can be written.
     pub read_only: bool,
+    /// Whether the kernel has ended the session.
+    pub ending: Arc<AtomicBool>,
 }
 
 /// A daemon's socket, removed by [`Server::finish`].
@@ -286,6 +301,7 @@ impl Service {
             source: self.source.clone(),
             pid: std::process::id(),
             read_only: self.read_only,
+            ending: self.ending.load(Ordering::Relaxed),
             images: images.collect(),
             failures: self.tree.failures(),
         }
@@ -305,7 +321,7 @@ impl Connection {
     pub fn to(mount: &MountEntry) -> Result<Self> {
         let user = mount.user.unwrap_or(0);
         let path = socket_path(user, &mount.device);
-        let failed = |e: io::Error| match e.kind() {
+        let failed = |e: &io::Error| match e.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 Error::new(ErrorKind::NotFound, "the daemon is gone").in_file(&mount.target)
             }
@@ -313,9 +329,23 @@ impl Connection {
                 let what = format!("the mount belongs to user {user}");
                 Error::new(ErrorKind::Denied, what).in_file(&mount.target)
             }
-            _ => Error::io("connect", &e).in_file(&path),
+            _ => Error::io("connect", e).in_file(&path),
         };
-        let stream = UnixStream::connect(&path).map_err(failed)?;
+        let begun = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(&path) {
+                Ok(stream) => break stream,
+                // A mount is live a moment before its socket is.
+                Err(e)
+                    if failed(&e).kind() == ErrorKind::NotFound
+                        && begun.elapsed() < SOCKET_DELAY
+                        && !mounts::is_dead(&mount.target) =>
+                {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                Err(e) => return Err(failed(&e)),
+            }
+        };
         check_dir(path.parent().unwrap_or(Path::new("/")), user)?;
         Ok(Self { stream, target: mount.target.clone() })
     }
@@ -325,6 +355,19 @@ impl Connection {
         send(&mut self.stream, request)
             .map_err(|e| Error::io("asking the daemon", &e).in_file(&self.target))?;
         self.answer()
+    }
+
+    /// Waits for an answer for a limited time; `None` if there is none yet.
+    pub fn answer_within(&mut self, time: Duration) -> Result<Option<Answer>> {
+        let limit = |time| self.stream.set_read_timeout(time);
+        limit(Some(time)).map_err(|e| Error::io("waiting for the daemon", &e))?;
+        // Only looks, so that an answer arriving in parts is not torn by the end of the time.
+        let waited = peek(&self.stream);
+        limit(None).map_err(|e| Error::io("waiting for the daemon", &e))?;
+        match waited {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            _ => self.answer().map(Some),
+        }
     }
 
     /// Waits for an answer.

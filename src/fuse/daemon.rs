@@ -13,10 +13,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{getegid, geteuid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -114,6 +116,7 @@ impl Prepared {
     /// Mounts, calls `ready` once the mount is live, and serves it to its end. Returns what failed
     /// to reach its image.
     pub fn serve(self, ready: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
+        raise_file_limit();
         let (events, ended) = mpsc::channel();
         forward_signals(events.clone())?;
         let mounted =
@@ -125,12 +128,14 @@ impl Prepared {
                 .in_file(&self.mountpoint));
         };
         set_read_ahead(&entry.device);
+        let ending = Arc::new(AtomicBool::new(false));
         let service = Service {
             tree: self.tree.clone(),
             mounted,
             mountpoint: self.mountpoint.clone(),
             source: self.source.clone(),
             read_only: self.options.read_only,
+            ending: ending.clone(),
         };
         let server = control::Server::start(&entry.device, service)
             .inspect_err(|e| log::warn!("no control socket: {e}"))
@@ -144,6 +149,7 @@ impl Prepared {
             let _ = unmount_own(&entry.device, false);
         }
         self.wait(&ended, &entry.device);
+        ending.store(true, Ordering::Relaxed);
         notify("STOPPING=1\nSTATUS=Closing images");
         drop(flusher);
         self.tree.close_all();
@@ -275,6 +281,15 @@ fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
 fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
     let started = thread::Builder::new().name(name.into()).spawn(run);
     started.map(drop).map_err(|e| Error::io("starting a thread", &e))
+}
+
+/// Every image in use takes a few files.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(e) = raised {
+        log::debug!("raising the limit of open files: {e}");
+    }
 }
 
 /// Only root may; without it reading is somewhat slower.

@@ -260,6 +260,11 @@ impl Host for HostFs {
                     Error::new(ErrorKind::Denied, "a symlink or a path that leaves the folder")
                         .hint("files named by an image must lie beside it")
                 }
+                // What opening a socket and, for writing, a directory gives.
+                Errno::ENXIO | Errno::EISDIR => Error::new(ErrorKind::Denied, "not a regular file"),
+                Errno::ENAMETOOLONG => {
+                    Error::new(ErrorKind::NotFound, "no file has a name as long as this")
+                }
                 e => Error::io("open", &e.into()),
             };
             error.in_file(&path)

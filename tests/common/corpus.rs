@@ -4,10 +4,17 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
+use flatdisk::disk::Disk;
+use flatdisk::error::Result;
+use flatdisk::formats::{self, OpenOptions};
+use flatdisk::storage::memory::{MemoryFile, MemoryHost};
+use flatdisk::storage::{Access, Host, Storage};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+use super::images::Kind;
 use super::tools;
 
 /// One image of the corpus.
@@ -60,7 +67,7 @@ pub struct Unpacked {
 
 /// Unpacks the folder of a row.
 pub fn unpack(folder: &Path, row: &Row) -> Unpacked {
-    let dir = tempfile::tempdir().expect("a temporary folder");
+    let dir = super::folder();
     let case = folder.join(row.path.parent().expect("images lie in folders"));
     for entry in fs::read_dir(&case).expect("the case is there") {
         let from = entry.expect("a readable folder").path();
@@ -74,6 +81,82 @@ pub fn unpack(folder: &Path, row: &Row) -> Unpacked {
     }
     let image = dir.path().join(row.path.file_name().expect("images have names"));
     Unpacked { dir, image }
+}
+
+/// An image of the corpus as a kind of image to write to.
+#[derive(Clone)]
+struct Foreign {
+    name: String,
+    path: PathBuf,
+    /// The image and all that lies beside it.
+    files: Arc<MemoryHost>,
+}
+
+impl Kind for Foreign {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn create(&self, host: &Arc<MemoryHost>) -> Result<()> {
+        self.files.files().iter().for_each(|file| host.insert(file.fork()));
+        Ok(())
+    }
+
+    fn open(&self, host: &Arc<dyn Host>, access: Access) -> Result<Arc<Disk>> {
+        Ok(formats::open(host, &self.path, &OpenOptions::new(access))?.disk)
+    }
+
+    fn errors(&self, host: &Arc<dyn Host>) -> Result<Vec<String>> {
+        super::images::errors(host, &self.path)
+    }
+
+    fn share(&self) -> usize {
+        16
+    }
+}
+
+/// The images of the corpus that can be written and do not hold too much for the time that a run
+/// may take; none, said aloud, without a corpus.
+pub fn kinds() -> Vec<Box<dyn Kind>> {
+    static KINDS: OnceLock<Vec<Foreign>> = OnceLock::new();
+    let kinds = KINDS.get_or_init(|| {
+        let Some(folder) = folder() else { return Vec::new() };
+        let patient = super::number("FLATDISK_CRASH_STATES", 0) > 1000;
+        let limit = if patient { 64 << 20 } else { 3 << 20 };
+        let rows: Vec<_> =
+            rows(&folder).into_iter().filter(|row| row.expected == "opens").collect();
+        let kinds = super::in_parallel(&rows, |row| writable(&folder, row, limit));
+        kinds.into_iter().flatten().collect()
+    });
+    kinds.iter().map(|kind| Box::new(kind.clone()) as Box<dyn Kind>).collect()
+}
+
+/// A row's image, if it can be written and stores less than `limit` bytes.
+fn writable(folder: &Path, row: &Row, limit: u64) -> Option<Foreign> {
+    let unpacked = unpack(folder, row);
+    let files = MemoryHost::new();
+    for entry in fs::read_dir(unpacked.dir.path()).expect("a readable folder") {
+        let path = entry.expect("a readable folder").path();
+        files.insert(load(&path));
+    }
+    let host: Arc<dyn Host> = files.clone();
+    let kind = Foreign { name: format!("corpus {}", row.id), path: unpacked.image, files };
+    let disk = kind.open(&host, Access::Write).ok()?;
+    let stored = super::crash::stored(&disk).ok()?;
+    (disk.read_only().is_none() && stored < limit).then_some(kind)
+}
+
+/// A host file in memory, its zeroes as holes.
+fn load(path: &Path) -> Arc<MemoryFile> {
+    let bytes = fs::read(path).expect("a readable file");
+    let file = MemoryFile::new(path, &[]);
+    file.set_len(bytes.len() as u64).expect("memory takes all lengths");
+    for (index, piece) in bytes.chunks(4096).enumerate() {
+        if piece.iter().any(|byte| *byte != 0) {
+            file.write_at(index as u64 * 4096, piece).expect("memory takes all writes");
+        }
+    }
+    file
 }
 
 /// SHA-256 of every file in a folder.

@@ -14,7 +14,7 @@ use flatdisk::storage::{Access, Host};
 
 use super::history::{History, Legal, SECTOR, Sectors, sector};
 use super::images::Kind;
-use super::workload::{Runner, Step, script};
+use super::workload::{Runner, Step, script, wide_script};
 
 /// Stamps of what recovery writes begin here.
 const RECOVERY_STAMP: u32 = 0x0100_0000;
@@ -68,7 +68,11 @@ fn run_once(
             .map_err(|e| format!("a threaded workload failed: {e}"))?;
     } else {
         let block = runner.disk.geometry().block_size;
-        let steps = script(&mut random, runner.disk.size(), block, 14 + round % 20);
+        let size = runner.disk.size();
+        let steps = match kind.stride() {
+            Some(stride) => wide_script(&mut random, size, stride),
+            None => script(&mut random, size, block, 14 + round % 20),
+        };
         for step in &steps {
             runner.run(step).map_err(|e| format!("{step:?} failed: {e}"))?;
         }
@@ -91,11 +95,11 @@ fn run_once(
 }
 
 /// Checks one state; the number is a seed for it.
-type Check<'c> = dyn FnMut(&CrashPoint<'_>, &[Fate], u64) -> Result<(), String> + 'c;
+pub type Check<'c> = dyn FnMut(&CrashPoint<'_>, &[Fate], u64) -> Result<(), String> + 'c;
 
 /// Calls `check` for up to `budget` distinct states of a recording. States that differ only in what
 /// was promised (`epoch` of a position) are distinct.
-fn each_state(
+pub fn each_state(
     recording: &Recording,
     random: &mut fastrand::Rng,
     budget: usize,
@@ -200,6 +204,12 @@ fn check_open(
     compare(&disk, legal).map_err(|e| format!("reading: {e}"))?;
     let found = read(&disk, legal)?;
     drop(disk);
+    let mut errors = kind.errors(&host).map_err(|e| format!("checking: {e}"))?;
+    // While a VHD's footer moves, its copy counts.
+    errors.retain(|error| !error.contains("footer"));
+    if !errors.is_empty() {
+        return Err(format!("the check after the crash finds: {}", errors.join("; ")));
+    }
     let exactly = Legal(found.iter().map(|(n, s)| (*n, vec![s.clone()])).collect());
     let history = History::new(found.clone());
     let runner = Runner::open(kind, host.clone(), recorder.clone(), history)
@@ -275,6 +285,16 @@ fn check_run(
         pos = end;
     }
     Ok(())
+}
+
+/// Bytes of a disk that are stored, as far as the files' holes tell.
+pub fn stored(disk: &Disk) -> Result<u64, String> {
+    let (mut pos, mut sum) = (0, 0);
+    while let Some(data) = disk.next_data(pos).map_err(|e| e.to_string())? {
+        sum += data.end - data.start;
+        pos = data.end;
+    }
+    Ok(sum)
 }
 
 /// All sectors of a disk that are not zeroes.

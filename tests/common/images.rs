@@ -7,10 +7,10 @@ use flatdisk::disk::Disk;
 use flatdisk::error::Result;
 use flatdisk::formats::{self, CreateSpec, OpenOptions};
 use flatdisk::storage::memory::MemoryHost;
-use flatdisk::storage::{Access, Host};
+use flatdisk::storage::{Access, Host, Storage};
 
 /// How a test makes, opens and checks images of one kind.
-pub trait Kind: Sync {
+pub trait Kind: Send + Sync {
     /// For messages.
     fn name(&self) -> String;
 
@@ -23,9 +23,14 @@ pub trait Kind: Sync {
     /// The errors that a check of the image finds.
     fn errors(&self, host: &Arc<dyn Host>) -> Result<Vec<String>>;
 
-    /// Whether nothing but payload is ever written: few crash states differ.
-    fn flat(&self) -> bool {
-        false
+    /// For disks whose tables have many pages: writes this many bytes apart change one page each.
+    fn stride(&self) -> Option<u64> {
+        None
+    }
+
+    /// How many times fewer states and faults than usual are worth looking at.
+    fn share(&self) -> usize {
+        1
     }
 }
 
@@ -39,12 +44,14 @@ pub struct Image {
     pub spec: CreateSpec,
     /// Changed by hand after creation, to get what [`CreateSpec`] cannot ask for.
     pub tweak: Option<Tweak>,
+    /// See [`Kind::stride`].
+    pub stride: Option<u64>,
 }
 
 impl Image {
     pub fn new(format: &'static str, subformat: &str, size: u64) -> Self {
         let spec = CreateSpec { subformat: Some(subformat.into()), size, ..CreateSpec::default() };
-        Self { format, spec, tweak: None }
+        Self { format, spec, tweak: None, stride: None }
     }
 
     pub fn block(mut self, bytes: u64) -> Self {
@@ -63,10 +70,17 @@ impl Image {
         self
     }
 
+    /// A disk of 150 strides, written across all of it.
+    pub fn wide(mut self, stride: u64) -> Self {
+        self.spec.size = stride * 150;
+        self.stride = Some(stride);
+        self
+    }
+
     /// Whether all of the disk is stored from the beginning.
     pub fn fixed(&self) -> bool {
         let subformat = self.spec.subformat.as_deref().unwrap_or_default();
-        matches!(subformat, "fixed" | "monolithicFlat" | "twoGbMaxExtentFlat" | "vmfs")
+        matches!(subformat, "fixed" | "monolithicFlat" | "twoGbMaxExtentFlat" | "vmfs" | "vmfsThin")
     }
 
     /// Where the image lies on a test's host.
@@ -90,6 +104,9 @@ impl Kind for Image {
         if let Some(bytes) = self.spec.logical_sector {
             name += &format!(", {bytes}-byte sectors");
         }
+        if self.stride.is_some() {
+            name += ", wide";
+        }
         if let Some((tweak, _)) = self.tweak {
             name += &format!(", {tweak}");
         }
@@ -112,8 +129,24 @@ impl Kind for Image {
         errors(host, &self.path())
     }
 
-    fn flat(&self) -> bool {
-        self.fixed() && self.format != "vhdx"
+    fn stride(&self) -> Option<u64> {
+        self.stride
+    }
+
+    fn share(&self) -> usize {
+        if self.fixed() && self.format != "vhdx" {
+            // Nothing but payload is ever written.
+            4
+        } else if self.stride.is_some() {
+            16
+        } else if self.spec.size > 1 << 30 {
+            // Each state takes long to check.
+            8
+        } else if self.tweak.is_some() {
+            2
+        } else {
+            1
+        }
     }
 }
 
@@ -143,16 +176,33 @@ pub fn small() -> Vec<Image> {
         Image::new("vhdx", "fixed", 4 * MIB).block(MIB).sector(512),
         Image::new("vmdk", "monolithicSparse", 40 * MIB + 5 * SECTOR),
         Image::new("vmdk", "twoGbMaxExtentSparse", 2047 * MIB + 300 * SECTOR),
-        Image::new("vmdk", "vmfsSparse", 5 * MIB + 3 * SECTOR),
         Image::new("vmdk", "monolithicFlat", MIB + SECTOR),
         Image::new("vmdk", "twoGbMaxExtentFlat", 2047 * MIB + SECTOR),
         Image::new("vmdk", "vmfs", MIB),
+        Image::new("vmdk", "vmfsThin", MIB),
     ];
-    images.push(
-        Image::new("vmdk", "monolithicSparse", 40 * MIB)
-            .tweaked("zeroed grains", super::children::allow_zeroed_grains),
-    );
+    let vhd = Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2);
+    let vhdx = Image::new("vhdx", "dynamic", 3 * MIB).block(MIB).sector(512);
+    let vmdk = Image::new("vmdk", "monolithicSparse", 40 * MIB);
+    images.extend([
+        vhd.clone().tweaked("footer lost", |host| ruin(host, |len| len - 512)),
+        vhd.tweaked("copy of the footer lost", |host| ruin(host, |_| 0)),
+        vhdx.clone().tweaked("first header lost", |host| ruin(host, |_| 64 << 10)),
+        vhdx.clone().tweaked("second header lost", |host| ruin(host, |_| 128 << 10)),
+        vhdx.clone().tweaked("first region table lost", |host| ruin(host, |_| 192 << 10)),
+        vhdx.tweaked("second region table lost", |host| ruin(host, |_| 256 << 10)),
+        vmdk.clone().tweaked("zeroed grains", super::children::allow_zeroed_grains),
+        vmdk.tweaked("not closed cleanly", |host| super::children::poke(host, 72, &[1])),
+    ]);
     offered(images)
+}
+
+/// Overwrites the sector of the test's image whose place follows from the file's length.
+fn ruin(host: &Arc<MemoryHost>, place: fn(u64) -> u64) {
+    let files = host.files();
+    let [file] = &files[..] else { panic!("an image of one file") };
+    let len = file.len().expect("memory has lengths");
+    super::children::poke(host, place(len), &[0xdb; 512]);
 }
 
 /// Larger geometries for the suites that need no crash states.
@@ -173,16 +223,34 @@ pub fn offered(images: Vec<Image>) -> Vec<Image> {
         let subformat = image.spec.subformat.as_deref().unwrap_or_default();
         format.subformats().contains(&subformat)
     });
-    for image in missing {
-        println!("SKIPPED: the driver does not create {}", image.name());
+    static NAMED: parking_lot::Mutex<Vec<String>> = parking_lot::Mutex::new(Vec::new());
+    for name in missing.iter().map(Image::name) {
+        let mut named = NAMED.lock();
+        if !named.contains(&name) {
+            println!("SKIPPED: the driver does not create {name}");
+            named.push(name);
+        }
     }
     offered
 }
 
-/// The images of [`small`] and children of several kinds.
+/// Disks whose flushes change more pages than fit into one step of anything.
+fn wide() -> Vec<Image> {
+    offered(vec![
+        Image::new("vhd", "dynamic", 0).wide(2 << 30),
+        Image::new("vhdx", "dynamic", 0).block(MIB).sector(512).wide(512 * MIB),
+        Image::new("vmdk", "monolithicSparse", 0).wide(32 * MIB),
+    ])
+}
+
+/// The images of [`small`], wide ones, and children of several kinds.
 pub fn all_small() -> Vec<Box<dyn Kind>> {
+    let images = small().into_iter().chain(wide());
     let mut kinds: Vec<Box<dyn Kind>> =
-        small().into_iter().map(|image| Box::new(image) as Box<dyn Kind>).collect();
+        images.map(|image| Box::new(image) as Box<dyn Kind>).collect();
     kinds.extend(super::children::all());
+    if let Ok(part) = std::env::var("FLATDISK_ONLY") {
+        kinds.retain(|kind| kind.name().contains(&part));
+    }
     kinds
 }

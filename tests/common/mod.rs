@@ -2,6 +2,7 @@
 //!
 //! - [`pattern`]: contents that say where and when they were written;
 //! - [`images`]: the kinds of image under test;
+//! - [`buffer`]: a plain buffer to hold disks against;
 //! - [`history`]: what was written when, and so what a crash may leave;
 //! - [`workload`]: seeded operations and the threads that run them;
 //! - [`crash`]: crash states checked against the history;
@@ -9,12 +10,14 @@
 //! - [`corpus`], [`tools`]: files and programs from outside.
 //!
 //! Environment: `FLATDISK_SEED` repeats a run; `FLATDISK_CRASH_STATES` and `FLATDISK_MODEL_OPS`
-//! make it longer; `FLATDISK_CORPUS` names the folder of foreign images;
+//! make it longer; `FLATDISK_ONLY` picks the kinds of image whose name has these words;
+//! `FLATDISK_CORPUS` names the folder of foreign images;
 //! `FLATDISK_REQUIRE_TOOLS=1` turns every SKIPPED into a failure.
 
 // Each test program uses its own part of this, and may panic on what it made itself.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod buffer;
 pub mod children;
 pub mod corpus;
 pub mod crash;
@@ -49,6 +52,16 @@ pub fn seed() -> u64 {
 pub fn skip(reason: impl Display) {
     assert!(number("FLATDISK_REQUIRE_TOOLS", 0) == 0, "cannot run: {reason}");
     println!("SKIPPED: {reason}");
+}
+
+/// A temporary folder, in memory where there is such a place: nothing here needs a real disk's syncs.
+pub fn folder() -> tempfile::TempDir {
+    let memory = std::path::Path::new("/dev/shm");
+    let made = match std::env::var_os("TMPDIR").is_none() && memory.is_dir() {
+        true => tempfile::tempdir_in(memory),
+        false => tempfile::tempdir(),
+    };
+    made.expect("a temporary folder")
 }
 
 /// Runs `f` for every item on as many threads as there are processors; the results in order.

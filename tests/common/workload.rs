@@ -45,6 +45,23 @@ pub fn script(random: &mut fastrand::Rng, size: u64, block: u64, count: usize) -
     (0..count).map(|_| step(random, size, block, &hot)).collect()
 }
 
+/// Writes and discards all over a disk, `stride` bytes apart, in random order, flushed at the end.
+pub fn wide_script(random: &mut fastrand::Rng, size: u64, stride: u64) -> Vec<Step> {
+    let mut places: Vec<u64> = (0..size / stride).map(|index| index * stride).collect();
+    let mut steps = Vec::new();
+    for round in 0..2 {
+        random.shuffle(&mut places);
+        for &at in &places {
+            steps.push(match round == 1 && random.u8(..3) == 0 {
+                true => Step::Discard { at, len: stride },
+                false => Step::Write { at: at + random.u64(..600), len: random.u64(1..1200) },
+            });
+        }
+        steps.push(Step::Flush);
+    }
+    steps
+}
+
 fn step(random: &mut fastrand::Rng, size: u64, block: u64, hot: &[u64]) -> Step {
     let start = hot[random.usize(..hot.len())] * block;
     let inside = |at: u64, len: u64| {

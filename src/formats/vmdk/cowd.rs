@@ -126,8 +126,13 @@ pub fn open(asked: &Asked<'_>, declared: bool) -> Result<OpenedSparse> {
 /// Writes where unused space begins. A value that is too large wastes space; one that is too small
 /// would let other programs write over grains, so it goes to disk before the tables do.
 pub fn write_free_sector(file: &dyn Storage, sector: u64) -> Result<()> {
-    let value = U32::new(u32::try_from(sector).unwrap_or(u32::MAX));
-    codec::write_all(file, FREE_SECTOR_AT, value.as_bytes(), "the COWD header")
+    let (at, value) = free_sector(sector);
+    codec::write_all(file, at, &value, "the COWD header")
+}
+
+/// Byte offset and bytes of the field that says where unused space begins.
+pub fn free_sector(sector: u64) -> (u64, [u8; 4]) {
+    (FREE_SECTOR_AT, u32::try_from(sector).unwrap_or(u32::MAX).to_le_bytes())
 }
 
 /// Fills a new extent of `capacity` sectors, durably. That of a disk without parent says cylinders,

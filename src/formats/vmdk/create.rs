@@ -217,7 +217,7 @@ impl Drop for MadeFiles<'_> {
 }
 
 /// Sectors per grain.
-fn grain(spec: &CreateSpec, sparse: bool) -> Result<u64> {
+pub fn grain(spec: &CreateSpec, sparse: bool) -> Result<u64> {
     if spec.log_size.is_some() {
         return Err(Error::invalid("a VMDK has no log"));
     }

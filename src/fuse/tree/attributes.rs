@@ -1,7 +1,8 @@
 //! Attributes: what stat(2) and getfattr(1) show.
 
+use std::ffi::OsStr;
 use std::fs::Metadata;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -10,6 +11,9 @@ use super::{Attributes, Kind, Node, ROOT, Tree, What, not_permitted};
 use crate::error::{Error, Result};
 use crate::fuse::image::stale;
 use crate::fuse::source::Place;
+
+/// What the names of all extended attributes begin with.
+const XATTR_PREFIX: &[u8] = b"user.flatdisk.";
 
 impl Tree {
     /// What stat(2) shows of a node.
@@ -145,6 +149,16 @@ impl Tree {
             xattrs.push(("user.flatdisk.damage", text(&ranges.collect::<Vec<_>>().join(" "))));
         }
         Ok(xattrs)
+    }
+
+    /// The value of one extended attribute.
+    pub fn xattr(&self, ino: u64, name: &OsStr) -> Result<Option<Vec<u8>>> {
+        // Programs ask for access lists and labels of every file they see.
+        if !name.as_bytes().starts_with(XATTR_PREFIX) {
+            return Ok(None);
+        }
+        let mut xattrs = self.xattrs(ino)?.into_iter();
+        Ok(xattrs.find(|(known, _)| name == *known).map(|(_, value)| value))
     }
 
     /// A directory of the host on whose file system `ino` lies.

@@ -1,5 +1,6 @@
 //! Names: what a directory holds, and what the user pinned to the root.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
@@ -183,11 +184,11 @@ impl Tree {
             images.map(|(name, e)| (name, folder.elsewhere(e.relative.clone()), e.identity))
         };
         // Parts of images that only the image itself names.
-        let mut parts = Vec::new();
+        let mut parts = HashSet::new();
         if listing.images.len() <= EXAMINED {
             for (_, place, _) in places() {
                 if let Ok(facts) = self.images.examine(&place) {
-                    parts.extend_from_slice(&facts.files[1..]);
+                    parts.extend(facts.files[1..].iter().cloned());
                 }
             }
         }

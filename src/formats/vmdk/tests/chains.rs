@@ -19,7 +19,7 @@ fn chain(subformat: &str, size: u64) -> (Arc<MemoryHost>, Vec<u8>) {
     base.disk.write_at(0, &model).unwrap();
     base.disk.close().unwrap();
     let base = open_with(&host, "base.vmdk", Access::Read).unwrap();
-    create_child(&*host, &at("child.vmdk"), &base).unwrap();
+    create_child(&*host, &at("child.vmdk"), &base, &formats::CreateSpec::default()).unwrap();
     (host, model)
 }
 
@@ -65,7 +65,7 @@ fn a_grandchild_shows_both_generations() {
     child.disk.write_at(0, &[1; 1000]).unwrap();
     child.disk.close().unwrap();
     let child = open_with(&host, "child.vmdk", Access::Read).unwrap();
-    create_child(&*host, &at("grandchild.vmdk"), &child).unwrap();
+    create_child(&*host, &at("grandchild.vmdk"), &child, &formats::CreateSpec::default()).unwrap();
     let image = open_rw(&host, "grandchild.vmdk");
     image.disk.write_at(500, &[2; 10]).unwrap();
     model[..1000].fill(1);

@@ -29,7 +29,8 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
         base.disk.write_at(512 * KIB + 5, &pattern).unwrap();
         base.disk.close().unwrap();
         let base = open_with(&host, "base.vmdk", Access::Read).unwrap();
-        formats::vmdk::create_child(&*host, &at("d.vmdk"), &base).unwrap();
+        formats::vmdk::create_child(&*host, &at("d.vmdk"), &base, &formats::CreateSpec::default())
+            .unwrap();
         if zeroed {
             // Version 2, flags 7.
             let file = host.file(&at("d.vmdk")).unwrap();
