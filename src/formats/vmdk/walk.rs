@@ -139,7 +139,7 @@ impl Usage {
         let mut there = None;
         for unit in units {
             if self.grains.contains(unit) {
-                there = Some("another grain");
+                there.get_or_insert("another grain");
             } else if self.metadata.contains(unit) {
                 there.get_or_insert("a table or header");
             }

@@ -27,7 +27,7 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
         base.disk.write_at(5000, &[0xba; 200_000]).unwrap();
         base.disk.close().unwrap();
         let base = open_with(&host, "base.vmdk", Access::Read).unwrap();
-        create_child(&*host, &at("d.vmdk"), &base, &crate::formats::CreateSpec::default()).unwrap();
+        create_child(&*host, &at("d.vmdk"), &base, &CreateSpec::default()).unwrap();
         shapes.push((shape, host));
     }
     shapes
