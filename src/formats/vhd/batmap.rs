@@ -29,13 +29,15 @@ pub(super) struct Batmap {
 
 impl Batmap {
     /// Looks for a batmap in the sector at `header_at`, of an image by Xen's tools with `blocks`
-    /// blocks. One that makes no sense is ignored with a warning.
+    /// blocks. One that makes no sense is ignored for reading and forbids writing: in a file that
+    /// grew it might make sense, and its place be taken.
     pub(super) fn find(
         file: &dyn Storage,
         footers: &Footers,
         header_at: u64,
         blocks: u64,
         warnings: &mut Vec<String>,
+        read_only: &mut Option<String>,
     ) -> Option<Self> {
         let footer = &footers.footer;
         let version = footer.creator_version.get();
@@ -56,7 +58,9 @@ impl Batmap {
         let map_len = u64::from(header.map_sectors.get()) * SECTOR;
         let inside = map_at.checked_add(map_len).is_some_and(|end| end <= footers.data_end);
         if !inside || map_len < blocks.div_ceil(8) || !map_at.is_multiple_of(SECTOR) {
-            warnings.push("the batmap's place or size makes no sense; it is ignored".to_owned());
+            let what = "the batmap's place or size makes no sense".to_owned();
+            warnings.push(what.clone());
+            read_only.get_or_insert(what);
             return None;
         }
         // Xen takes two MiB per bit for granted here.

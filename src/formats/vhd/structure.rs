@@ -97,6 +97,7 @@ impl Structure {
             table_at + table_size(table_entries),
             needed,
             &mut warnings,
+            &mut read_only,
         );
         let locators = Locators::read(file, &header, &mut warnings);
         let has_parent = header.parent_unique_id != [0; 16] || !locators.is_empty();
