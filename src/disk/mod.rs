@@ -245,24 +245,24 @@ impl Disk {
         if range.is_empty() {
             return Ok(());
         }
-        let in_place = {
+        let written = self.write_ready(range, data);
+        // Also after a failure: part of the data may be there for readers to see.
+        self.unflushed.store(true, Ordering::Release);
+        written
+    }
+
+    /// [`Self::write_at`] once writing has begun.
+    fn write_ready(&self, range: DiskRange, data: &[u8]) -> Result<()> {
+        {
             let _held = self.locks.shared(&range);
             let mut list = ExtentList::new();
             self.map.lookup(sectors_around(&range), &mut list)?;
-            let mapped = list.iter().all(|e| matches!(e.source, Source::File { .. }));
-            if mapped {
-                for extent in list.iter() {
-                    self.overwrite(extent, &range, data)?;
-                }
+            if list.iter().all(|e| matches!(e.source, Source::File { .. })) {
+                return list.iter().try_for_each(|extent| self.overwrite(extent, &range, data));
             }
-            mapped
-        };
-        if !in_place {
-            let _held = self.locks.exclusive(&range);
-            self.write_held(range, Content::Bytes(data))?;
         }
-        self.unflushed.store(true, Ordering::Release);
-        Ok(())
+        let _held = self.locks.exclusive(&range);
+        self.write_held(range, Content::Bytes(data))
     }
 
     /// Writes the part of `data` (which covers `range`) that falls into a mapped extent.
@@ -430,8 +430,9 @@ impl Disk {
         while pos < range.end {
             let step = pos..range.end.min((pos / STEP + 1) * STEP);
             let _held = self.locks.exclusive(&step);
-            self.discard_held(&step)?;
+            let discarded = self.discard_held(&step);
             self.unflushed.store(true, Ordering::Release);
+            discarded?;
             pos = step.end;
         }
         Ok(())

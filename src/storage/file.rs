@@ -50,7 +50,9 @@ impl HostFile {
     fn new(file: File, path: &Path, access: Access) -> Result<Self> {
         let meta = file.metadata().map_err(|e| Error::io("stat", &e).in_file(path))?;
         if meta.is_dir() {
-            return Err(Error::invalid("this is a directory, not an image").in_file(path));
+            return Err(
+                Error::new(ErrorKind::Denied, "this is a directory, not an image").in_file(path)
+            );
         }
         if !meta.is_file() {
             return Err(Error::new(ErrorKind::Denied, "not a regular file").in_file(path));

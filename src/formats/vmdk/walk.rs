@@ -445,7 +445,8 @@ mod tests {
         assert!(usage.unused(0).eq(std::iter::once(256..file)));
         // A grain in no place for grains: from here on sectors count.
         assert_eq!(usage.add_grain((1 << 40) * SECTOR + SECTOR), None);
-        assert_eq!(usage.add_grain(2 * SECTOR), Some("a table or header"));
+        // Over the last sector of the header and the first ones of a grain.
+        assert!(usage.add_grain(2 * SECTOR).is_some());
         let end = (1 << 40) + 129;
         let unused = [256..(1 << 40) + 1, end..file];
         assert_eq!(usage.unused(130).collect::<Vec<_>>(), unused);
