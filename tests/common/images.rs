@@ -180,6 +180,7 @@ pub fn small() -> Vec<Image> {
         Image::new("vmdk", "twoGbMaxExtentFlat", 2047 * MIB + SECTOR),
         Image::new("vmdk", "vmfs", MIB),
         Image::new("vmdk", "vmfsThin", MIB),
+        Image::new("vmdk", "vmfsSparse", 5 * MIB + 3 * SECTOR),
     ];
     let vhd = Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2);
     let vhdx = Image::new("vhdx", "dynamic", 3 * MIB).block(MIB).sector(512);
