@@ -589,3 +589,65 @@ fn users_other_than_root_mount_and_are_kept_apart() {
     );
     assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
 }
+
+#[test]
+fn a_flush_that_fails_is_reported_by_close_and_by_umount() {
+    if !live::can_mount() {
+        return;
+    }
+    let small = live::MountedFs::new(Path::new("none"), &["-t", "tmpfs", "-o", "size=16m"]);
+    create(&small.path().join("a.vhdx"), "64M", &["--block-size", "1M"]);
+    let mount = Background::new(small.path(), &[]);
+    let file = writer(&mount.path().join("a.vhdx.img"));
+    file.write_all_at(&[1; 2_000_000], 0).unwrap();
+    // Room for the data there was; none is left for the log.
+    let fill = File::create(small.path().join("fill")).unwrap();
+    let mut end = 0;
+    for chunk in [1 << 20, 1 << 12] {
+        while fill.write_all_at(&vec![1; chunk], end).is_ok() {
+            end += chunk as u64;
+        }
+    }
+    let closed = nix::unistd::close(file);
+    assert_eq!(closed, Err(Errno::ENOSPC));
+    let output = outcome(flatdisk().arg("umount").arg(mount.path()));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("a.vhdx: "), "{}", stderr(&output));
+    assert!(!is_mounted(mount.path()));
+    drop(fill);
+    fs::remove_file(small.path().join("fill")).unwrap();
+    succeed(flatdisk().arg("check").arg(small.path().join("a.vhdx")));
+    small.unmount();
+}
+
+#[test]
+fn a_flat_extent_reads_the_same_with_and_without_passthrough() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    create(&folder.path().join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+    create(&folder.path().join("a.vhd"), "8M", &["--subformat", "fixed"]);
+    let mount = Mount::new(folder.path(), &[]);
+    let mut data = vec![0; 8 << 20];
+    fastrand::Rng::with_seed(3).fill(&mut data);
+    for image in ["a.vmdk", "a.vhd"] {
+        writer(&mount.flat(image)).write_all_at(&data, 0).unwrap();
+    }
+    assert!(mount.unmount().success());
+    for option in ["passthrough", "nopassthrough"] {
+        let mount = Mount::new(folder.path(), &["-o", &format!("ro,{option}")]);
+        for image in ["a.vmdk", "a.vhd"] {
+            let (first, second) = (mount.flat(image), mount.flat(image));
+            let held = File::open(&first).unwrap();
+            // To the end and not a byte further, though a fixed VHD's file is longer.
+            assert!(fs::read(&second).unwrap() == data, "{image}, {option}");
+            let mut past = [0; 16];
+            assert_eq!(held.read_at(&mut past, 8 << 20).unwrap(), 0, "{image}, {option}");
+            drop(held);
+            assert!(fs::read(&second).unwrap() == data, "{image}, {option}");
+        }
+        wait_until("images are closed", || mount.open_files(folder.path()).is_empty());
+        assert!(mount.unmount().success());
+    }
+}

@@ -1,13 +1,18 @@
 //! `create`: making images.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::chain::ParentArgs;
 use super::output::{iec, parse_size, print_line};
 use crate::error::{Error, Result};
-use crate::formats::{self, CreateSpec};
+use crate::formats::{self, CreateSpec, Format};
+use crate::storage::Access;
 use crate::storage::file::HostFs;
+
+/// What a child has from its parent.
+const CHOSEN_BY_PARENT: [&str; 4] = ["subformat", "sector_size", "physical_sector_size", "adapter"];
 
 /// Arguments of `flatdisk create`.
 #[derive(Debug, Args)]
@@ -15,8 +20,11 @@ pub struct CreateArgs {
     /// The image to make; it must not exist.
     image: PathBuf,
     /// Size of the virtual disk, such as 64G. Suffixes are powers of 1024.
-    #[arg(long, short, value_parser = parse_size)]
-    size: u64,
+    #[arg(long, short, value_parser = parse_size, required_unless_present = "parent")]
+    size: Option<u64>,
+    /// Make a child of this image: a disk of the same contents that stores only what changes.
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = CHOSEN_BY_PARENT)]
+    parent: Option<PathBuf>,
     /// Format: vhd, vhdx or vmdk [default: by the image's extension].
     #[arg(long, short = 'O')]
     format: Option<String>,
@@ -38,6 +46,8 @@ pub struct CreateArgs {
     /// Adapter type (vmdk): ide, buslogic, lsilogic or legacyESX [default: lsilogic].
     #[arg(long)]
     adapter: Option<String>,
+    #[command(flatten)]
+    parents: ParentArgs,
     /// Print nothing on success.
     #[arg(long, short)]
     quiet: bool,
@@ -46,20 +56,24 @@ pub struct CreateArgs {
 /// Makes a new image.
 pub fn create(args: &CreateArgs) -> Result<u8> {
     let format = match &args.format {
-        Some(name) => formats::by_name(name)?,
-        None => formats::by_extension(&args.image).ok_or_else(|| {
-            Error::invalid("the extension says no format").in_file(&args.image).hint("use --format")
-        })?,
+        Some(name) => Some(formats::by_name(name)?),
+        None => formats::by_extension(&args.image),
     };
     let spec = CreateSpec {
         subformat: args.subformat.clone(),
-        size: args.size,
+        size: args.size.unwrap_or(0),
         block_size: args.block_size,
         logical_sector: args.sector_size,
         physical_sector: args.physical_sector_size,
         log_size: args.log_size,
         adapter: args.adapter.clone(),
     };
+    if let Some(parent) = &args.parent {
+        return create_child(args, format, parent, &spec);
+    }
+    let format = format.ok_or_else(|| {
+        Error::invalid("the extension says no format").in_file(&args.image).hint("use --format")
+    })?;
     formats::create(format, &HostFs, &args.image, &spec)?;
     if !args.quiet {
         let subformat = spec.subformat.as_deref().or(format.subformats().first().copied());
@@ -68,7 +82,37 @@ pub fn create(args: &CreateArgs) -> Result<u8> {
             args.image.display(),
             format.name().to_uppercase(),
             subformat.unwrap_or_default(),
-            iec(args.size)
+            iec(spec.size)
+        ))?;
+    }
+    Ok(0)
+}
+
+/// Makes a child of the image at `parent`, which nobody may be writing to.
+fn create_child(
+    args: &CreateArgs,
+    format: Option<&'static dyn Format>,
+    parent: &Path,
+    spec: &CreateSpec,
+) -> Result<u8> {
+    let parent = formats::open(&HostFs::shared(), parent, &args.parents.options(Access::Read))?;
+    let size = parent.disk.size();
+    if args.size.is_some_and(|wanted| wanted != size) {
+        let what = format!("the parent {} has {size} bytes", parent.path.display());
+        return Err(Error::invalid(what).in_file(&args.image).hint("leave --size away"));
+    }
+    let format = match format {
+        Some(format) => format,
+        None => formats::by_name(parent.info.format)?,
+    };
+    formats::create_child(format, &HostFs, &args.image, &parent, spec)?;
+    if !args.quiet {
+        print_line(&format!(
+            "created {}: {} child of {}, {}",
+            args.image.display(),
+            format.name().to_uppercase(),
+            parent.path.display(),
+            iec(size)
         ))?;
     }
     Ok(0)

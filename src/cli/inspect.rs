@@ -1,14 +1,18 @@
-//! `info` and `check`: looking at images without changing them.
+//! `info` and `check`: looking at images. Nothing is changed unless `check` is told to repair.
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::chain::ParentArgs;
 use super::output::{OutputArgs, iec, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::{self, Finding, ImageInfo, OpenOptions, Report, Severity, open};
+use crate::formats::repair::Change;
+use crate::formats::{
+    self, Finding, ImageInfo, OpenOptions, Repair, Report, Scope, Severity, open,
+};
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
@@ -20,10 +24,9 @@ pub struct InfoArgs {
     /// Also show the image's parents, nearest first.
     #[arg(long)]
     chain: bool,
-    /// Directories besides the image's own in which parents may lie.
-    #[arg(long, value_name = "DIR")]
-    allow_parent: Vec<PathBuf>,
-    /// Read on where the image contradicts itself.
+    #[command(flatten)]
+    parents: ParentArgs,
+    /// Read on where the image contradicts itself, or its parent is missing or another.
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -45,9 +48,7 @@ struct ImageEntry {
 /// Shows what images say about themselves.
 pub fn info(args: &InfoArgs) -> Result<u8> {
     let host = HostFs::shared();
-    let mut options = OpenOptions::new(Access::Peek);
-    options.force = args.force;
-    options.allow_parent.clone_from(&args.allow_parent);
+    let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek) };
     let mut entries = Vec::new();
     if args.chain {
         let image = formats::open(&host, &args.image, &options)?;
@@ -154,23 +155,66 @@ fn print_detail(name: &str, value: &Value, indent: usize) -> Result<()> {
 pub struct CheckArgs {
     /// The image.
     image: PathBuf,
+    /// Put right what can be rebuilt without losing data: `leaks` only gives unused space back.
+    #[arg(
+        long,
+        value_name = "WHAT",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all"
+    )]
+    repair: Option<RepairScope>,
+    /// Show what a repair would change, and change nothing.
+    #[arg(long, requires = "repair")]
+    dry_run: bool,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum RepairScope {
+    /// Unused space.
+    Leaks,
+    /// Everything that can be rebuilt.
+    All,
+}
+
+/// What `check` prints as JSON.
+#[derive(Serialize)]
+struct CheckAnswer<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    /// With `--repair`: what was changed, or would be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair: Option<RepairAnswer<'a>>,
+}
+
+#[derive(Serialize)]
+struct RepairAnswer<'a> {
+    dry_run: bool,
+    /// What the check found before.
+    errors_before: u64,
+    leaks_before: u64,
+    changes: &'a [Change],
 }
 
 /// Exit status of a check that could not be completed, as in qemu-img.
 const NOT_COMPLETED: u8 = 1;
 
-/// Checks every table of an image. Exit status: 0 clean, 1 not completed, 2 errors, 3 only leaks.
+/// Checks every table of an image, and repairs it if asked to. Exit status, of the image as it is
+/// afterwards: 0 clean, 1 not completed, 2 errors, 3 only leaks.
 pub fn check(args: &CheckArgs) -> Result<u8> {
-    let host = HostFs::shared();
-    let report = match formats::check(&host, &args.image, &OpenOptions::new(Access::Read)) {
-        Ok(report) => report,
+    let done = match args.repair {
+        None => checked(args).map(|report| (report, None)),
+        Some(scope) => repaired(args, scope).map(|repair| (repair.after.clone(), Some(repair))),
+    };
+    let (report, repair) = match done {
+        Ok(done) => done,
         // An image too damaged to open was checked; anything else kept the check from happening.
         Err(e) if e.kind() == ErrorKind::Corrupt => {
             let mut report = Report::new("unknown");
             report.add(Severity::Error, e.offset(), e.what());
-            report
+            (report, None)
         }
         Err(e) => {
             log::debug!("check not completed: {e}");
@@ -179,11 +223,43 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
         }
     };
     if args.output.json() {
-        print_json(&report)?;
+        let repair = repair.as_ref().map(|repair| RepairAnswer {
+            dry_run: args.dry_run,
+            errors_before: repair.before.errors,
+            leaks_before: repair.before.leaks,
+            changes: &repair.changes,
+        });
+        print_json(&CheckAnswer { report: &report, repair })?;
     } else {
+        if let Some(repair) = &repair {
+            print_repair(args, repair)?;
+        }
         print_report(&args.image, &report)?;
     }
     Ok(report.exit_status())
+}
+
+fn checked(args: &CheckArgs) -> Result<Report> {
+    formats::check(&HostFs::shared(), &args.image, &OpenOptions::new(Access::Read))
+}
+
+fn repaired(args: &CheckArgs, scope: RepairScope) -> Result<Repair> {
+    let access = if args.dry_run { Access::Read } else { Access::Write };
+    let scope = match scope {
+        RepairScope::Leaks => Scope::Leaks,
+        RepairScope::All => Scope::All,
+    };
+    let options = OpenOptions::new(access);
+    formats::repair(&HostFs::shared(), &args.image, &options, scope, args.dry_run)
+}
+
+/// Prints what a repair changed, or would change.
+fn print_repair(args: &CheckArgs, repair: &Repair) -> Result<()> {
+    let done = if args.dry_run { "would repair" } else { "repaired" };
+    if repair.changes.is_empty() {
+        return print_line("nothing to repair");
+    }
+    repair.changes.iter().try_for_each(|change| print_line(&format!("{done}: {change}")))
 }
 
 fn print_report(image: &Path, report: &Report) -> Result<()> {

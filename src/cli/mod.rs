@@ -4,6 +4,7 @@
 //! `mount.flatdisk`, `mount.fuse.flatdisk`, `umount.flatdisk` and `umount.fuse.flatdisk`. mount.fuse3
 //! calls it `flatdisk SOURCE MOUNTPOINT -o OPTIONS`, without a command.
 
+pub mod chain;
 pub mod images;
 pub mod inspect;
 pub mod log_sink;
@@ -43,8 +44,14 @@ enum Command {
     Info(inspect::InfoArgs),
     /// Check every table of an image.
     Check(inspect::CheckArgs),
-    /// Make a new image.
+    /// Make a new image, or a child of another one.
     Create(images::CreateArgs),
+    /// List what every part of a disk is, and which image holds it.
+    Map(chain::MapArgs),
+    /// Merge a child into its parent.
+    Commit(chain::CommitArgs),
+    /// Give a child another parent.
+    Rebase(chain::RebaseArgs),
 }
 
 /// Runs the program.
@@ -99,6 +106,9 @@ fn run_command(command: &Command) -> u8 {
         Command::Info(args) => inspect::info(args),
         Command::Check(args) => inspect::check(args),
         Command::Create(args) => images::create(args),
+        Command::Map(args) => chain::map(args),
+        Command::Commit(args) => chain::commit(args),
+        Command::Rebase(args) => chain::rebase(args),
     };
     done.unwrap_or_else(|e| {
         eprintln!("flatdisk: {e}");

@@ -93,7 +93,7 @@ struct Words {
     /// Write through to the image at once [default].
     #[arg(long)]
     nowriteback: bool,
-    /// Never let the kernel read flat extents by itself.
+    /// Never let the kernel read the flat extents of a read-only mount by itself.
     #[arg(long)]
     nopassthrough: bool,
     /// What is written to a flat file vanishes when nobody has it open any more; images stay as

@@ -19,6 +19,7 @@
 //!
 //! A flush takes 2–4 and never 1, so it never waits for a writer.
 
+pub mod layers;
 mod locks;
 pub mod map;
 pub mod overlay;
@@ -109,6 +110,11 @@ impl Disk {
         self.parent.as_ref()
     }
 
+    /// Whether anything was written since the disk was opened.
+    pub fn writing(&self) -> bool {
+        self.writing.load(Ordering::Acquire)
+    }
+
     /// Table cache figures.
     pub fn cache_stats(&self) -> tables::CacheStats {
         self.map.cache_stats()
@@ -128,7 +134,8 @@ impl Disk {
     /// The host file that holds the whole disk and nothing before it, if there is one: byte `n` of
     /// the disk is byte `n` of the file, for the whole disk.
     pub fn flat_file(&self) -> Option<Arc<dyn Storage>> {
-        if self.size() == 0 || self.parent.is_some() {
+        // Where blocks are allocated one by one, asking for all of them would take long.
+        if self.size() == 0 || self.parent.is_some() || self.geometry().block_size < self.size() {
             return None;
         }
         let mut list = ExtentList::new();
@@ -238,24 +245,24 @@ impl Disk {
         if range.is_empty() {
             return Ok(());
         }
-        let in_place = {
+        let written = self.write_ready(range, data);
+        // Also after a failure: part of the data may be there for readers to see.
+        self.unflushed.store(true, Ordering::Release);
+        written
+    }
+
+    /// [`Self::write_at`] once writing has begun.
+    fn write_ready(&self, range: DiskRange, data: &[u8]) -> Result<()> {
+        {
             let _held = self.locks.shared(&range);
             let mut list = ExtentList::new();
             self.map.lookup(sectors_around(&range), &mut list)?;
-            let mapped = list.iter().all(|e| matches!(e.source, Source::File { .. }));
-            if mapped {
-                for extent in list.iter() {
-                    self.overwrite(extent, &range, data)?;
-                }
+            if list.iter().all(|e| matches!(e.source, Source::File { .. })) {
+                return list.iter().try_for_each(|extent| self.overwrite(extent, &range, data));
             }
-            mapped
-        };
-        if !in_place {
-            let _held = self.locks.exclusive(&range);
-            self.write_held(range, Content::Bytes(data))?;
         }
-        self.unflushed.store(true, Ordering::Release);
-        Ok(())
+        let _held = self.locks.exclusive(&range);
+        self.write_held(range, Content::Bytes(data))
     }
 
     /// Writes the part of `data` (which covers `range`) that falls into a mapped extent.
@@ -423,8 +430,9 @@ impl Disk {
         while pos < range.end {
             let step = pos..range.end.min((pos / STEP + 1) * STEP);
             let _held = self.locks.exclusive(&step);
-            self.discard_held(&step)?;
+            let discarded = self.discard_held(&step);
             self.unflushed.store(true, Ordering::Release);
+            discarded?;
             pos = step.end;
         }
         Ok(())

@@ -4,8 +4,10 @@
 //! drivers below implement [`BlockMap`](crate::disk::map::BlockMap) and know nothing of what is
 //! above them.
 
+pub mod chain;
 pub mod open;
 pub mod references;
+pub mod repair;
 pub mod report;
 pub mod vhd;
 pub mod vhdx;
@@ -18,8 +20,9 @@ use serde::Serialize;
 
 use crate::disk::map::{BlockMap, DiskRange};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Host, Storage};
+use crate::storage::{Access, Host, Storage};
 pub use open::{Image, OpenContext, OpenOptions, open};
+pub use repair::{Plan, Repair, Scope, repair};
 pub use report::{Finding, Report, Severity};
 
 /// Every format, in the order of probing.
@@ -71,9 +74,28 @@ pub trait Format: Sync {
     /// creation leaves is removed by the caller of [`create`].
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()>;
 
+    /// Makes a child of `parent` at `path`, as [`Self::create`] does. The guest's sizes are the
+    /// parent's; of `spec` only the block and log size count.
+    fn create_child(
+        &self,
+        host: &dyn Host,
+        path: &Path,
+        parent: &Image,
+        spec: &CreateSpec,
+    ) -> Result<()>;
+
+    /// Points the child in `file`, open for writing, at another parent, or at the same one by another
+    /// identity. Durable on return; a crash before leaves a child with the old link or the new one.
+    /// The child's own identity stays.
+    fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()>;
+
     /// Walks every structure of the image, adding what it finds to `report`. An error only means
     /// that checking could not go on; damage is a finding. Time is linear in the file's tables.
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()>;
+
+    /// Plans how to put right what a check finds wrong, as far as that can be rebuilt. Writes
+    /// nothing itself. Repairs that depend on others are planned when those were carried out.
+    fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()>;
 }
 
 /// What a format driver answers for one opened file.
@@ -99,6 +121,15 @@ pub struct ParentLink {
     pub identity: Identity,
     /// Where it may be, best guess first, as written in the child (any slash, any form).
     pub candidates: Vec<String>,
+}
+
+/// How a child is to name its parent from now on.
+#[derive(Debug, Clone, Copy)]
+pub struct NewLink<'a> {
+    /// What the parent must be.
+    pub identity: &'a Identity,
+    /// Where it is.
+    pub parent: &'a Path,
 }
 
 /// What identifies the contents that a child was made from.
@@ -240,7 +271,31 @@ pub fn create(format: &dyn Format, host: &dyn Host, path: &Path, spec: &CreateSp
     if spec.size == 0 || !spec.size.is_multiple_of(512) {
         return Err(Error::invalid(format!("size {} is not a multiple of 512", spec.size)));
     }
-    format.create(host, path, spec).map_err(|e| e.in_file(path))
+    clean_up(host, path, || format.create(host, path, spec))
+}
+
+/// Creates a child of `parent` at `path`, removing what a failed attempt left. `spec.size` does not
+/// count.
+pub fn create_child(
+    format: &dyn Format,
+    host: &dyn Host,
+    path: &Path,
+    parent: &Image,
+    spec: &CreateSpec,
+) -> Result<()> {
+    clean_up(host, path, || format.create_child(host, path, parent, spec))
+}
+
+/// Runs a creation at `path`; if it fails, no file is there that was not there before.
+fn clean_up(host: &dyn Host, path: &Path, create: impl FnOnce() -> Result<()>) -> Result<()> {
+    let existed = host.open(path, Access::Peek).is_ok();
+    create().map_err(|e| {
+        if !existed && e.kind() != ErrorKind::Exists {
+            // What is not there needs no removing.
+            let _ = host.remove(path);
+        }
+        e.in_file(path)
+    })
 }
 
 /// Checks the image at `path`.
@@ -256,7 +311,6 @@ pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::Access;
     use crate::storage::memory::MemoryHost;
 
     #[test]

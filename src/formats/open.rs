@@ -23,6 +23,10 @@ pub struct OpenOptions {
     pub force: bool,
     /// Directories besides the image's own in which parents may lie.
     pub allow_parent: Vec<PathBuf>,
+    /// What children know the image by from its first write on, instead of something new: for changes
+    /// that leave the image's contents as they are, or that its child was told about. Parents of the
+    /// image are not affected.
+    pub next_identity: Option<Identity>,
     /// Memory for tables, shared by all images of a process.
     pub budget: Arc<CacheBudget>,
 }
@@ -34,6 +38,7 @@ impl OpenOptions {
             access,
             force: false,
             allow_parent: Vec::new(),
+            next_identity: None,
             budget: CacheBudget::new(CacheBudget::DEFAULT),
         }
     }
@@ -48,6 +53,8 @@ pub struct OpenContext {
     pub access: Access,
     /// See [`OpenOptions::force`].
     pub force: bool,
+    /// See [`OpenOptions::next_identity`].
+    pub next_identity: Option<Identity>,
     /// Memory for tables.
     pub budget: Arc<CacheBudget>,
 }
@@ -55,15 +62,12 @@ pub struct OpenContext {
 impl OpenContext {
     /// A context for the image at `path`.
     pub fn new(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Self {
-        let dir = match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
         Self {
             host: host.clone(),
-            dir: dir.to_owned(),
+            dir: directory_of(path),
             access: options.access,
             force: options.force,
+            next_identity: options.next_identity.clone(),
             budget: options.budget.clone(),
         }
     }
@@ -107,7 +111,47 @@ pub struct Image {
 /// Opens the image at `path` with all its parents.
 pub fn open(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Image> {
     let file = host.open(path, options.access)?;
-    open_link(host, file, path, options, &mut Vec::new())
+    let mut links = vec![Link::open(host, file, path, options)?];
+    while let Some(wanted) = &links[links.len() - 1].opened.parent {
+        let (parent, doubt) = match find_parent(host, &links, wanted, options) {
+            Ok(Found { parent, doubt }) => (Some(parent), doubt),
+            Err(e) if options.force && e.kind() == ErrorKind::ParentMissing => (None, Some(e)),
+            Err(e) => return Err(e),
+        };
+        if let Some(doubt) = doubt {
+            log::warn!("{doubt}; reading by force");
+            let why = format!("opened by force: {}", doubt.what());
+            for link in &mut links {
+                link.read_only.get_or_insert(why.clone());
+            }
+        }
+        match parent {
+            Some(parent) => links.push(parent),
+            None => break,
+        }
+    }
+    // From the last ancestor down; recursion would need a stack as deep as the chain.
+    let mut image: Option<Box<Image>> = None;
+    for (depth, link) in links.into_iter().enumerate().rev() {
+        let not_now = match (depth, options.access) {
+            (0, Access::Write) => None,
+            (0, _) => Some("the image is open for reading".to_owned()),
+            _ => Some("the image is open as a parent".to_owned()),
+        };
+        let read_only = link.read_only.or(link.opened.read_only);
+        let below = image.as_ref().map(|parent| parent.disk.clone());
+        let disk = Disk::new(link.opened.map, below, read_only.clone().or(not_now));
+        image = Some(Box::new(Image {
+            disk: Arc::new(disk),
+            info: link.opened.info,
+            identity: link.opened.identity,
+            path: link.path,
+            read_only,
+            damage: link.opened.damage,
+            parent: image,
+        }));
+    }
+    image.map(|image| *image).ok_or_else(|| Error::invalid("an empty chain").in_file(path))
 }
 
 /// Opens the image at `path` without looking for its parents.
@@ -116,122 +160,159 @@ pub fn open_alone(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> R
     recognise(&*file)?.open(file, &OpenContext::new(host, path, options)).in_file(path)
 }
 
-/// Opens one link of a chain; `children` are the files that led here.
-fn open_link(
-    host: &Arc<dyn Host>,
-    file: Arc<dyn Storage>,
-    path: &Path,
-    options: &OpenOptions,
-    children: &mut Vec<FileIdentity>,
-) -> Result<Image> {
-    let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
-    if children.contains(&identity) {
-        return Err(Error::corrupt("the image is its own ancestor").in_file(path));
-    }
-    if children.len() >= MAX_CHAIN {
-        return Err(Error::corrupt("more than 256 generations of parents").in_file(path));
-    }
-    let format = recognise(&*file)?;
-    let ctx = OpenContext::new(host, path, options);
-    let opened: Opened = format.open(file, &ctx).in_file(path)?;
-    let mut read_only = opened.read_only;
-    let parent = match &opened.parent {
-        None => None,
-        Some(link) => {
-            children.push(identity);
-            let parent = open_parent(host, &ctx, link, options, children).in_file(path)?;
-            if !parent.identity.satisfies(&link.identity) {
-                let error = Error::new(
-                    ErrorKind::ParentMismatch,
-                    format!(
-                        "the parent {} has {}, but the image was made from {}",
-                        parent.path.display(),
-                        parent.identity,
-                        link.identity
-                    ),
-                );
-                if !options.force {
-                    return Err(error.in_file(path).hint("`-o force` reads it all the same"));
-                }
-                log::warn!("{error}; reading by force");
-                read_only = Some("the parent is not the one the image was made from".to_owned());
-            }
-            let sector = opened.map.geometry().logical_sector;
-            if parent.disk.geometry().logical_sector != sector {
-                let what = format!(
-                    "the parent has sectors of {} bytes, the image of {sector}",
-                    parent.disk.geometry().logical_sector
-                );
-                return Err(Error::corrupt(what).in_file(path));
-            }
-            Some(Box::new(parent))
-        }
-    };
-    let parent_disk = parent.as_ref().map(|p| p.disk.clone());
-    let not_now = (options.access != Access::Write).then(|| "the image is open for reading".into());
-    Ok(Image {
-        disk: Arc::new(Disk::new(opened.map, parent_disk, read_only.clone().or(not_now))),
-        info: opened.info,
-        identity: opened.identity,
-        path: path.to_owned(),
-        read_only,
-        damage: opened.damage,
-        parent,
-    })
+/// One image of a chain.
+struct Link {
+    path: PathBuf,
+    file: FileIdentity,
+    opened: Opened,
+    /// Why it must not be written, beside what the driver says.
+    read_only: Option<String>,
 }
 
-/// Finds and opens the parent of a child in `ctx`'s directory.
-fn open_parent(
-    host: &Arc<dyn Host>,
-    ctx: &OpenContext,
-    link: &ParentLink,
-    options: &OpenOptions,
-    children: &mut Vec<FileIdentity>,
-) -> Result<Image> {
-    let mut parent_options = options.clone();
-    if options.access == Access::Write {
-        parent_options.access = Access::Read;
+impl Link {
+    fn open(
+        host: &Arc<dyn Host>,
+        file: Arc<dyn Storage>,
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
+        let format = recognise(&*file)?;
+        let opened = format.open(file, &OpenContext::new(host, path, options)).in_file(path)?;
+        Ok(Self { path: path.to_owned(), file: identity, opened, read_only: None })
     }
-    let mut tried = Vec::new();
+}
+
+/// A parent that was found.
+struct Found {
+    parent: Link,
+    /// Why it should not be trusted, if it is taken by force only.
+    doubt: Option<Error>,
+}
+
+/// Finds and opens the parent of the last of `links`, looking on where a place holds another disk.
+fn find_parent(
+    host: &Arc<dyn Host>,
+    links: &[Link],
+    wanted: &ParentLink,
+    options: &OpenOptions,
+) -> Result<Found> {
+    let child = &links[links.len() - 1];
+    if links.len() >= MAX_CHAIN {
+        let what = format!("more than {MAX_CHAIN} generations of parents");
+        return Err(Error::corrupt(what).in_file(&child.path));
+    }
+    let access = if options.access == Access::Write { Access::Read } else { options.access };
+    let options = OpenOptions { access, next_identity: None, ..options.clone() };
+    let mut tried: Vec<PathBuf> = Vec::new();
     let mut denied = None;
-    for (root, name) in parent_places(ctx, link, options) {
+    let mut other: Option<Link> = None;
+    for (root, name) in parent_places(&child.path, wanted, &options.allow_parent) {
         let path = root.join(&name);
         if tried.contains(&path) {
             continue;
         }
-        match host.open_beneath(&root, &name, parent_options.access) {
-            Ok(file) => return open_link(host, file, &path, &parent_options, children),
-            Err(e) if e.kind() == ErrorKind::NotFound => tried.push(path),
+        match host.open_beneath(&root, &name, Access::Peek) {
+            // A file of the chain is told by its identity before its lock would say "in use".
+            Ok(file) => refuse_cycle(links, &*file, &path)?,
             Err(e) => {
-                denied.get_or_insert(e);
+                if e.kind() != ErrorKind::NotFound {
+                    denied.get_or_insert(e);
+                }
                 tried.push(path);
+                continue;
             }
         }
+        let file = host.open_beneath(&root, &name, access)?;
+        let link = Link::open(host, file, &path, &options)?;
+        let [below, above] = [&link, child].map(|l| l.opened.map.geometry().logical_sector);
+        if below != above {
+            let what = format!("the parent has sectors of {below} bytes, the image of {above}");
+            return Err(Error::corrupt(what).in_file(&child.path));
+        }
+        if link.opened.identity.satisfies(&wanted.identity) {
+            return Ok(Found { parent: link, doubt: None });
+        }
+        tried.push(path);
+        other.get_or_insert(link);
+    }
+    if let Some(link) = other {
+        let error = Error::new(
+            ErrorKind::ParentMismatch,
+            format!(
+                "the parent {} has {}, but the image was made from {}; tried {}",
+                link.path.display(),
+                link.opened.identity,
+                wanted.identity,
+                list(&tried)
+            ),
+        )
+        .in_file(&child.path);
+        if !options.force {
+            return Err(error.hint("`-o force` reads it all the same"));
+        }
+        return Ok(Found { parent: link, doubt: Some(error) });
     }
     if let Some(e) = denied {
         return Err(e);
     }
-    let tried: Vec<_> = tried.iter().map(|p| p.display().to_string()).collect();
-    Err(Error::new(
-        ErrorKind::ParentMissing,
-        format!("the parent with {} was not found; tried {}", link.identity, tried.join(", ")),
-    )
-    .hint("`-o allow_parent=DIR` adds a directory"))
+    let outside = outside_places(&child.path, wanted, &options.allow_parent);
+    let outside = match outside[..] {
+        [] => String::new(),
+        _ => format!("; {} lies outside the permitted directories", list(&outside)),
+    };
+    let what = format!(
+        "the parent with {} was not found; tried {}{outside}",
+        wanted.identity,
+        list(&tried)
+    );
+    Err(Error::new(ErrorKind::ParentMissing, what)
+        .in_file(&child.path)
+        .hint("`-o allow_parent=DIR` adds a directory"))
 }
 
-/// Where a parent may be: `(permitted directory, name beneath it)`, best first.
-fn parent_places(
-    ctx: &OpenContext,
+/// Refuses a parent that is already part of the chain.
+fn refuse_cycle(links: &[Link], file: &dyn Storage, path: &Path) -> Result<()> {
+    let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
+    let Some(index) = links.iter().position(|link| link.file == identity) else { return Ok(()) };
+    let child = &links[links.len() - 1];
+    let what = if index + 1 == links.len() {
+        format!("the image names itself as its parent ({})", child.opened.identity)
+    } else {
+        let (own, ancestor) = (&child.opened.identity, &links[index].opened.identity);
+        let name = path.display();
+        format!(
+            "the image with {own} names {name} with {ancestor} as its parent, which descends from it"
+        )
+    };
+    Err(Error::corrupt(what).in_file(&child.path))
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    let paths: Vec<_> = paths.iter().map(|p| p.display().to_string()).collect();
+    paths.join(", ")
+}
+
+/// A directory without symlinks, as far as the host can tell, for comparing by text.
+fn resolved(dir: &Path) -> PathBuf {
+    std::fs::canonicalize(dir).or_else(|_| std::path::absolute(dir)).unwrap_or(dir.to_owned())
+}
+
+/// Where the parent of the image at `child` may be: `(permitted directory, name beneath it)`, best
+/// first.
+pub(super) fn parent_places(
+    child: &Path,
     link: &ParentLink,
-    options: &OpenOptions,
+    allow_parent: &[PathBuf],
 ) -> Vec<(PathBuf, PathBuf)> {
+    let dir = directory_of(child);
     let mut places = Vec::new();
     for name in &link.candidates {
         if let Ok(relative) = references::beneath(name) {
-            places.push((ctx.dir.clone(), relative));
-        } else if let Some(absolute) = references::climb(&ctx.dir, name) {
-            for root in &options.allow_parent {
-                if let Ok(below) = absolute.strip_prefix(root) {
+            places.push((dir.clone(), relative));
+        } else if let Some(absolute) = references::climb(&resolved(&dir), name) {
+            for root in std::iter::once(&dir).chain(allow_parent) {
+                if let Ok(below) = absolute.strip_prefix(resolved(root)) {
                     places.push((root.clone(), below.to_owned()));
                 }
             }
@@ -239,10 +320,31 @@ fn parent_places(
     }
     for name in &link.candidates {
         if let Some(last) = references::last_component(name) {
-            for root in std::iter::once(&ctx.dir).chain(&options.allow_parent) {
+            for root in std::iter::once(&dir).chain(allow_parent) {
                 places.push((root.clone(), last.clone()));
             }
         }
     }
     places
+}
+
+/// What the image names and nothing permits to open.
+fn outside_places(child: &Path, link: &ParentLink, allow_parent: &[PathBuf]) -> Vec<PathBuf> {
+    let dir = directory_of(child);
+    let roots: Vec<_> = std::iter::once(&dir).chain(allow_parent).map(|d| resolved(d)).collect();
+    let named = link.candidates.iter().filter(|name| references::beneath(name).is_err());
+    let mut outside: Vec<_> = named
+        .filter_map(|name| references::climb(&resolved(&dir), name))
+        .filter(|path| !roots.iter().any(|root| path.starts_with(root)))
+        .collect();
+    outside.dedup();
+    outside
+}
+
+/// The directory in which a file lies.
+pub(super) fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+        _ => PathBuf::from("."),
+    }
 }

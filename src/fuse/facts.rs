@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::source::{Place, Stamp, identity};
+use super::source::{self, Place, Stamp, identity};
 use crate::disk::map::DiskRange;
 use crate::error::{Error, Result};
 use crate::formats::{self, Image, ImageInfo, OpenOptions};
@@ -229,10 +229,9 @@ impl FactsCache {
 
     /// Whether the image is known not to open; never looks.
     pub fn known_bad(&self, place: &Place) -> bool {
-        let known = self.known.lock();
-        known.by_path.get(&place.path()).is_some_and(|entry| {
-            entry.outcome.is_err() && place.stat().is_ok_and(|meta| entry.stamp == Stamp::of(&meta))
-        })
+        let bad = |entry: &Entry| entry.outcome.is_err().then_some(entry.stamp);
+        let stamp = self.known.lock().by_path.get(&place.path()).and_then(bad);
+        stamp.is_some_and(|stamp| place.stat().is_ok_and(|meta| Stamp::of(&meta) == stamp))
     }
 
     /// Holds `facts` to be true of the image until [`Self::unpin`].
@@ -255,17 +254,17 @@ impl FactsCache {
 
     /// An image, as far as any was looked at, that has the file `identity` among its parents.
     pub fn child_of(&self, identity: FileIdentity) -> Option<PathBuf> {
-        let mut known = self.known.lock();
-        let children = known.children.get(&identity)?.clone();
-        for path in children {
-            let there = known.by_path.get(&path).is_some_and(|entry| {
-                std::fs::symlink_metadata(&path)
-                    .is_ok_and(|meta| super::source::identity(&meta) == entry.stamp.identity)
-            });
-            if there {
+        let children: Vec<_> = {
+            let known = self.known.lock();
+            let paths = known.children.get(&identity)?.iter();
+            paths.filter_map(|path| Some((path.clone(), known.by_path.get(path)?.stamp))).collect()
+        };
+        for (path, stamp) in children {
+            let meta = std::fs::symlink_metadata(&path);
+            if meta.is_ok_and(|meta| source::identity(&meta) == stamp.identity) {
                 return Some(path);
             }
-            known.remove(&path);
+            self.known.lock().remove(&path);
         }
         None
     }

@@ -20,7 +20,10 @@ use fuser::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::daemon::Event;
 use super::errno::errno;
+use super::options::MountOptions;
+use super::passthrough::Passthrough;
 use super::tree::{Attributes, Kind, Tree};
 use crate::error::{Error, ErrorKind};
 
@@ -46,14 +49,22 @@ thread_local! {
 pub struct Shell {
     tree: Arc<Tree>,
     writeback: bool,
+    /// Present where the kernel may read by itself.
+    passthrough: Option<Passthrough>,
     /// Told when the kernel ended the session.
-    ended: Sender<super::daemon::Event>,
+    ended: Sender<Event>,
 }
 
 impl Shell {
     /// Serves `tree`; `ended` hears of the end of the session.
-    pub fn new(tree: Arc<Tree>, writeback: bool, ended: Sender<super::daemon::Event>) -> Self {
-        Self { tree, writeback, ended }
+    pub fn new(tree: Arc<Tree>, options: &MountOptions, ended: Sender<Event>) -> Self {
+        let passthrough = options.passthrough && options.read_only;
+        Self {
+            tree,
+            writeback: options.writeback,
+            passthrough: passthrough.then(Passthrough::default),
+            ended,
+        }
     }
 }
 
@@ -127,13 +138,19 @@ impl Filesystem for Shell {
         if self.writeback && config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE).is_err() {
             log::warn!("the kernel has no write-back cache; writing through");
         }
+        if self.passthrough.is_some() {
+            // Two levels, so that images may lie on an overlay.
+            let possible = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+                && config.set_max_stack_depth(2).is_ok();
+            self.passthrough.take_if(|_| !possible);
+        }
         let _ = config.set_max_write(MAX_REQUEST);
         let _ = config.set_max_background(MAX_BACKGROUND);
         Ok(())
     }
 
     fn destroy(&mut self) {
-        let _ = self.ended.send(super::daemon::Event::Unmounted);
+        let _ = self.ended.send(Event::Unmounted);
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -223,7 +240,13 @@ impl Filesystem for Shell {
                 // Nothing to report at the close of a file that was only read.
                 flags.set(FopenFlags::FOPEN_NOFLUSH, !write);
                 flags.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, write);
-                reply.opened(FileHandle(opened.handle), flags);
+                match &self.passthrough {
+                    Some(passthrough) => {
+                        let file = self.tree.flat_file(ino.0);
+                        passthrough.reply(reply, ino.0, opened.handle, flags, file.as_deref());
+                    }
+                    None => reply.opened(FileHandle(opened.handle), flags),
+                }
             }
             Err(e) => reply.error(failed("open", &e)),
         }
@@ -300,6 +323,9 @@ impl Filesystem for Shell {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        if let Some(passthrough) = &self.passthrough {
+            passthrough.release(ino.0);
+        }
         match self.tree.release(ino.0, fh.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("release", &e)),

@@ -26,6 +26,7 @@ use std::fs::Metadata;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -45,6 +46,8 @@ pub struct ImageFile {
     pub identity: FileIdentity,
     opens: Mutex<Opens>,
     current: RwLock<Option<OpenImage>>,
+    /// Files open, or being opened or closed: for those who must not wait for that.
+    users: AtomicU32,
     /// The last metadata seen, for a file that was deleted while open.
     last: Mutex<Option<Metadata>>,
 }
@@ -87,6 +90,7 @@ impl ImageFile {
             identity,
             opens: Mutex::default(),
             current: RwLock::default(),
+            users: AtomicU32::new(0),
             last: Mutex::default(),
         }
     }
@@ -94,6 +98,20 @@ impl ImageFile {
     /// Takes part in an open(2) and says whether the kernel's cached pages are still good.
     /// `may_write` has the last word on writing.
     pub fn open(
+        &self,
+        images: &FactsCache,
+        write: bool,
+        may_write: impl FnOnce(&Facts) -> Result<()>,
+    ) -> Result<bool> {
+        self.users.fetch_add(1, Ordering::Relaxed);
+        let opened = self.open_counted(images, write, may_write);
+        if opened.is_err() {
+            self.users.fetch_sub(1, Ordering::Relaxed);
+        }
+        opened
+    }
+
+    fn open_counted(
         &self,
         images: &FactsCache,
         write: bool,
@@ -196,6 +214,12 @@ impl ImageFile {
 
     /// Takes part in the release of a file. The error is that of the image's last flush.
     pub fn release(&self, images: &FactsCache, write: bool) -> Result<()> {
+        let released = self.release_counted(images, write);
+        self.users.fetch_sub(1, Ordering::Relaxed);
+        released
+    }
+
+    fn release_counted(&self, images: &FactsCache, write: bool) -> Result<()> {
         let mut opens = self.opens.lock();
         let count = if write { &mut opens.writers } else { &mut opens.readers };
         *count = count.saturating_sub(1);
@@ -287,10 +311,9 @@ impl ImageFile {
         }
     }
 
-    /// Whether anybody has the file open.
+    /// Whether anybody has the file open, or is opening or closing it. Never waits.
     pub fn in_use(&self) -> bool {
-        let opens = self.opens.lock();
-        opens.readers + opens.writers > 0
+        self.users.load(Ordering::Relaxed) > 0
     }
 
     /// Who uses the image, and what its cache did.

@@ -6,6 +6,7 @@
 //! options     what `-o` takes
 //! mounts      the host's mount table
 //! filesystem  requests of the kernel -> tree -> replies          (fuser's types end here)
+//! passthrough flat files that the kernel reads by itself
 //! tree        names, inode numbers, attributes, handles
 //! image       one flat file: closed, open to read, open to write
 //! facts       what is known of images that are not open
@@ -27,6 +28,7 @@ mod filesystem;
 pub mod image;
 pub mod mounts;
 pub mod options;
+mod passthrough;
 pub mod source;
 pub mod tree;
 
@@ -64,7 +66,7 @@ impl Mounted {
         events: Sender<daemon::Event>,
     ) -> Result<Self> {
         let failed = |e: io::Error| mount_failed(&e).in_file(mountpoint);
-        let shell = Shell::new(tree.clone(), options.writeback, events);
+        let shell = Shell::new(tree.clone(), options, events);
         let session = Session::new(shell, mountpoint, &config(source, options)).map_err(failed)?;
         let session = session.spawn().map_err(failed)?;
         Ok(Self { session: std::mem::ManuallyDrop::new(session) })

@@ -50,7 +50,9 @@ impl HostFile {
     fn new(file: File, path: &Path, access: Access) -> Result<Self> {
         let meta = file.metadata().map_err(|e| Error::io("stat", &e).in_file(path))?;
         if meta.is_dir() {
-            return Err(Error::invalid("this is a directory, not an image").in_file(path));
+            return Err(
+                Error::new(ErrorKind::Denied, "this is a directory, not an image").in_file(path)
+            );
         }
         if !meta.is_file() {
             return Err(Error::new(ErrorKind::Denied, "not a regular file").in_file(path));
@@ -259,6 +261,11 @@ impl Host for HostFs {
                 Errno::ELOOP | Errno::EXDEV => {
                     Error::new(ErrorKind::Denied, "a symlink or a path that leaves the folder")
                         .hint("files named by an image must lie beside it")
+                }
+                // What opening a socket and, for writing, a directory gives.
+                Errno::ENXIO | Errno::EISDIR => Error::new(ErrorKind::Denied, "not a regular file"),
+                Errno::ENAMETOOLONG => {
+                    Error::new(ErrorKind::NotFound, "no file has a name as long as this")
                 }
                 e => Error::io("open", &e.into()),
             };

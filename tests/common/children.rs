@@ -57,7 +57,12 @@ impl Kind for Child {
             "vhdx" => {
                 formats::vhdx::create_child(&**host, &self.path(), &parent, &self.parent.spec)?;
             }
-            _ => formats::vmdk::create_child(&**host, &self.path(), &parent)?,
+            _ => formats::vmdk::create_child(
+                &**host,
+                &self.path(),
+                &parent,
+                &formats::CreateSpec::default(),
+            )?,
         }
         if let Some((_, tweak)) = self.tweak {
             tweak(host);

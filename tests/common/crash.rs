@@ -95,11 +95,11 @@ fn run_once(
 }
 
 /// Checks one state; the number is a seed for it.
-type Check<'c> = dyn FnMut(&CrashPoint<'_>, &[Fate], u64) -> Result<(), String> + 'c;
+pub type Check<'c> = dyn FnMut(&CrashPoint<'_>, &[Fate], u64) -> Result<(), String> + 'c;
 
 /// Calls `check` for up to `budget` distinct states of a recording. States that differ only in what
 /// was promised (`epoch` of a position) are distinct.
-fn each_state(
+pub fn each_state(
     recording: &Recording,
     random: &mut fastrand::Rng,
     budget: usize,

@@ -91,9 +91,20 @@ impl Batmap {
 
     /// Writes map and header.
     pub(super) fn write(&self, file: &dyn Storage, bytes: &[u8]) -> Result<()> {
-        let header = BatmapHeader { checksum: self.checksum(bytes).into(), ..self.header };
         codec::write_all(file, self.header.map_offset.get(), bytes, "the batmap")?;
-        codec::write_all(file, self.header_at, header.as_bytes(), "the batmap's header")
+        let (at, header) = self.header_for(bytes);
+        codec::write_all(file, at, header.as_bytes(), "the batmap's header")
+    }
+
+    /// Byte offset of the map.
+    pub(super) fn map_at(&self) -> u64 {
+        self.header.map_offset.get()
+    }
+
+    /// The header that belongs to a map of these bytes, and its offset.
+    pub(super) fn header_for(&self, bytes: &[u8]) -> (u64, BatmapHeader) {
+        let header = BatmapHeader { checksum: self.checksum(bytes).into(), ..self.header };
+        (self.header_at, header)
     }
 
     /// An error about the header's place.
@@ -103,7 +114,7 @@ impl Batmap {
 }
 
 /// The bits of a batmap in memory.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Bits {
     bytes: Vec<u8>,
     /// Changed since last written.
@@ -122,6 +133,12 @@ impl Bits {
             self.bytes[(block / 8) as usize] &= !(0x80 >> (block % 8));
             self.changed = true;
         }
+    }
+
+    /// Sets the block's bit.
+    pub(super) fn set(&mut self, block: u64) {
+        self.bytes[(block / 8) as usize] |= 0x80 >> (block % 8);
+        self.changed = true;
     }
 
     /// Clears all bits.

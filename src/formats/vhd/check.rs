@@ -8,7 +8,7 @@ use super::structure::Structure;
 use super::survey::Survey;
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::{Report, Severity};
+use crate::formats::{Report, Severity, repair};
 use crate::storage::Storage;
 
 /// Bytes of a block's data compared with zero at once.
@@ -130,8 +130,11 @@ fn check_blocks(
     let stride = structure.stride();
     let (gaps, end) = survey.gaps(structure, stride);
     for gap in gaps {
-        let len = gap.end - gap.start;
-        report.leak(gap.start, len, format!("{len} bytes between blocks belong to nothing"));
+        let stored = repair::stored(file, gap.clone())?;
+        if stored > 0 {
+            let what = format!("{stored} bytes between blocks belong to nothing");
+            report.leak(gap.start, stored, what);
+        }
     }
     let tail = footers.data_end.saturating_sub(end);
     if tail >= stride {

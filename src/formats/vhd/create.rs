@@ -49,24 +49,68 @@ pub fn create_child(
     let Identity::VhdUniqueId(parent_id) = parent.identity else {
         return Err(Error::invalid("the parent of a VHD must be a VHD").in_file(&parent.path));
     };
-    let absolute = |path: &Path| {
-        std::path::absolute(path).map_err(|e| Error::io("resolving the path", &e).in_file(path))
-    };
-    let (child_path, parent_path) = (absolute(path)?, absolute(&parent.path)?);
-    let relative = relative_path(child_path.parent().unwrap_or(&child_path), &parent_path);
-    let name = windows_text(Path::new(parent_path.file_name().unwrap_or_default()))?;
-    let locators = [
-        (W2RU, codec::to_utf16(&windows_text(&relative)?, false)),
-        (W2KU, codec::to_utf16(&windows_text(&parent_path)?, false)),
-    ];
-
+    let names = ParentNames::new(host, path, &parent.path)?;
     let size = parent.disk.size();
     let mut header = new_header(size, block_size)?;
     header.parent_unique_id = parent_id;
-    header.parent_timestamp = modified(host, &parent.path).into();
-    let name = codec::to_utf16(&name, true);
-    header.parent_unicode_name[..name.len()].copy_from_slice(&name);
-    create_sparse(host, path, &new_footer(DiskType::Differencing, size), header, &locators)
+    names.put(&mut header);
+    create_sparse(host, path, &new_footer(DiskType::Differencing, size), header, &names.locators)
+}
+
+/// How a child names its parent.
+pub(super) struct ParentNames {
+    /// Platform code and data of each locator.
+    pub locators: [([u8; 4], Vec<u8>); 2],
+    name: Vec<u8>,
+    timestamp: u32,
+}
+
+impl ParentNames {
+    /// The names of `parent` for a child at `child`: from the child's directory, from the root, and
+    /// without directory.
+    pub(super) fn new(host: &dyn Host, child: &Path, parent: &Path) -> Result<Self> {
+        let absolute = |path: &Path| {
+            std::path::absolute(path).map_err(|e| Error::io("resolving the path", &e).in_file(path))
+        };
+        let (child, parent) = (absolute(child)?, absolute(parent)?);
+        let relative = relative_path(child.parent().unwrap_or(&child), &parent);
+        let name = windows_text(Path::new(parent.file_name().unwrap_or_default()))?;
+        Ok(Self {
+            locators: [
+                (W2RU, codec::to_utf16(&windows_text(&relative)?, false)),
+                (W2KU, codec::to_utf16(&windows_text(&parent)?, false)),
+            ],
+            name: codec::to_utf16(&name, true),
+            timestamp: modified(host, &parent),
+        })
+    }
+
+    /// Puts name and time into a header.
+    pub(super) fn put(&self, header: &mut DynamicHeader) {
+        header.parent_timestamp = self.timestamp.into();
+        header.parent_unicode_name = [0; 512];
+        let len = self.name.len().min(header.parent_unicode_name.len());
+        header.parent_unicode_name[..len].copy_from_slice(&self.name[..len]);
+    }
+
+    /// Places the locators in the file from byte `at` on; where they end.
+    pub(super) fn place(
+        locators: &[([u8; 4], Vec<u8>)],
+        header: &mut DynamicHeader,
+        mut at: u64,
+    ) -> u64 {
+        for ((code, data), locator) in locators.iter().zip(&mut header.parent_locators) {
+            let space = (data.len() as u64).next_multiple_of(SECTOR);
+            locator.platform_code = *code;
+            // A path is far shorter than 4 GiB.
+            locator.data_space = (space as u32).into();
+            locator.data_length = (data.len() as u32).into();
+            locator.data_offset = at.into();
+            at += space;
+        }
+        header.seal();
+        at
+    }
 }
 
 fn create_fixed(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
@@ -119,17 +163,7 @@ fn create_sparse(
 ) -> Result<()> {
     let table_at = header.table_offset.get();
     let table_end = table_at + table_size(header.max_table_entries.get().into());
-    let mut end = table_end;
-    for ((code, data), locator) in locators.iter().zip(&mut header.parent_locators) {
-        let space = (data.len() as u64).next_multiple_of(SECTOR);
-        locator.platform_code = *code;
-        // A path is far shorter than 4 GiB.
-        locator.data_space = (space as u32).into();
-        locator.data_length = (data.len() as u32).into();
-        locator.data_offset = end.into();
-        end += space;
-    }
-    header.seal();
+    let end = ParentNames::place(locators, &mut header, table_end);
 
     let file = host.create(path)?;
     let file = &*file;

@@ -9,7 +9,8 @@
 //! `layout` has the structures; `footers`, `structure`, `locators` and `batmap` read and judge them.
 //! `fixed` and `blocks` are the mappings, `differencing` is what a child adds to the latter; `bat`
 //! and `bitmaps` are the cached tables and `space` hands out room in the file. `survey` walks the
-//! whole BAT, before the first write and for a check.
+//! whole BAT, before the first write and for a check. `repair` rebuilds what is there twice or follows
+//! from the rest.
 //!
 //! # The order of writes
 //!
@@ -41,6 +42,10 @@
 //!
 //! Closing writes the footer behind the last block, syncs, and cuts the file off there. A crash in
 //! between leaves two footers, of which the last one counts, and unused space before it.
+//!
+//! *Another parent* (`relink`): a new dynamic header and new locators go behind the trailing footer,
+//! and are synced; then a footer behind them that leads to the new header, synced; then the copy. The
+//! last footer counts, so the link changes with that one sector.
 
 mod bat;
 mod batmap;
@@ -54,6 +59,8 @@ mod footers;
 mod info;
 mod layout;
 mod locators;
+mod relink;
+mod repair;
 mod space;
 mod structure;
 mod survey;
@@ -65,7 +72,10 @@ pub use create::create_child;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, Identity, OpenContext, Opened, ParentLink, Probe, Report};
+use super::{
+    CreateSpec, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan, Probe,
+    Report,
+};
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
 use blocks::SparseMap;
@@ -115,8 +125,26 @@ impl Format for Vhd {
         create::create(host, path, spec)
     }
 
+    fn create_child(
+        &self,
+        host: &dyn Host,
+        path: &Path,
+        parent: &Image,
+        spec: &CreateSpec,
+    ) -> Result<()> {
+        create::create_child(host, path, parent, spec.block_size.or(parent.info.block_size))
+    }
+
+    fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
+        relink::relink(file, ctx, link)
+    }
+
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(&*file, ctx.force, report)
+    }
+
+    fn repair(&self, file: Arc<dyn Storage>, _: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(&file, plan)
     }
 }
 

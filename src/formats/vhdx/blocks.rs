@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use uuid::Uuid;
 
 use super::bat::{BatLayout, ENTRIES_PER_PAGE, ENTRY_BYTES, Entry, State};
 use super::bitmap;
@@ -79,6 +80,8 @@ pub(super) struct Blocks {
     pub cache: TableCache,
     /// Bytes of the file, for judging what lies in it. Grows only.
     pub file_len: AtomicU64,
+    /// `DataWriteGuid` from the first write on, if it is not to be a new one.
+    pub next_data_write: Option<Uuid>,
     /// Decisions about space; `None` before the first write.
     pub state: Mutex<Option<WriteState>>,
     /// Header and log. Held across a flush, taken before `state`.

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use super::bat::{self, BatLayout, ENTRY_BYTES, Entry, Slot, State};
 use super::headers::Header;
-use super::layout::{HEADER_OFFSETS, MIB, REGION_TABLE_OFFSETS};
+use super::layout::{HEADER_OFFSETS, REGION_TABLE_OFFSETS};
 use super::open::Parts;
 use super::regions::read_copy;
+use super::space::Space;
 use super::stock::Stock;
 use crate::codec::read_array;
 use crate::error::{Error, ErrorKind, Result};
+use crate::formats::repair::stored;
 use crate::formats::{self, OpenContext, OpenOptions, Report, Severity};
 use crate::storage::{Access, Storage};
 
@@ -144,9 +146,17 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
         let what = format!("{stale} blocks that are not stored name a place in the file");
         report.notice(region.offset, what);
     }
-    for hole in stock.finish().holes() {
-        let len = hole.end - hole.start;
-        report.leak(hole.start, len, format!("{} MiB are used by nothing", len / MIB));
+    report_leaks(parts, &stock.finish(), report)
+}
+
+/// Space that holds something and that nothing leads to. Space ahead of the next block, which every
+/// writer reserves, holds nothing.
+fn report_leaks(parts: &Parts, space: &Space, report: &mut Report) -> Result<()> {
+    for range in space.unused(parts.file_len) {
+        let stored = stored(&*parts.file, range.clone())?;
+        if stored > 0 {
+            report.leak(range.start, stored, format!("{stored} bytes are used by nothing"));
+        }
     }
     Ok(())
 }

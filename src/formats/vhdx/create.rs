@@ -13,7 +13,9 @@ use super::layout::{
     BAT_REGION, BLOCK_SIZES, FILE_SIGNATURE, HEADER_OFFSETS, LOG_SECTOR, MAX_DISK, MAX_LOG,
     METADATA_REGION, MIB, REGION_TABLE_OFFSETS, RawFileParameters,
 };
-use super::locator::{ABSOLUTE_WIN32_PATH, Locator, PARENT_LINKAGE, RELATIVE_PATH, braced};
+use super::locator::{
+    ABSOLUTE_WIN32_PATH, Locator, PARENT_LINKAGE, PARENT_LINKAGE2, RELATIVE_PATH, braced,
+};
 use super::metadata::NewMetadata;
 use super::regions::{self, Region};
 use crate::codec::{to_utf16, write_all};
@@ -65,13 +67,7 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
         return Err(Error::invalid(what).in_file(&parent.path));
     }
     let linkage = linkage.first().copied().unwrap_or_default();
-    let (relative, absolute) = parent_names(path, &parent.path)?;
-    let keys = [
-        (PARENT_LINKAGE, braced(linkage)),
-        (RELATIVE_PATH, relative),
-        (ABSOLUTE_WIN32_PATH, absolute),
-    ];
-    let locator = Locator(keys.into_iter().map(|(k, v)| (k.to_owned(), v)).collect());
+    let locator = parent_locator(path, &parent.path, &[linkage])?;
     let geometry = parent.disk.geometry();
     let disk_id = parent.info.uuid.as_deref().and_then(|id| Uuid::try_parse(id).ok());
     let metadata = NewMetadata {
@@ -81,11 +77,20 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
         disk_id: disk_id.unwrap_or_default(),
         logical_sector: geometry.logical_sector,
         physical_sector: geometry.physical_sector,
-        locator: Some(
-            locator.encode().ok_or_else(|| Error::invalid("the parent's path is too long"))?,
-        ),
+        locator: Some(locator),
     };
     NewFile::new(metadata, spec.log_size)?.write(host, path)
+}
+
+/// The encoded locator of a child at `path` whose parent must have one of `accepted`, which are one
+/// or two data-write GUIDs.
+pub(super) fn parent_locator(path: &Path, parent: &Path, accepted: &[Uuid]) -> Result<Vec<u8>> {
+    let (relative, absolute) = parent_names(path, parent)?;
+    let mut keys = vec![(RELATIVE_PATH, relative), (ABSOLUTE_WIN32_PATH, absolute)];
+    let linkages = [PARENT_LINKAGE, PARENT_LINKAGE2].into_iter().zip(accepted);
+    keys.extend(linkages.map(|(key, id)| (key, braced(*id))));
+    let locator = Locator(keys.into_iter().map(|(k, v)| (k.to_owned(), v)).collect());
+    locator.encode().ok_or_else(|| Error::invalid("the parent's path is too long"))
 }
 
 /// How the parent is named in a child at `path`, as Windows writes it: from the child's directory,

@@ -6,7 +6,7 @@
 //! | `headers`, `regions`, `metadata`, `locator` | reading and writing each of them |
 //! | `log`, `overlay` | the log, and a file as its log makes it |
 //! | `bat`, `bitmap` | block allocation table and sector bitmaps |
-//! | `open`, `create`, `check` | what [`Format`] asks for |
+//! | `open`, `create`, `check`, `repair`, `relink` | what [`Format`] asks for |
 //! | `blocks`, `writes`, `session` | the mapping, its changes, and making them durable |
 //! | `space`, `stock` | which parts of the file are in use |
 //!
@@ -44,6 +44,9 @@
 //! that no crash shows a block without the bits that belong to it. If a page cannot be put in its
 //! place for lack of space, it stays in memory, and nothing more is logged until it is.
 //!
+//! **Another parent** ([`relink`]): a session in which one log entry changes the parent locator and its
+//! place in the metadata table. `DataWriteGuid` stays, as the disk's contents do.
+//!
 //! **Closing**: a flush; one more sync, for the pages in their places; headers without log GUID;
 //! the unused end of the file is cut off. A crash leaves a log to replay, or a file that is too
 //! long.
@@ -61,6 +64,8 @@ mod metadata;
 mod open;
 mod overlay;
 mod regions;
+mod relink;
+mod repair;
 mod session;
 mod space;
 mod stock;
@@ -71,7 +76,7 @@ mod writes;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CreateSpec, Format, OpenContext, Opened, Probe, Report};
+use super::{CreateSpec, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report};
 use crate::error::Result;
 use crate::storage::{Host, Storage};
 
@@ -105,7 +110,25 @@ impl Format for Vhdx {
         create::create(host, path, spec)
     }
 
+    fn create_child(
+        &self,
+        host: &dyn Host,
+        path: &Path,
+        parent: &Image,
+        spec: &CreateSpec,
+    ) -> Result<()> {
+        create::create_child(host, path, parent, spec)
+    }
+
+    fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
+        relink::relink(file, ctx, link)
+    }
+
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(file, ctx, report)
+    }
+
+    fn repair(&self, file: Arc<dyn Storage>, _: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(&file, plan)
     }
 }

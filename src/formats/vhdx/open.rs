@@ -20,7 +20,7 @@ use super::overlay::{Overlay, ReplayedFile};
 use super::regions::Regions;
 use super::session::Session;
 use crate::disk::map::{DiskRange, Geometry};
-use crate::disk::tables::TableCache;
+use crate::disk::tables::{CacheBudget, TableCache};
 use crate::error::{Error, Result};
 use crate::formats::{Identity, ImageInfo, OpenContext, Opened, ParentLink};
 use crate::storage::{Access, Storage};
@@ -167,6 +167,27 @@ impl Parts {
         }
     }
 
+    /// The mapping. `next_data_write` is the identity that the file gets with the first write, if it
+    /// is not to be a new one.
+    pub fn into_blocks(self, budget: &Arc<CacheBudget>, next_data_write: Option<Uuid>) -> Blocks {
+        let session = Session {
+            headers: HeaderWriter::new(&self.file, &self.headers),
+            replayed: self.replayed.clone(),
+            ring: None,
+            unapplied: Vec::new(),
+            failure: None,
+        };
+        Blocks {
+            shape: self.shape(),
+            cache: TableCache::new(LOG_SECTOR as usize, budget),
+            file_len: AtomicU64::new(self.file_len),
+            files: [self.file],
+            next_data_write,
+            state: Mutex::new(None),
+            session: Mutex::new(session),
+        }
+    }
+
     /// The part of the disk whose blocks have no entry.
     fn lost(&self) -> Vec<DiskRange> {
         let entries = self.regions.bat.length / ENTRY_BYTES;
@@ -278,25 +299,15 @@ pub(super) fn open(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> 
         log::warn!("{}: {fault}; reading by force", parts.file.path().display());
     }
     let info = info(&parts, parent.as_ref());
-    let shape = parts.shape();
     let identity = Identity::VhdxDataWrite(vec![parts.headers.header().data_write]);
     let damage = parts.lost();
-    let session = Session {
-        headers: HeaderWriter::new(&parts.file, &parts.headers),
-        replayed: parts.replayed,
-        ring: None,
-        unapplied: Vec::new(),
-        failure: None,
+    let read_only = parts.read_only.clone();
+    let next = match &ctx.next_identity {
+        Some(Identity::VhdxDataWrite(ids)) => ids.first().copied(),
+        _ => None,
     };
-    let map = Blocks {
-        shape,
-        cache: TableCache::new(LOG_SECTOR as usize, &ctx.budget),
-        file_len: AtomicU64::new(parts.file_len),
-        files: [parts.file],
-        state: Mutex::new(None),
-        session: Mutex::new(session),
-    };
-    Ok(Opened { map: Box::new(map), info, identity, parent, read_only: parts.read_only, damage })
+    let map = parts.into_blocks(&ctx.budget, next);
+    Ok(Opened { map: Box::new(map), info, identity, parent, read_only, damage })
 }
 
 fn info(parts: &Parts, parent: Option<&ParentLink>) -> ImageInfo {

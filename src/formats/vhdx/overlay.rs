@@ -120,16 +120,32 @@ impl Overlay {
         if file.len().map_err(failed)? < self.len {
             file.set_len(self.len).map_err(failed)?;
         }
-        for (&start, &(end, content)) in &self.parts {
-            match content {
-                Content::Zero => file.punch_hole(start, end - start).map_err(failed)?,
-                Content::Sector(sector) => {
-                    write_all(file, start, &sector.read(file)?, "replayed table")?;
-                }
-            }
-        }
-        Ok(())
+        self.each(file, |at, replayed| match replayed {
+            Replayed::Zeroes(len) => file.punch_hole(at, len).map_err(failed),
+            Replayed::Bytes(bytes) => write_all(file, at, &bytes, "replayed table"),
+        })
     }
+
+    /// Calls `see` with the offset and new contents of every changed range.
+    fn each(
+        &self,
+        file: &dyn Storage,
+        mut see: impl FnMut(u64, Replayed) -> Result<()>,
+    ) -> Result<()> {
+        self.parts.iter().try_for_each(|(&start, &(end, content))| match content {
+            Content::Zero => see(start, Replayed::Zeroes(end - start)),
+            Content::Sector(sector) => see(start, Replayed::Bytes(sector.read(file)?.to_vec())),
+        })
+    }
+}
+
+/// New contents of a range.
+#[derive(Debug)]
+pub enum Replayed {
+    /// These bytes.
+    Bytes(Vec<u8>),
+    /// This many zeroes.
+    Zeroes(u64),
 }
 
 /// A file seen through an [`Overlay`] until that is applied.
@@ -151,6 +167,14 @@ impl ReplayedFile {
             overlay.apply(&*self.file)?;
         }
         Ok(())
+    }
+
+    /// Calls `see` with the offset and new contents of every range that the overlay changes.
+    pub fn each(&self, see: impl FnMut(u64, Replayed) -> Result<()>) -> Result<()> {
+        match &*self.overlay.read() {
+            Some(overlay) => overlay.each(&*self.file, see),
+            None => Ok(()),
+        }
     }
 
     /// Lets go of an overlay that was applied durably, so that the file can be changed.

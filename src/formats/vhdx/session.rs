@@ -119,7 +119,7 @@ impl Blocks {
             h.log_offset = at;
             h.log_length = length as u32;
             h.file_write = Uuid::new_v4();
-            h.data_write = Uuid::new_v4();
+            h.data_write = self.next_data_write.unwrap_or_else(Uuid::new_v4);
         })?;
         Ok(ring)
     }
@@ -141,6 +141,22 @@ impl Blocks {
         append(ring, &images, state.lengths())?;
         apply(self.file(), &images)?;
         // The next entry may be appended before any other sync.
+        sync_file(self.file())
+    }
+
+    /// Writes pages outside of BAT and sector bitmaps, as one step, durable on return. The session
+    /// must have begun, and nothing have been written in it.
+    pub(super) fn write_logged(&self, images: &[PageImage]) -> Result<()> {
+        let mut session = self.session.lock();
+        let lengths = self.state.lock().as_ref().map(WriteState::lengths);
+        let (Some(ring), Some(lengths)) = (&mut session.ring, lengths) else {
+            return Err(Error::invalid("the log is not in use"));
+        };
+        if images.len() > ring.max_pages() {
+            return Err(Error::invalid("the log is too small for the change"));
+        }
+        append(ring, images, lengths)?;
+        apply(self.file(), images)?;
         sync_file(self.file())
     }
 

@@ -189,6 +189,12 @@ impl Space {
         })
     }
 
+    /// All of a file of `file_len` bytes that nothing uses: [`Self::holes`] and the end.
+    pub fn unused(&self, file_len: u64) -> impl Iterator<Item = Range<u64>> + '_ {
+        let tail = self.used_end()..file_len;
+        self.holes().chain((!tail.is_empty()).then_some(tail))
+    }
+
     /// The file was cut or extended to `len` bytes by other means.
     pub fn set_file_len(&mut self, len: u64) {
         self.file_len = len;

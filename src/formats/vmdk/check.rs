@@ -1,11 +1,10 @@
 //! Checking: everything a walk of the tables finds, and what opening found odd. Writes nothing.
 
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::formats::{OpenContext, Report, Severity};
+use crate::error::{ErrorKind, Result};
+use crate::formats::{OpenContext, Report, Severity, repair};
 use crate::storage::Storage;
 
 use super::grains::{Dialect, TableCaches};
@@ -68,7 +67,7 @@ fn check_extent(extent: &SparseExtent, name: Option<PathBuf>, report: &mut Repor
         report.add_in(name.clone(), Severity::Error, Some(0), what);
     }
     for run in usage.unused(extent.overhead) {
-        let stored = stored_in(extent, run.start * SECTOR..run.end * SECTOR)?;
+        let stored = repair::stored(&*extent.file, run.start * SECTOR..run.end * SECTOR)?;
         if stored > 0 {
             report.leaked_bytes += stored;
             let what = format!("{stored} bytes that no grain table leads to");
@@ -76,21 +75,4 @@ fn check_extent(extent: &SparseExtent, name: Option<PathBuf>, report: &mut Repor
         }
     }
     Ok(())
-}
-
-/// Bytes of a part of the file that take space on the host. Freed grains are holes there, and cost
-/// nothing.
-fn stored_in(extent: &SparseExtent, part: Range<u64>) -> Result<u64> {
-    let mut stored = 0;
-    let mut pos = part.start;
-    while pos < part.end {
-        let data = extent
-            .file
-            .next_data(pos)
-            .map_err(|e| Error::io("looking for data", &e).in_file(extent.file.path()).at(pos))?;
-        let Some(data) = data else { break };
-        stored += data.end.min(part.end).saturating_sub(data.start);
-        pos = data.end;
-    }
-    Ok(stored)
 }

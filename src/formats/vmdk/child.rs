@@ -5,18 +5,18 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::formats::{Identity, Image};
+use crate::formats::{CreateSpec, Identity, Image};
 use crate::storage::Host;
 
 use super::cowd;
 use super::create::{
-    MadeFiles, NewDescriptor, base_name, file_name, split, write_sparse, write_text,
+    MadeFiles, NewDescriptor, base_name, file_name, grain, split, write_sparse, write_text,
 };
-use super::layout::{DEFAULT_GRAIN, SECTOR};
+use super::layout::SECTOR;
 
 /// Makes a child of `parent` at `path`, which does not exist. The parent is not touched; from now on
 /// it must not be written.
-pub fn create_child(host: &dyn Host, path: &Path, parent: &Image) -> Result<()> {
+pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateSpec) -> Result<()> {
     let Identity::VmdkCid(cid) = parent.identity else {
         return Err(Error::invalid("the parent of a VMDK is a VMDK"));
     };
@@ -24,6 +24,7 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image) -> Result<()> 
         return Err(Error::invalid("the parent has no CID by which a child could know it"));
     }
     let hint = hint(path, &parent.path)?;
+    let grain = grain(spec, true)?;
     let sectors = parent.disk.size() / SECTOR;
     let stem = base_name(path)?;
     let long_cid = match parent.info.details["ddb"]["longContentID"].as_str() {
@@ -45,8 +46,11 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image) -> Result<()> 
     let family = parent.info.subformat.to_ascii_lowercase();
     if family.starts_with("vmfs") || family == "sesparse" {
         let name = format!("{stem}-delta.vmdk");
+        if spec.block_size.is_some() {
+            return Err(Error::invalid("a vmfsSparse child has no block size to choose"));
+        }
         let extent = made.create(&path.with_file_name(&name))?;
-        cowd::write_new(&*extent, sectors, &name)?;
+        cowd::write_new(&*extent, sectors, &name, None)?;
         let line = format!("RW {sectors} VMFSSPARSE \"{name}\"");
         write_text(&*made.create(path)?, &text("vmfsSparse", &[line]))?;
     } else if family.contains("gbmaxextent") {
@@ -54,23 +58,27 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image) -> Result<()> 
         for (number, size) in (1..).zip(split(sectors)) {
             let name = format!("{stem}-s{number:03}.vmdk");
             let extent = made.create(&path.with_file_name(&name))?;
-            write_sparse(&*extent, size, DEFAULT_GRAIN, None)?;
+            write_sparse(&*extent, size, grain, None)?;
             lines.push(format!("RW {size} SPARSE \"{name}\""));
         }
         write_text(&*made.create(path)?, &text("twoGbMaxExtentSparse", &lines))?;
     } else {
         let line = format!("RW {sectors} SPARSE \"{}\"", file_name(path)?);
         let text = text("monolithicSparse", &[line]);
-        write_sparse(&*made.create(path)?, sectors, DEFAULT_GRAIN, Some(&text))?;
+        write_sparse(&*made.create(path)?, sectors, grain, Some(&text))?;
     }
     made.keep(path)
 }
 
 /// How the child at `path` names its parent: from its own directory on where the parent lies beneath,
 /// from the root otherwise.
-fn hint(path: &Path, parent: &Path) -> Result<String> {
+pub fn hint(path: &Path, parent: &Path) -> Result<String> {
+    let absolute = |path: &Path| {
+        std::path::absolute(path).map_err(|e| Error::io("resolving the path", &e).in_file(path))
+    };
+    let (path, parent) = (absolute(path)?, absolute(parent)?);
     let dir = path.parent().unwrap_or(Path::new(""));
-    let name = parent.strip_prefix(dir).unwrap_or(parent);
+    let name = parent.strip_prefix(dir).unwrap_or(&parent);
     match name.to_str() {
         Some(name) if !name.contains('"') && !name.chars().any(char::is_control) => {
             Ok(name.to_owned())

@@ -126,12 +126,23 @@ pub fn open(asked: &Asked<'_>, declared: bool) -> Result<OpenedSparse> {
 /// Writes where unused space begins. A value that is too large wastes space; one that is too small
 /// would let other programs write over grains, so it goes to disk before the tables do.
 pub fn write_free_sector(file: &dyn Storage, sector: u64) -> Result<()> {
-    let value = U32::new(u32::try_from(sector).unwrap_or(u32::MAX));
-    codec::write_all(file, FREE_SECTOR_AT, value.as_bytes(), "the COWD header")
+    let (at, value) = free_sector(sector);
+    codec::write_all(file, at, &value, "the COWD header")
 }
 
-/// Fills a new extent of `capacity` sectors, durably.
-pub fn write_new(file: &dyn Storage, capacity: u64, name: &str) -> Result<()> {
+/// Byte offset and bytes of the field that says where unused space begins.
+pub fn free_sector(sector: u64) -> (u64, [u8; 4]) {
+    (FREE_SECTOR_AT, u32::try_from(sector).unwrap_or(u32::MAX).to_le_bytes())
+}
+
+/// Fills a new extent of `capacity` sectors, durably. That of a disk without parent says cylinders,
+/// heads and sectors per track.
+pub fn write_new(
+    file: &dyn Storage,
+    capacity: u64,
+    name: &str,
+    chs: Option<[u64; 3]>,
+) -> Result<()> {
     const GRAIN: u64 = 1;
     let Ok(num_sectors) = u32::try_from(capacity) else {
         return Err(Error::invalid("a vmfsSparse disk has less than 2 TiB"));
@@ -147,6 +158,9 @@ pub fn write_new(file: &dyn Storage, capacity: u64, name: &str) -> Result<()> {
     header.gd_offset = (HEADER_SECTORS as u32).into();
     header.num_gd_entries = (entries as u32).into();
     header.free_sector = (free as u32).into();
+    for (number, field) in chs.into_iter().flatten().zip(header.parent_file_name.chunks_mut(4)) {
+        field.copy_from_slice(U32::new(u32::try_from(number).unwrap_or(u32::MAX)).as_bytes());
+    }
     for (to, from) in header.name[..59].iter_mut().zip(name.bytes()) {
         *to = from;
     }

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::formats::{CreateSpec, references};
 use crate::storage::{Host, Storage};
 
+use super::cowd;
 use super::descriptor::NEVER_WRITTEN;
 use super::layout::{
     DEFAULT_GRAIN, DESCRIPTOR_SECTORS, ENTRIES_PER_TABLE, FLAG_REDUNDANT, Header, MAX_GRAIN,
@@ -16,13 +17,14 @@ use super::layout::{
 };
 
 /// What can be created, the default first.
-pub const SUBFORMATS: [&str; 6] = [
+pub const SUBFORMATS: [&str; 7] = [
     "monolithicSparse",
     "monolithicFlat",
     "twoGbMaxExtentSparse",
     "twoGbMaxExtentFlat",
     "vmfs",
     "vmfsThin",
+    "vmfsSparse",
 ];
 
 const ADAPTERS: [&str; 4] = ["ide", "buslogic", "lsilogic", "legacyESX"];
@@ -48,6 +50,8 @@ enum Shape {
     SplitSparse,
     /// Raw files of limited size.
     SplitFlat,
+    /// One copy-on-write file of ESX.
+    Cowd,
 }
 
 /// The settings of a new descriptor.
@@ -104,6 +108,7 @@ pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         "twoGbMaxExtentSparse" => Shape::SplitSparse,
         "twoGbMaxExtentFlat" => Shape::SplitFlat,
         "monolithicFlat" => Shape::Flat("FLAT"),
+        "vmfsSparse" => Shape::Cowd,
         _ => Shape::Flat("VMFS"),
     };
     let sectors = spec.size / SECTOR;
@@ -125,6 +130,7 @@ pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
             Shape::Flat(_) => Ok(format!("{stem}-flat.vmdk")),
             Shape::SplitSparse => Ok(format!("{stem}-s{number:03}.vmdk")),
             Shape::SplitFlat => Ok(format!("{stem}-f{number:03}.vmdk")),
+            Shape::Cowd => Ok(format!("{stem}-delta.vmdk")),
         })
         .collect::<Result<_>>()?;
     let lines: Vec<String> = sizes
@@ -133,6 +139,7 @@ pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         .map(|(size, name)| match shape {
             Shape::Embedded | Shape::SplitSparse => format!("RW {size} SPARSE \"{name}\""),
             Shape::Flat("VMFS") => format!("RW {size} VMFS \"{name}\""),
+            Shape::Cowd => format!("RW {size} VMFSSPARSE \"{name}\""),
             Shape::Flat(_) | Shape::SplitFlat => format!("RW {size} FLAT \"{name}\" 0"),
         })
         .collect();
@@ -158,6 +165,7 @@ pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         let file = made.create(&extent)?;
         match shape {
             Shape::SplitSparse => write_sparse(&*file, *size, grain, None)?,
+            Shape::Cowd => cowd::write_new(&*file, *size, name, Some(chs(*size, false)))?,
             _ => write_flat(&*file, *size)?,
         }
     }
@@ -209,7 +217,7 @@ impl Drop for MadeFiles<'_> {
 }
 
 /// Sectors per grain.
-fn grain(spec: &CreateSpec, sparse: bool) -> Result<u64> {
+pub fn grain(spec: &CreateSpec, sparse: bool) -> Result<u64> {
     if spec.log_size.is_some() {
         return Err(Error::invalid("a VMDK has no log"));
     }

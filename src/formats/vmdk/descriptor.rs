@@ -380,30 +380,61 @@ impl Descriptor {
         &self.text
     }
 
-    /// Gives the disk a new random content id, written with as many digits as the old one so that
+    /// Gives the disk the content id `wanted`, or a new random one, written with as many digits as the old one so that
     /// no other byte of the text moves. The long form, where there is one, ends with the same
     /// digits. Without a CID the text stays as it is.
-    pub fn set_content_id(&mut self) {
+    pub fn set_content_id(&mut self, wanted: Option<u32>) {
         let (Some(old), Some(digits)) = (self.cid(), self.setting("CID").map(|s| s.at.len()))
         else {
             return;
         };
-        if digits > 8 {
+        if digits > 8 || digits == 0 || wanted == Some(old) {
             return;
         }
         let mask = u32::MAX >> (32 - 4 * digits);
-        let cid = loop {
-            let cid = fastrand::u32(..) & mask;
-            if ![old, NO_PARENT, NEVER_WRITTEN].contains(&cid) {
-                break cid;
+        let cid = wanted.filter(|cid| cid & !mask == 0).unwrap_or_else(|| {
+            loop {
+                let cid = fastrand::u32(..) & mask;
+                if ![old, NO_PARENT, NEVER_WRITTEN].contains(&cid) {
+                    break cid;
+                }
             }
-        };
+        });
         self.replace("CID", &format!("{cid:0digits$x}"));
         let long = self.setting("ddb.longContentID").map_or(0, |s| s.at.len());
         if long == 32 {
             let random = fastrand::u128(..) >> 32;
             self.replace("ddb.longContentID", &format!("{random:024x}{cid:08x}"));
         }
+    }
+
+    /// The text with another parent; everything else as it is.
+    pub fn with_parent(&self, cid: u32, hint: &str) -> Result<Vec<u8>> {
+        let utf8 = self.get("encoding").is_none_or(|e| e.to_ascii_lowercase().starts_with("utf"));
+        if !hint.is_ascii() && !utf8 {
+            return Err(Error::invalid("the descriptor's encoding cannot hold the parent's name"));
+        }
+        let cid = format!("{cid:08x}");
+        let mut changes = Vec::new();
+        for setting in &self.settings {
+            if setting.key.eq_ignore_ascii_case("parentCID") {
+                changes.push((setting.at.clone(), cid.clone()));
+            } else if setting.key.eq_ignore_ascii_case("parentFileNameHint") {
+                changes.push((setting.at.clone(), hint.to_owned()));
+            }
+        }
+        if self.get("parentFileNameHint").is_none() {
+            // A line of its own, in front of the one with the CID.
+            let at = self.setting("parentCID").map_or(0, |s| s.at.start);
+            let line = self.text[..at].iter().rposition(|b| *b == b'\n').map_or(0, |lf| lf + 1);
+            changes.push((line..line, format!("parentFileNameHint=\"{hint}\"\n")));
+        }
+        changes.sort_by_key(|(at, _)| at.start);
+        let mut text = self.text.clone();
+        for (at, value) in changes.into_iter().rev() {
+            text.splice(at, value.into_bytes());
+        }
+        Ok(text)
     }
 
     /// Replaces a value by one of the same length.
@@ -564,7 +595,7 @@ mod tests {
     #[test]
     fn a_new_content_id_moves_nothing() {
         let mut d = parse(ESX);
-        d.set_content_id();
+        d.set_content_id(None);
         let cid = d.cid().unwrap();
         assert!(cid != 0x0172_e8a4 && d.text().len() == ESX.len());
         let again = Descriptor::parse(d.text()).unwrap();
@@ -584,10 +615,10 @@ mod tests {
     #[test]
     fn a_short_content_id_stays_short() {
         let mut d = parse("version=1\nCID=fbedfc5\nparentCID=ffffffff\n");
-        d.set_content_id();
+        d.set_content_id(None);
         assert_eq!(d.get("CID").map(str::len), Some(7));
         let mut none = parse("version=1\nparentCID=ffffffff\n");
-        none.set_content_id();
+        none.set_content_id(None);
         assert_eq!(none.text(), b"version=1\nparentCID=ffffffff\n");
     }
 

@@ -75,6 +75,10 @@ pub struct RawHeader {
 }
 
 const _: () = assert!(size_of::<RawHeader>() as u64 == SECTOR);
+/// Byte offset of `rgdOffset` in the header.
+pub const RGD_AT: u64 = std::mem::offset_of!(RawHeader, rgd_offset) as u64;
+/// Byte offset of `gdOffset` in the header.
+pub const GD_AT: u64 = std::mem::offset_of!(RawHeader, gd_offset) as u64;
 const _: () = assert!(std::mem::offset_of!(RawHeader, unclean_shutdown) as u64 == UNCLEAN_AT);
 
 /// A header whose fields are in range. Whether the places it names hold what they should is for

@@ -44,8 +44,9 @@ pub struct Link {
 }
 
 /// The descriptor that a file holds.
-struct Found {
-    file: DescriptorFile,
+pub struct Found {
+    /// The descriptor.
+    pub file: DescriptorFile,
     /// The file holds the first extent too.
     is_extent: bool,
 }
@@ -123,7 +124,7 @@ fn in_extent(e: &Error, index: usize, count: usize) -> Error {
 }
 
 /// Finds the descriptor in the file that the user named.
-fn find_descriptor(file: &Arc<dyn Storage>) -> Result<Found> {
+pub fn find_descriptor(file: &Arc<dyn Storage>) -> Result<Found> {
     let failed = |e| Error::io("read", &e).in_file(file.path());
     let len = file.len().map_err(failed)?;
     let mut magic = [0; 8];

@@ -88,6 +88,7 @@ pub struct VmdkMap {
     slots: Vec<Slot>,
     pub(super) sparse: Vec<SparseExtent>,
     files: Vec<Arc<dyn Storage>>,
+    pub(super) next_cid: Option<u32>,
     /// Whether unallocated grains show a parent.
     pub(super) has_parent: bool,
     pub(super) cache: TableCaches,
@@ -109,6 +110,8 @@ pub struct Parts {
     pub has_parent: bool,
     /// The disk's sizes.
     pub geometry: Geometry,
+    /// The content id from the first write on, if it is not to be a new one.
+    pub next_cid: Option<u32>,
     /// The tables' memory.
     pub cache: TableCaches,
 }
@@ -126,6 +129,7 @@ impl VmdkMap {
             sparse: parts.sparse,
             files: parts.files.into_iter().map(|file| file as Arc<dyn Storage>).collect(),
             has_parent: parts.has_parent,
+            next_cid: parts.next_cid,
             cache: parts.cache,
             inflated: InflatedGrains::default(),
             writer: Writer::new(written, parts.descriptor),

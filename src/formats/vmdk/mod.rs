@@ -19,6 +19,9 @@
 //! 4. Closing, with all tables durable, cuts off unused space at the end, clears the unclean marks
 //!    and syncs.
 //!
+//! Another parent ([`relink`]) comes with one step: a descriptor file is replaced, an embedded descriptor
+//! is written beside the old one and the header's sector turned to it.
+//!
 //! # What a crash leaves
 //!
 //! - After 1: an unclean mark and a new content id on an unchanged disk.
@@ -46,6 +49,8 @@ mod hosted;
 mod layout;
 mod link;
 mod map;
+mod relink;
+mod repair;
 mod sesparse;
 mod space;
 mod stream;
@@ -58,7 +63,8 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::{
-    CreateSpec, Format, Identity, ImageInfo, OpenContext, Opened, ParentLink, Probe, Report,
+    CreateSpec, Format, Identity, Image, ImageInfo, NewLink, OpenContext, Opened, ParentLink, Plan,
+    Probe, Report,
 };
 use crate::disk::map::Geometry;
 use crate::error::Result;
@@ -110,6 +116,10 @@ impl Format for Vmdk {
             descriptor,
             has_parent: parent.is_some(),
             geometry,
+            next_cid: match ctx.next_identity {
+                Some(Identity::VmdkCid(cid)) => Some(cid),
+                _ => None,
+            },
             cache: TableCaches::new(&ctx.budget),
         });
         Ok(Opened { map: Box::new(map), info, identity, parent, read_only, damage })
@@ -119,8 +129,26 @@ impl Format for Vmdk {
         create::create(host, path, spec)
     }
 
+    fn create_child(
+        &self,
+        host: &dyn Host,
+        path: &Path,
+        parent: &Image,
+        spec: &CreateSpec,
+    ) -> Result<()> {
+        child::create_child(host, path, parent, spec)
+    }
+
+    fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
+        relink::relink(file, ctx, link)
+    }
+
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(file, ctx, report)
+    }
+
+    fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(file, ctx, plan)
     }
 }
 

@@ -5,6 +5,7 @@
 //! be built upon. Tables that lie in holes of the host file are not read, so the walk costs what the
 //! tables really take: at most 128 MiB of reading for each TiB of stored data, both copies.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -39,23 +40,33 @@ pub struct Problem {
     pub what: String,
 }
 
-/// A set of units of the file.
-#[derive(Debug)]
-struct Units(Vec<u64>);
+/// A set of units of the file. Takes memory for what is in it, not for the file's length: a file
+/// that is all hole may be of any length.
+#[derive(Debug, Default)]
+struct Units(BTreeMap<u64, u64>);
 
 impl Units {
-    fn new(len: u64) -> Self {
-        Self(vec![0; len.div_ceil(64) as usize])
-    }
-
     fn contains(&self, unit: u64) -> bool {
-        self.0.get((unit / 64) as usize).is_some_and(|word| word >> (unit % 64) & 1 != 0)
+        self.0.get(&(unit / 64)).is_some_and(|word| word >> (unit % 64) & 1 != 0)
     }
 
     fn insert(&mut self, unit: u64) {
-        if let Some(word) = self.0.get_mut((unit / 64) as usize) {
-            *word |= 1 << (unit % 64);
-        }
+        *self.0.entry(unit / 64).or_default() |= 1 << (unit % 64);
+    }
+
+    /// The first unit of the set at or after `from`.
+    fn next(&self, from: u64) -> Option<u64> {
+        let first = self.0.get(&(from / 64)).map(|word| word >> (from % 64) << (from % 64));
+        let (index, word) = match first {
+            Some(word) if word != 0 => (from / 64, word),
+            _ => self.0.range(from / 64 + 1..).next().map(|(index, word)| (*index, *word))?,
+        };
+        Some(index * 64 + u64::from(word.trailing_zeros()))
+    }
+
+    fn last(&self) -> Option<u64> {
+        let (index, word) = self.0.last_key_value()?;
+        Some(index * 64 + u64::from(63 - word.leading_zeros()))
     }
 }
 
@@ -79,13 +90,12 @@ pub struct Usage {
 
 impl Usage {
     fn new(grain: u64, file: u64) -> Self {
-        let units = file.div_ceil(grain);
         Self {
             unit: grain,
             grain,
             file,
-            grains: Units::new(units),
-            metadata: Units::new(units),
+            grains: Units::default(),
+            metadata: Units::default(),
             places: Vec::new(),
             allocated: 0,
         }
@@ -106,12 +116,14 @@ impl Usage {
 
     /// Goes on in sectors.
     fn refine(&mut self) {
-        let mut grains = Units::new(self.file);
-        for unit in (0..self.file.div_ceil(self.unit)).filter(|u| self.grains.contains(*u)) {
+        let mut grains = Units::default();
+        let mut next = self.grains.next(0);
+        while let Some(unit) = next {
             (unit * self.unit..(unit + 1) * self.unit).for_each(|sector| grains.insert(sector));
+            next = self.grains.next(unit + 1);
         }
         self.grains = grains;
-        self.metadata = Units::new(self.file);
+        self.metadata = Units::default();
         self.unit = 1;
         for place in std::mem::take(&mut self.places) {
             self.add_metadata(place);
@@ -119,7 +131,7 @@ impl Usage {
     }
 
     /// Counts the grain at byte `at` as in use; says what is there already.
-    fn add_grain(&mut self, at: u64) -> Option<&'static str> {
+    pub fn add_grain(&mut self, at: u64) -> Option<&'static str> {
         if !at.is_multiple_of(self.unit * SECTOR) {
             self.refine();
         }
@@ -127,7 +139,7 @@ impl Usage {
         let mut there = None;
         for unit in units {
             if self.grains.contains(unit) {
-                there = Some("another grain");
+                there.get_or_insert("another grain");
             } else if self.metadata.contains(unit) {
                 there.get_or_insert("a table or header");
             }
@@ -135,6 +147,15 @@ impl Usage {
         }
         self.allocated += 1;
         there
+    }
+
+    /// Whether a range of bytes lies inside the file and no grain and no table uses any of it.
+    pub fn is_free(&self, place: &Range<u64>) -> bool {
+        let grains = self.units(place).any(|unit| self.grains.contains(unit));
+        // Tables are all of one length, so only the last that begins before the end can reach in.
+        let before = self.places.partition_point(|other| other.start < place.end);
+        let table = self.places[..before].last().is_some_and(|other| other.end > place.start);
+        place.end <= self.file * SECTOR && !grains && !table
     }
 
     /// Runs of unused sectors at or after sector `from`.
@@ -147,19 +168,15 @@ impl Usage {
                 unit += 1;
             }
             let start = unit;
-            while unit < end && !taken(unit) {
-                unit += 1;
-            }
+            let next = [&self.grains, &self.metadata].map(|units| units.next(unit).unwrap_or(end));
+            unit = next[0].min(next[1]).min(end).max(unit);
             (start < unit).then(|| start * self.unit..(unit * self.unit).min(self.file))
         })
     }
 
     /// One past the last sector in use.
     pub fn end(&self) -> u64 {
-        let last = |units: &Units| {
-            let (index, word) = units.0.iter().enumerate().rfind(|(_, word)| **word != 0)?;
-            Some((index as u64 * 64 + u64::from(64 - word.leading_zeros())) * self.unit)
-        };
+        let last = |units: &Units| Some((units.last()? + 1) * self.unit);
         last(&self.grains).max(last(&self.metadata)).unwrap_or(0)
     }
 
@@ -219,6 +236,7 @@ pub fn walk(tables: &GrainTables, found: &mut dyn FnMut(Problem)) -> Result<Usag
         usage.add_metadata(place.clone());
     }
     let places = find_tables(tables, &mut usage, found)?;
+    usage.places.sort_unstable_by_key(|place| place.start);
     let mut primary = vec![0; tables.table_len() as usize];
     let mut redundant = primary.clone();
     let mut primary_reader = TableReader::new(&*tables.file);
@@ -411,4 +429,27 @@ pub fn renew_redundant(tables: &GrainTables) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_any_length_costs_what_is_used_of_it() {
+        let file = 1 << 50;
+        let mut usage = Usage::new(128, file);
+        usage.add_metadata(0..3 * SECTOR);
+        assert_eq!(usage.add_grain(128 * SECTOR), None);
+        assert_eq!(usage.add_grain(128 * SECTOR), Some("another grain"));
+        assert!(usage.unused(0).eq(std::iter::once(256..file)));
+        // A grain in no place for grains: from here on sectors count.
+        assert_eq!(usage.add_grain((1 << 40) * SECTOR + SECTOR), None);
+        // Over the last sector of the header and the first ones of a grain.
+        assert!(usage.add_grain(2 * SECTOR).is_some());
+        let end = (1 << 40) + 129;
+        let unused = [256..(1 << 40) + 1, end..file];
+        assert_eq!(usage.unused(130).collect::<Vec<_>>(), unused);
+        assert_eq!(usage.end(), end);
+    }
 }

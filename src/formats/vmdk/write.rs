@@ -100,7 +100,7 @@ impl VmdkMap {
             walk::renew_redundant(&sparse.tables)?;
         }
         let mut place = self.writer.descriptor.lock();
-        place.descriptor.set_content_id();
+        place.descriptor.set_content_id(self.next_cid);
         codec::write_all(&*place.file, place.at, place.descriptor.text(), "the descriptor")?;
         drop(place);
         self.sync_written()?;

@@ -1,6 +1,7 @@
 //! Open files: reading, writing, and who may.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{FIRST_HANDLE, Handle, Opened, READER, Tree, WRITER, What, not_permitted};
@@ -8,6 +9,7 @@ use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::Facts;
 use crate::fuse::image::{ImageFile, stale};
+use crate::storage::Storage;
 
 impl Tree {
     /// Opens a flat file. What it holds is never truncated.
@@ -69,6 +71,15 @@ impl Tree {
             }
         }
         self.may_write(image, facts)
+    }
+
+    /// The host file that an open image is, byte for byte and to the last byte.
+    pub fn flat_file(&self, ino: u64) -> Option<Arc<dyn Storage>> {
+        let disk_file = |disk: &Disk| {
+            let file = disk.flat_file()?;
+            (file.len().ok()? == disk.size()).then_some(file)
+        };
+        self.with_disk(ino, |disk| Ok(disk_file(disk))).ok()?
     }
 
     /// Reads into `buf` and returns how much of it the file reached.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::formats::vmdk::{cowd, create_child};
+use crate::formats::vmdk::create_child;
 use crate::formats::{Identity, ParentLink};
 
 const MIB: u64 = 1 << 20;
@@ -19,7 +19,7 @@ fn chain(subformat: &str, size: u64) -> (Arc<MemoryHost>, Vec<u8>) {
     base.disk.write_at(0, &model).unwrap();
     base.disk.close().unwrap();
     let base = open_with(&host, "base.vmdk", Access::Read).unwrap();
-    create_child(&*host, &at("child.vmdk"), &base).unwrap();
+    create_child(&*host, &at("child.vmdk"), &base, &formats::CreateSpec::default()).unwrap();
     (host, model)
 }
 
@@ -65,7 +65,7 @@ fn a_grandchild_shows_both_generations() {
     child.disk.write_at(0, &[1; 1000]).unwrap();
     child.disk.close().unwrap();
     let child = open_with(&host, "child.vmdk", Access::Read).unwrap();
-    create_child(&*host, &at("grandchild.vmdk"), &child).unwrap();
+    create_child(&*host, &at("grandchild.vmdk"), &child, &formats::CreateSpec::default()).unwrap();
     let image = open_rw(&host, "grandchild.vmdk");
     image.disk.write_at(500, &[2; 10]).unwrap();
     model[..1000].fill(1);
@@ -138,13 +138,7 @@ fn freed_grains_hide_the_parent_where_the_image_can_say_so() {
 
 /// A disk of one COWD extent without parent.
 fn cowd_disk(sectors: u64) -> Arc<MemoryHost> {
-    let host = MemoryHost::new();
-    let file = host.create(&at("d-delta.vmdk")).unwrap();
-    cowd::write_new(&*file, sectors, "d").unwrap();
-    let text = custom(&format!("RW {sectors} VMFSSPARSE \"d-delta.vmdk\""))
-        .replace("custom", "vmfsSparse");
-    add(&host, "d.vmdk", text.as_bytes());
-    host
+    created("d.vmdk", &spec("vmfsSparse", sectors * 512))
 }
 
 fn field(bytes: &[u8], at: usize) -> u32 {

@@ -1,14 +1,12 @@
 //! Images with arbitrary bytes changed, and hosts that fail: nothing may panic, loop or take memory
 //! without bound, and what fails must say so.
 
-use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicI64, Ordering};
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::formats::vmdk::cowd;
-use crate::storage::{FileIdentity, Storage};
+use crate::storage::Storage;
+use crate::storage::faulty::{Call, Fault, Faults, FaultyHost};
 
 /// How often each image is changed; more with `FLATDISK_ROUNDS`.
 fn rounds() -> u64 {
@@ -18,14 +16,11 @@ fn rounds() -> u64 {
 /// Small images of every kind, with data in them.
 fn images() -> Vec<Arc<MemoryHost>> {
     let mut images = Vec::new();
-    for subformat in ["monolithicSparse", "twoGbMaxExtentSparse", "monolithicFlat", "vmfs"] {
+    for subformat in
+        ["monolithicSparse", "twoGbMaxExtentSparse", "monolithicFlat", "vmfs", "vmfsSparse"]
+    {
         images.push(created("d.vmdk", &spec(subformat, 600_064)));
     }
-    let esx = MemoryHost::new();
-    let file = esx.create(&at("d-delta.vmdk")).unwrap();
-    cowd::write_new(&*file, 1172, "d").unwrap();
-    add(&esx, "d.vmdk", custom("RW 1172 VMFSSPARSE \"d-delta.vmdk\"").as_bytes());
-    images.push(esx);
     for host in &images {
         let image = open_rw(host, "d.vmdk");
         image.disk.write_at(100_000, &[5; 300_000]).unwrap();
@@ -84,102 +79,11 @@ fn damaged_images_never_do_more_than_fail() {
     assert!(opened > 100, "{opened}");
 }
 
-/// Counts down over all calls of a host, which fail from zero on.
-#[derive(Debug)]
-struct Fuse {
-    left: AtomicI64,
-    error: io::ErrorKind,
-}
-
-impl Fuse {
-    fn burn(&self) -> io::Result<()> {
-        match self.left.fetch_sub(1, Ordering::SeqCst) {
-            0 => Err(self.error.into()),
-            _ => Ok(()),
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Failing {
-    inner: Arc<dyn Storage>,
-    fuse: Arc<Fuse>,
-}
-
-impl Storage for Failing {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn read_at(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.inner.read_at(at, buf)
-    }
-    fn write_at(&self, at: u64, data: &[u8]) -> io::Result<()> {
-        self.fuse.burn()?;
-        self.inner.write_at(at, data)
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.fuse.burn()?;
-        self.inner.set_len(len)
-    }
-    fn punch_hole(&self, at: u64, len: u64) -> io::Result<()> {
-        self.fuse.burn()?;
-        self.inner.punch_hole(at, len)
-    }
-    fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
-        self.inner.allocate(at, len)
-    }
-    fn next_data(&self, at: u64) -> io::Result<Option<Range<u64>>> {
-        self.inner.next_data(at)
-    }
-    fn sync(&self) -> io::Result<()> {
-        self.fuse.burn()?;
-        self.inner.sync()
-    }
-    fn allocated(&self) -> io::Result<u64> {
-        self.inner.allocated()
-    }
-    fn path(&self) -> &Path {
-        self.inner.path()
-    }
-    fn writable(&self) -> bool {
-        true
-    }
-    fn identity(&self) -> io::Result<FileIdentity> {
-        self.inner.identity()
-    }
-}
-
-/// A host whose changes fail once.
-#[derive(Debug)]
-struct FailingHost {
-    inner: Arc<MemoryHost>,
-    fuse: Arc<Fuse>,
-}
-
-impl Host for FailingHost {
-    fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        let inner = self.inner.open(path, access)?;
-        Ok(Arc::new(Failing { inner, fuse: self.fuse.clone() }))
-    }
-    fn open_beneath(&self, root: &Path, name: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        self.open(&root.join(name), access)
-    }
-    fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
-        let inner = self.inner.create(path)?;
-        Ok(Arc::new(Failing { inner, fuse: self.fuse.clone() }))
-    }
-    fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
-        self.inner.replace(path, contents)
-    }
-    fn remove(&self, path: &Path) -> Result<()> {
-        self.inner.remove(path)
-    }
-    fn sync_dir(&self, dir: &Path) -> Result<()> {
-        self.inner.sync_dir(dir)
-    }
-    fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
-        self.inner.list(dir)
-    }
+/// The files of `host`, of which one change fails: the one after `skip` others.
+fn failing(host: &Arc<MemoryHost>, skip: u64, errno: i32) -> (Arc<dyn Host>, Arc<Faults>) {
+    let faults = Arc::new(Faults::default());
+    faults.inject(&Call::CHANGES, skip, Fault::Errno(errno), false);
+    (FaultyHost::over(host.clone(), &faults), faults)
 }
 
 /// Writes, frees and flushes; the sectors that a failed call may have left either way are `None`
@@ -217,15 +121,11 @@ fn assert_holds(disk: &Disk, model: &[Option<u8>], context: &str) {
 
 #[test]
 fn every_failing_call_surfaces_and_leaves_a_sound_image() {
-    for (kind, error) in
-        [(io::ErrorKind::Other, ErrorKind::Io), (io::ErrorKind::StorageFull, ErrorKind::NoSpace)]
-    {
+    for (errno, error) in [(libc::EIO, ErrorKind::Io), (libc::ENOSPC, ErrorKind::NoSpace)] {
         for sound in images() {
-            for failing in 0.. {
+            for skip in 0.. {
                 let host = copy(&sound);
-                let fuse = Arc::new(Fuse { left: AtomicI64::new(failing), error: kind });
-                let shared: Arc<dyn Host> =
-                    Arc::new(FailingHost { inner: host.clone(), fuse: fuse.clone() });
+                let (shared, faults) = failing(&host, skip, errno);
                 let image = formats::open(&shared, &at("d.vmdk"), &OpenOptions::new(Access::Write))
                     .unwrap();
                 let before = contents(&image.disk);
@@ -234,20 +134,19 @@ fn every_failing_call_surfaces_and_leaves_a_sound_image() {
                     .map(|s| Some(s[0]).filter(|first| s.iter().all(|b| b == first)))
                     .collect();
                 let mut errors = work(&image.disk, &mut model);
-                let context = format!("{kind:?} at change {failing}");
+                let context = format!("{error:?} at change {skip}");
                 assert_holds(&image.disk, &model, &context);
                 let flushed = image.disk.close();
                 let closed = flushed.is_ok();
                 errors.extend(flushed.err());
                 drop(image);
-                let burnt = fuse.left.load(Ordering::SeqCst) < 0;
                 let report = check(&host, "d.vmdk");
                 assert_eq!(report.errors, 0, "{context}: {:#?}", report.findings);
                 let image = open_rw(&host, "d.vmdk");
                 if closed {
                     assert_holds(&image.disk, &model, &context);
                 }
-                if !burnt {
+                if faults.fired() == 0 {
                     assert!(errors.is_empty() && closed);
                     break;
                 }
@@ -265,15 +164,13 @@ fn every_failing_call_surfaces_and_leaves_a_sound_image() {
 #[test]
 fn a_creation_that_fails_leaves_no_file() {
     for subformat in create::SUBFORMATS {
-        for failing in 0.. {
-            let fuse =
-                Arc::new(Fuse { left: AtomicI64::new(failing), error: io::ErrorKind::Other });
-            let host = FailingHost { inner: MemoryHost::new(), fuse };
-            let result = formats::create(&Vmdk, &host, &at("d.vmdk"), &spec(subformat, 5 << 30));
-            if result.is_ok() {
+        for skip in 0.. {
+            let files = MemoryHost::new();
+            let (host, _) = failing(&files, skip, libc::EIO);
+            if formats::create(&Vmdk, &*host, &at("d.vmdk"), &spec(subformat, 5 << 30)).is_ok() {
                 break;
             }
-            assert!(host.inner.files().is_empty(), "{subformat}, change {failing}");
+            assert!(files.files().is_empty(), "{subformat}, change {skip}");
         }
     }
 }

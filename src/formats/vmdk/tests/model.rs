@@ -17,12 +17,6 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
     let small = CreateSpec { block_size: Some(4096), ..spec("monolithicSparse", 9000 * KIB) };
     shapes.push(("small grains", created("d.vmdk", &small)));
 
-    let cowd = MemoryHost::new();
-    let file = cowd.create(&at("d-delta.vmdk")).unwrap();
-    formats::vmdk::cowd::write_new(&*file, 9001, "d").unwrap();
-    add(&cowd, "d.vmdk", custom("RW 9001 VMFSSPARSE \"d-delta.vmdk\"").as_bytes());
-    shapes.push(("vmfsSparse", cowd));
-
     for (shape, subformat, zeroed) in [
         ("child", "monolithicSparse", false),
         ("child with zeroed grains", "monolithicFlat", true),
@@ -35,7 +29,8 @@ fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
         base.disk.write_at(512 * KIB + 5, &pattern).unwrap();
         base.disk.close().unwrap();
         let base = open_with(&host, "base.vmdk", Access::Read).unwrap();
-        formats::vmdk::create_child(&*host, &at("d.vmdk"), &base).unwrap();
+        formats::vmdk::create_child(&*host, &at("d.vmdk"), &base, &formats::CreateSpec::default())
+            .unwrap();
         if zeroed {
             // Version 2, flags 7.
             let file = host.file(&at("d.vmdk")).unwrap();

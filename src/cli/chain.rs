@@ -1,0 +1,201 @@
+//! `map`, `commit` and `rebase`: images that stand on one another.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::json;
+
+use super::output::{OutputArgs, iec, print_json, print_line};
+use crate::disk::layers::{self, Content, Run};
+use crate::error::{Error, Result};
+use crate::formats::{self, Image, OpenOptions, chain};
+use crate::storage::file::HostFs;
+use crate::storage::{Access, FileIdentity, Host};
+
+/// Where parents may lie.
+#[derive(Debug, Clone, Args)]
+pub struct ParentArgs {
+    /// Directories besides the image's own in which parents may lie.
+    #[arg(long, visible_alias = "parent-dir", value_name = "DIR")]
+    allow_parent: Vec<PathBuf>,
+}
+
+impl ParentArgs {
+    /// Options for opening an image and its parents.
+    pub fn options(&self, access: Access) -> OpenOptions {
+        OpenOptions { allow_parent: self.allow_parent.clone(), ..OpenOptions::new(access) }
+    }
+}
+
+/// Arguments of `flatdisk map`.
+#[derive(Debug, Args)]
+pub struct MapArgs {
+    /// The image.
+    image: PathBuf,
+    /// Only what changed after this ancestor of the image.
+    #[arg(long, value_name = "ANCESTOR")]
+    since: Option<PathBuf>,
+    /// Read on where the image contradicts itself, or its parent is missing or another.
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    parents: ParentArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Lists what every part of a disk is, and which image of the chain holds it.
+pub fn map(args: &MapArgs) -> Result<u8> {
+    let host = HostFs::shared();
+    let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek) };
+    let image = formats::open(&host, &args.image, &options)?;
+    let images: Vec<&Image> =
+        std::iter::successors(Some(&image), |image| image.parent.as_deref()).collect();
+    let layers = match &args.since {
+        Some(ancestor) => position(&*host, &images, ancestor)?,
+        None => usize::MAX,
+    };
+    if layers == 0 {
+        return Err(Error::invalid("an image is not its own ancestor").in_file(&args.image));
+    }
+    let mut printer = Printer { images, json: args.output.json(), lines: 0 };
+    printer.begin()?;
+    layers::runs(&image.disk, layers, |run| {
+        let changed = !matches!(run.content, Content::Unallocated);
+        if changed || args.since.is_none() { printer.run(&run) } else { Ok(()) }
+    })?;
+    printer.end()?;
+    Ok(0)
+}
+
+/// Which of `images` the file `ancestor` is.
+fn position(host: &dyn Host, images: &[&Image], ancestor: &Path) -> Result<usize> {
+    let identity = |path: &Path| -> Result<FileIdentity> {
+        let file = host.open(path, Access::Peek)?;
+        file.identity().map_err(|e| Error::io("stat", &e).in_file(path))
+    };
+    let wanted = identity(ancestor)?;
+    for (index, image) in images.iter().enumerate() {
+        if identity(&image.path)? == wanted {
+            return Ok(index);
+        }
+    }
+    let what = format!("{} is not among its ancestors", ancestor.display());
+    Err(Error::invalid(what).in_file(&images[0].path).hint("`flatdisk info --chain` lists them"))
+}
+
+/// Prints runs one by one; a map may have more of them than memory has room for.
+struct Printer<'a> {
+    images: Vec<&'a Image>,
+    json: bool,
+    lines: u64,
+}
+
+impl Printer<'_> {
+    fn begin(&self) -> Result<()> {
+        match self.json {
+            true => print_line("["),
+            false => {
+                print_line(&format!("{:>16} {:>16} {:<12} image", "offset", "length", "state"))
+            }
+        }
+    }
+
+    fn run(&mut self, run: &Run) -> Result<()> {
+        let state = match run.content {
+            Content::Data => "data",
+            Content::Zero => "zero",
+            Content::Unallocated => "unallocated",
+            Content::Damaged => "damaged",
+        };
+        let held = !matches!(run.content, Content::Unallocated);
+        let image = self.images.get(run.layer).filter(|_| held).map(|image| &image.path);
+        self.lines += 1;
+        if self.json {
+            let entry = json!({
+                "start": run.start,
+                "length": run.len,
+                "state": state,
+                "depth": held.then_some(run.layer),
+                "image": image,
+            });
+            let separator = if self.lines == 1 { "  " } else { ", " };
+            return print_line(&format!("{separator}{entry}"));
+        }
+        let image = image.map(|path| path.display().to_string()).unwrap_or_default();
+        let line = format!("{:>16} {:>16} {state:<12} {image}", run.start, run.len);
+        print_line(line.trim_end())
+    }
+
+    fn end(&self) -> Result<()> {
+        if self.json { print_line("]") } else { Ok(()) }
+    }
+}
+
+/// Arguments of `flatdisk commit`.
+#[derive(Debug, Args)]
+pub struct CommitArgs {
+    /// The image to merge into its parent; it is removed.
+    child: PathBuf,
+    /// Go on although the parent has other children, which then show wrong contents.
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    parents: ParentArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Merges a child into its parent.
+pub fn commit(args: &CommitArgs) -> Result<u8> {
+    let options = args.parents.options(Access::Read);
+    let merged = chain::merge(&HostFs::shared(), &args.child, &options, args.force, &mut |_| ())?;
+    for sibling in &merged.siblings {
+        let parent = merged.parent.display();
+        eprintln!("flatdisk: {}: its parent {parent} has changed", sibling.display());
+    }
+    if args.output.json() {
+        print_json(&json!({
+            "child": args.child,
+            "parent": merged.parent,
+            "bytes": merged.bytes,
+            "invalid_siblings": merged.siblings,
+        }))?;
+    } else {
+        let (child, parent) = (args.child.display(), merged.parent.display());
+        print_line(&format!("merged {} of {child} into {parent}", iec(merged.bytes)))?;
+    }
+    Ok(0)
+}
+
+/// Arguments of `flatdisk rebase`.
+#[derive(Debug, Args)]
+pub struct RebaseArgs {
+    /// The image that gets another parent.
+    child: PathBuf,
+    /// The new parent.
+    #[arg(long, value_name = "IMAGE")]
+    parent: PathBuf,
+    /// Change only the link: right where both parents hold the same, as after a move.
+    #[arg(long = "unsafe")]
+    link_only: bool,
+    #[command(flatten)]
+    parents: ParentArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Gives a child another parent.
+pub fn rebase(args: &RebaseArgs) -> Result<u8> {
+    let options = args.parents.options(Access::Write);
+    let host = HostFs::shared();
+    let only = args.link_only;
+    let copied = chain::rebase(&host, &args.child, &args.parent, &options, only, &mut |_| ())?;
+    let (child, parent) = (args.child.display(), args.parent.display());
+    if args.output.json() {
+        print_json(&json!({ "child": args.child, "parent": args.parent, "bytes": copied }))?;
+    } else {
+        print_line(&format!("{child} is a child of {parent} now; {} copied", iec(copied)))?;
+    }
+    Ok(0)
+}

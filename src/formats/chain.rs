@@ -1,0 +1,400 @@
+//! Changing chains: merging a child into its parent, and giving a child another parent.
+//!
+//! # Merging, in order
+//!
+//! A child hides what its parent holds wherever it has data of its own, and only there the parent is
+//! changed. So the child reads the same before, while and after, as long as it finds its parent:
+//!
+//! 1. VHDX: the child learns the identity that its parent is going to have, beside the present one.
+//!    VHD and VMDK parents keep theirs while they are written.
+//! 2. The child's data goes into the parent, which is closed: all of it is durable.
+//! 3. VMDK: the parent takes over the child's content id, which is now its own contents'.
+//! 4. The child's files are removed.
+//!
+//! Killed before 4, the child is still there, and merging can be repeated. Only between 3 and 4 a VMDK
+//! child no longer matches its parent, which has everything by then.
+//!
+//! # Another parent, in order
+//!
+//! 1. What the child shows of the old parent and would not of the new one becomes the child's own, and
+//!    durable. The child reads the same over either parent.
+//! 2. The link changes, in one durable step of the format's ([`Format::relink`]).
+
+use std::mem::discriminant;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::open::{directory_of, open_alone, parent_places};
+use super::{
+    Format, Identity, Image, NewLink, OpenContext, OpenOptions, by_extension, open, recognise,
+};
+use crate::disk::Disk;
+use crate::disk::map::{DiskRange, Source};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::{Access, FileIdentity, Host};
+
+/// Bytes copied or compared at a time.
+const CHUNK: u64 = 1 << 20;
+/// Bytes of the disk looked up at a time.
+const STEP: u64 = 64 << 20;
+/// Bytes written between flushes, which keep the changed tables in memory few.
+const FLUSH_EVERY: u64 = 1 << 30;
+/// Alignment of what is compared; no disk has larger sectors.
+const SECTOR: u64 = 4096;
+
+/// What merging has done.
+#[derive(Debug)]
+pub struct Merged {
+    /// The image that now holds everything.
+    pub parent: PathBuf,
+    /// Bytes of the child that were its own.
+    pub bytes: u64,
+    /// Other children of the parent, which show wrong contents now.
+    pub siblings: Vec<PathBuf>,
+}
+
+/// Merges the image at `path` into its parent and removes it. Other images that need the child are a
+/// reason to refuse, and other children of the parent are unless `over_siblings`. `progress` gets the
+/// bytes of the disk done.
+pub fn merge(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    options: &OpenOptions,
+    over_siblings: bool,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Merged> {
+    let with = |access, next_identity| OpenOptions {
+        access,
+        next_identity,
+        force: false,
+        ..options.clone()
+    };
+    let seen = open(host, path, &with(Access::Peek, None))?;
+    let Some(seen_parent) = &seen.parent else { return Err(no_child(path)) };
+    fits_into(&seen, seen_parent)?;
+    let siblings = refuse_relatives(host, &seen, seen_parent, options, over_siblings)?;
+
+    let next = match &seen_parent.identity {
+        Identity::VhdxDataWrite(_) => Identity::VhdxDataWrite(vec![Uuid::new_v4()]),
+        kept => kept.clone(),
+    };
+    let parent = open(host, &seen_parent.path, &with(Access::Write, Some(next.clone())))?;
+    if parent.identity != seen_parent.identity {
+        let what = "the image was changed by another program just now";
+        return Err(Error::new(ErrorKind::Busy, what).in_file(&parent.path));
+    }
+    if let Some(why) = &parent.read_only {
+        return Err(Error::new(ErrorKind::ReadOnly, why.clone()).in_file(&parent.path));
+    }
+    if let (Identity::VhdxDataWrite(now), Identity::VhdxDataWrite(next)) = (&parent.identity, &next)
+    {
+        let both = Identity::VhdxDataWrite([&now[..], &next[..]].concat());
+        relink(host, path, &NewLink { identity: &both, parent: &parent.path }, options)?;
+    }
+    let opened = open_alone(host, path, &with(Access::Read, None))?;
+    if !opened.parent.is_some_and(|link| parent.identity.satisfies(&link.identity)) {
+        let what = "the image was changed by another program just now";
+        return Err(Error::new(ErrorKind::Busy, what).in_file(path));
+    }
+    let child = Disk::new(opened.map, Some(parent.disk.clone()), Some("being merged".to_owned()));
+    let bytes = copy_own(&child, &parent.disk, progress).in_file(path)?;
+    let written = parent.disk.writing();
+    parent.disk.close()?;
+    let merged = parent.path.clone();
+    // The child's disk holds its parent's, and with it the lock.
+    drop((child, parent));
+
+    if written && matches!(seen.identity, Identity::VmdkCid(_)) {
+        let adopting = with(Access::Write, Some(seen.identity.clone()));
+        let parent = open(host, &merged, &adopting)?;
+        // The beginning of writing is what changes the content id.
+        parent.disk.write_at(0, &[])?;
+        parent.disk.close()?;
+    }
+    // Without its descriptor, the rest is no disk any more.
+    host.remove(path)?;
+    seen.info.extents.iter().try_for_each(|extent| host.remove(extent))?;
+    host.sync_dir(&directory_of(path))?;
+    Ok(Merged { parent: merged, bytes, siblings })
+}
+
+/// Gives the image at `path` the parent at `new`. Unless `link_only`, whatever would look different
+/// over it is copied into the child first. `progress` gets the bytes of the disk done. Returns the
+/// bytes copied.
+pub fn rebase(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    new: &Path,
+    options: &OpenOptions,
+    link_only: bool,
+    progress: &mut dyn FnMut(u64),
+) -> Result<u64> {
+    let with = |access, next_identity| OpenOptions {
+        access,
+        next_identity,
+        force: false,
+        ..options.clone()
+    };
+    // Open until the end, so that nobody writes to it.
+    let new = open(host, new, &with(Access::Read, None))?;
+    let alone = open_alone(host, path, &with(Access::Peek, None))?;
+    if alone.parent.is_none() {
+        return Err(no_child(path));
+    }
+    let own = file_identity(host, path)?;
+    let mut ancestor = Some(&new);
+    while let Some(image) = ancestor {
+        if file_identity(host, &image.path)? == own {
+            let what = format!("the new parent {} needs this image itself", new.path.display());
+            return Err(Error::invalid(what).in_file(path));
+        }
+        ancestor = image.parent.as_deref();
+    }
+    if discriminant(&new.identity) != discriminant(&alone.identity) {
+        let what =
+            format!("a {} image cannot have a {} parent", alone.info.format, new.info.format);
+        return Err(Error::invalid(what).in_file(path));
+    }
+    let (size, sector) = (alone.info.virtual_size, alone.info.logical_sector_size);
+    let exact = matches!(new.identity, Identity::VmdkCid(_));
+    if new.disk.size() > size || (exact && new.disk.size() != size) {
+        let what = format!("the new parent has {} bytes, the image {size}", new.disk.size());
+        return Err(Error::invalid(what).in_file(path));
+    }
+    if new.info.logical_sector_size != sector {
+        let what = format!(
+            "the new parent has sectors of {} bytes, the image {sector}",
+            new.info.logical_sector_size
+        );
+        return Err(Error::invalid(what).in_file(path));
+    }
+
+    let mut copied = 0;
+    if !link_only {
+        // The contents do not change, so children of the child go on knowing it.
+        let child = open(host, path, &with(Access::Write, Some(alone.identity.clone())))?;
+        if let Some(why) = &child.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly, why.clone()).in_file(path));
+        }
+        if let Some(old) = &child.parent {
+            copied = copy_differences(&child.disk, &old.disk, &new.disk, progress).in_file(path)?;
+        }
+        child.disk.close()?;
+    }
+    relink(host, path, &NewLink { identity: &new.identity, parent: &new.path }, options)?;
+    Ok(copied)
+}
+
+fn no_child(path: &Path) -> Error {
+    Error::invalid("the image has no parent").in_file(path)
+}
+
+fn file_identity(host: &Arc<dyn Host>, path: &Path) -> Result<FileIdentity> {
+    let file = host.open(path, Access::Peek)?;
+    file.identity().map_err(|e| Error::io("stat", &e).in_file(path))
+}
+
+fn relink(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    link: &NewLink<'_>,
+    options: &OpenOptions,
+) -> Result<()> {
+    let options = OpenOptions { access: Access::Write, ..options.clone() };
+    let file = host.open(path, Access::Write)?;
+    let format: &dyn Format = recognise(&*file)?;
+    format.relink(file, &OpenContext::new(host, path, &options), link).in_file(path)
+}
+
+/// Whether all of a child has room in its parent.
+fn fits_into(child: &Image, parent: &Image) -> Result<()> {
+    if child.disk.size() != parent.disk.size() {
+        let (own, below) = (child.disk.size(), parent.disk.size());
+        let what = format!("the image has {own} bytes, its parent {below}");
+        return Err(Error::invalid(what).in_file(&child.path).hint("resize one of them first"));
+    }
+    if !child.damage.is_empty() {
+        let what = "the image is damaged, and merging would make that final";
+        return Err(Error::corrupt(what).in_file(&child.path));
+    }
+    Ok(())
+}
+
+/// Refuses to merge a child that others need; returns the other children of its parent, or refuses
+/// because of them.
+fn refuse_relatives(
+    host: &Arc<dyn Host>,
+    child: &Image,
+    parent: &Image,
+    options: &OpenOptions,
+    over_siblings: bool,
+) -> Result<Vec<PathBuf>> {
+    let mut folders = vec![directory_of(&child.path), directory_of(&parent.path)];
+    folders.dedup();
+    let own = file_identity(host, &child.path)?;
+    if let Some(grandchild) = children(host, child, &folders, options)?.first() {
+        let what = format!("{} is a child of this image", grandchild.0.display());
+        return Err(Error::invalid(what).in_file(&child.path).hint("merge or rebase it first"));
+    }
+    let mut siblings = children(host, parent, &folders, options)?;
+    siblings.retain(|(_, identity)| *identity != own);
+    match siblings.first() {
+        Some((sibling, _)) if !over_siblings => {
+            let name = parent.path.display();
+            let what = format!("{} is a child of {name} too, and would lose it", sibling.display());
+            Err(Error::invalid(what).in_file(&child.path).hint("rebase it first, or use --force"))
+        }
+        _ => Ok(siblings.into_iter().map(|(path, _)| path).collect()),
+    }
+}
+
+/// The images in `folders` whose parent is `image`.
+fn children(
+    host: &Arc<dyn Host>,
+    image: &Image,
+    folders: &[PathBuf],
+    options: &OpenOptions,
+) -> Result<Vec<(PathBuf, FileIdentity)>> {
+    let wanted = file_identity(host, &image.path)?;
+    let peek = OpenOptions { access: Access::Peek, next_identity: None, ..options.clone() };
+    let mut found = Vec::new();
+    for folder in folders {
+        for path in host.list(folder)? {
+            if by_extension(&path).is_none() {
+                continue;
+            }
+            // What cannot be opened is nobody's child.
+            let Ok(opened) = open_alone(host, &path, &peek) else { continue };
+            let Some(link) = &opened.parent else { continue };
+            let leads_here = image.identity.satisfies(&link.identity)
+                && parent_places(&path, link, &options.allow_parent).iter().any(|(root, name)| {
+                    let file = host.open_beneath(root, name, Access::Peek);
+                    file.is_ok_and(|file| file.identity().is_ok_and(|id| id == wanted))
+                });
+            if leads_here {
+                let identity = file_identity(host, &path)?;
+                if found.iter().all(|(_, known)| *known != identity) {
+                    found.push((path, identity));
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Writes what is the child's own into its parent; how many bytes that was.
+fn copy_own(child: &Disk, parent: &Disk, progress: &mut dyn FnMut(u64)) -> Result<u64> {
+    let mut buf = vec![0; CHUNK as usize];
+    let (mut bytes, mut flushed) = (0, 0);
+    let mut pos = 0;
+    while pos < child.size() {
+        let end = child.size().min(pos + STEP);
+        for extent in child.extents(pos..end)?.iter() {
+            match extent.source {
+                Source::Parent => continue,
+                Source::Zero => parent.discard(extent.start, extent.len)?,
+                Source::Bad => {
+                    let what = format!("the image is damaged at disk offset {:#x}", extent.start);
+                    return Err(Error::corrupt(what).hint("flatdisk check lists the damage"));
+                }
+                Source::File { .. } | Source::Packed { .. } => {
+                    for part in chunks(extent.start..extent.end()) {
+                        let buf = &mut buf[..(part.end - part.start) as usize];
+                        child.read_at(part.start, buf)?;
+                        put(parent, part.start, buf)?;
+                    }
+                }
+            }
+            bytes += extent.len;
+        }
+        if bytes - flushed >= FLUSH_EVERY {
+            parent.flush()?;
+            flushed = bytes;
+        }
+        pos = end;
+        progress(pos);
+    }
+    Ok(bytes)
+}
+
+/// Writes into `child` what `old` shows through it and `new` would not; how many bytes that was.
+fn copy_differences(
+    child: &Disk,
+    old: &Disk,
+    new: &Disk,
+    progress: &mut dyn FnMut(u64),
+) -> Result<u64> {
+    let (mut before, mut after) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
+    let (mut bytes, mut flushed) = (0, 0);
+    let mut pos = 0;
+    while let Some(data) = next_data(old, new, pos)? {
+        pos = data / SECTOR * SECTOR;
+        let end = child.size().min(pos + CHUNK);
+        if pos >= end {
+            break;
+        }
+        for extent in child.extents(pos..end)?.iter().filter(|e| e.source == Source::Parent) {
+            let len = extent.len as usize;
+            let (before, after) = (&mut before[..len], &mut after[..len]);
+            read(old, extent.start, before)?;
+            read(new, extent.start, after)?;
+            for run in differences(before, after) {
+                put(child, extent.start + run.start as u64, &before[run.clone()])?;
+                bytes += run.len() as u64;
+            }
+        }
+        if bytes - flushed >= FLUSH_EVERY {
+            child.flush()?;
+            flushed = bytes;
+        }
+        pos = end;
+        progress(pos);
+    }
+    Ok(bytes)
+}
+
+/// Where the next data of either disk begins.
+fn next_data(a: &Disk, b: &Disk, from: u64) -> Result<Option<u64>> {
+    let starts = [a.next_data(from)?, b.next_data(from)?];
+    Ok(starts.into_iter().flatten().map(|data| data.start).min())
+}
+
+/// Reads a disk, with zeroes past its end.
+fn read(disk: &Disk, at: u64, buf: &mut [u8]) -> Result<()> {
+    let inside = disk.size().saturating_sub(at).min(buf.len() as u64) as usize;
+    let (below, past) = buf.split_at_mut(inside);
+    past.fill(0);
+    if below.is_empty() { Ok(()) } else { disk.read_at(at, below) }
+}
+
+/// Writes bytes, unstored where they are zeroes and the format can say that.
+fn put(disk: &Disk, at: u64, bytes: &[u8]) -> Result<()> {
+    if bytes.iter().all(|byte| *byte == 0) {
+        disk.discard(at, bytes.len() as u64)
+    } else {
+        disk.write_at(at, bytes)
+    }
+}
+
+/// The runs of sectors in which two equally long buffers differ.
+fn differences(a: &[u8], b: &[u8]) -> Vec<std::ops::Range<usize>> {
+    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+    let sector = SECTOR as usize;
+    for (index, (x, y)) in a.chunks(sector).zip(b.chunks(sector)).enumerate() {
+        if x != y {
+            let start = index * sector;
+            match runs.last_mut() {
+                Some(last) if last.end == start => last.end = start + x.len(),
+                _ => runs.push(start..start + x.len()),
+            }
+        }
+    }
+    runs
+}
+
+fn chunks(range: DiskRange) -> impl Iterator<Item = DiskRange> {
+    let end = range.end;
+    range.step_by(CHUNK as usize).map(move |start| start..end.min(start + CHUNK))
+}

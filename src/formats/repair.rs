@@ -1,0 +1,337 @@
+//! Repairing: a format plans, one place carries out.
+//!
+//! A driver's [`Format::repair`](super::Format::repair) turns what its check finds into a [`Plan`]: the
+//! changes that put right what can be rebuilt from what is left, in the order in which they must
+//! happen. A plan is printed or carried out, by the same code for all formats.
+//!
+//! # What a plan promises
+//!
+//! - Carrying it out never touches data that anything leads to, nor what might be such data while
+//!   errors are left: space is given back only where the check finds none.
+//! - A crash anywhere in it leaves the image no worse than it was, and planning again then plans the
+//!   rest. So plans need no log of their own.
+//!
+//! Repairs that depend on others come in later rounds: [`repair`] plans and carries out until
+//! nothing is left to plan.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::{OpenContext, OpenOptions, Report, recognise};
+use crate::codec;
+use crate::disk::sync_file;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Host, Storage};
+
+/// Bytes of memory beyond which a plan takes no more, but for what has to happen at once.
+const MAX_BYTES: usize = 32 << 20;
+/// Most rounds of one repair.
+const MAX_ROUNDS: usize = 1000;
+/// Bytes that are looked at together when unused space is searched for contents.
+const PAGE: u64 = 4096;
+
+/// What to repair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Give unused space back to the host.
+    Leaks,
+    /// Everything that can be rebuilt without losing data.
+    All,
+}
+
+/// One step of a plan.
+#[derive(Debug, Clone)]
+struct Step {
+    file: Arc<dyn Storage>,
+    action: Action,
+}
+
+#[derive(Debug, Clone)]
+enum Action {
+    Write { at: u64, data: Vec<u8>, what: String },
+    Punch { range: Range<u64>, what: String },
+    SetLen { len: u64, what: String },
+    Sync,
+}
+
+/// Steps in order. See the module's documentation.
+#[derive(Debug)]
+pub struct Plan {
+    scope: Scope,
+    /// A check found no errors.
+    sound: bool,
+    steps: Vec<Step>,
+    /// Memory that the steps take, in bytes.
+    bytes: usize,
+}
+
+impl Plan {
+    /// A plan without steps, for an image of which a check gave `report`.
+    pub fn new(scope: Scope, report: &Report) -> Self {
+        Self { scope, sound: report.errors == 0, steps: Vec::new(), bytes: 0 }
+    }
+
+    /// Whether more than leaks is to be repaired.
+    pub fn all(&self) -> bool {
+        self.scope == Scope::All
+    }
+
+    /// Whether unused space may be given back: nothing else is left to be done, and with errors in
+    /// an image nobody knows what is unused.
+    pub fn reclaims(&self) -> bool {
+        self.sound && self.is_empty()
+    }
+
+    /// Whether nothing is to be done.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Whether what does not have to happen at once had better wait for the next round.
+    pub fn is_full(&self) -> bool {
+        self.bytes >= MAX_BYTES
+    }
+
+    /// Writes `data` at byte `at`; `what` names the structure.
+    pub fn write(
+        &mut self,
+        file: &Arc<dyn Storage>,
+        at: u64,
+        data: Vec<u8>,
+        what: impl Into<String>,
+    ) {
+        self.bytes += data.len() + size_of::<Step>();
+        self.push(file, Action::Write { at, data, what: what.into() });
+    }
+
+    /// Makes a range read as zeroes and gives its space back.
+    pub fn punch(&mut self, file: &Arc<dyn Storage>, range: Range<u64>, what: impl Into<String>) {
+        self.push(file, Action::Punch { range, what: what.into() });
+    }
+
+    /// Cuts or extends the file.
+    pub fn set_len(&mut self, file: &Arc<dyn Storage>, len: u64, what: impl Into<String>) {
+        self.push(file, Action::SetLen { len, what: what.into() });
+    }
+
+    /// Makes all steps so far durable before the next one begins.
+    pub fn sync(&mut self, file: &Arc<dyn Storage>) {
+        self.push(file, Action::Sync);
+    }
+
+    fn push(&mut self, file: &Arc<dyn Storage>, action: Action) {
+        self.steps.push(Step { file: file.clone(), action });
+    }
+
+    /// A plan for the same image, to be put together first and appended later.
+    pub fn part(&self) -> Self {
+        Self { steps: Vec::new(), bytes: 0, ..*self }
+    }
+
+    /// Appends the steps of another plan.
+    pub fn append(&mut self, part: Self) {
+        self.bytes += part.bytes;
+        self.steps.extend(part.steps);
+    }
+
+    /// The changes, in order.
+    pub fn changes(&self) -> Vec<Change> {
+        self.steps.iter().filter_map(Step::describe).collect()
+    }
+
+    /// Carries the plan out; durable on return.
+    fn carry_out(&self) -> Result<()> {
+        self.steps.iter().try_for_each(Step::carry_out)?;
+        let mut done: Vec<&Arc<dyn Storage>> = Vec::new();
+        for step in &self.steps {
+            if !done.iter().any(|file| Arc::ptr_eq(file, &step.file)) {
+                sync_file(&*step.file)?;
+                done.push(&step.file);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Step {
+    fn carry_out(&self) -> Result<()> {
+        let file = &*self.file;
+        let failed = |doing: &'static str, at: u64| {
+            move |e: std::io::Error| Error::io(doing, &e).in_file(file.path()).at(at)
+        };
+        match &self.action {
+            Action::Write { at, data, what } => codec::write_all(file, *at, data, what),
+            Action::Punch { range, .. } => file
+                .punch_hole(range.start, range.end - range.start)
+                .map_err(failed("giving space back", range.start)),
+            Action::SetLen { len, .. } => {
+                file.set_len(*len).map_err(failed("setting the file's length", *len))
+            }
+            Action::Sync => sync_file(file),
+        }
+    }
+
+    fn describe(&self) -> Option<Change> {
+        let (action, offset, length, what) = match &self.action {
+            Action::Write { at, data, what } => ("write", *at, data.len() as u64, what),
+            Action::Punch { range, what } => ("punch", range.start, range.end - range.start, what),
+            Action::SetLen { len, what } => ("resize", *len, 0, what),
+            Action::Sync => return None,
+        };
+        let file = self.file.path().to_owned();
+        Some(Change { action, file, offset, length, what: what.clone() })
+    }
+}
+
+/// One change of a repair, as it is shown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// `write`, `punch` or `resize`.
+    pub action: &'static str,
+    /// The file.
+    pub file: PathBuf,
+    /// First byte; the new length for `resize`.
+    pub offset: u64,
+    /// Number of bytes; 0 for `resize`.
+    pub length: u64,
+    /// Which structure, or why.
+    pub what: String,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (file, offset, length) = (self.file.display(), self.offset, self.length);
+        match self.action {
+            "resize" => write!(f, "{file}: set the length to {offset} bytes: {}", self.what),
+            action => write!(f, "{file}: {action} {length} bytes at {offset:#x}: {}", self.what),
+        }
+    }
+}
+
+/// What a repair did, or would do.
+#[derive(Debug)]
+pub struct Repair {
+    /// What a check found before.
+    pub before: Report,
+    /// What a check finds now.
+    pub after: Report,
+    /// The changes, in order.
+    pub changes: Vec<Change>,
+}
+
+/// Repairs the image at `path`, opening it with the access of `options`. A `dry_run` writes nothing
+/// and shows only the first round: what the others do depends on it.
+pub fn repair(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    options: &OpenOptions,
+    scope: Scope,
+    dry_run: bool,
+) -> Result<Repair> {
+    let ctx = OpenContext::new(host, path, options);
+    let file = host.open(path, options.access)?;
+    let in_file = |e: Error| e.in_file(path);
+    let format = recognise(&*file)?;
+    let check = || {
+        let mut report = Report::new(format.name());
+        format.check(file.clone(), &ctx, &mut report).map_err(in_file)?;
+        Ok(report)
+    };
+    let before = check()?;
+    let mut after = before.clone();
+    let mut changes = Vec::new();
+    for _ in 0..MAX_ROUNDS {
+        let mut plan = Plan::new(scope, &after);
+        match format.repair(file.clone(), &ctx, &mut plan) {
+            Ok(()) => {}
+            // Too damaged to be understood: the check says so, and there is nothing to rebuild from.
+            Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => break,
+            Err(e) => return Err(in_file(e)),
+        }
+        let planned = plan.changes();
+        // A plan that comes again does not help.
+        if planned.is_empty() || changes.ends_with(&planned) {
+            break;
+        }
+        changes.extend(planned);
+        if dry_run {
+            break;
+        }
+        plan.carry_out().map_err(in_file)?;
+        drop(plan);
+        after = check()?;
+    }
+    Ok(Repair { before, after, changes })
+}
+
+/// How many bytes of a range that nothing uses take space for contents, in pages that are not all
+/// zeroes. Freed space that was punched takes none, whatever the host's allocation unit.
+pub fn stored(file: &dyn Storage, range: Range<u64>) -> Result<u64> {
+    const CHUNK: u64 = 256 << 10;
+    let failed = |at| move |e| Error::io("reading unused space", &e).in_file(file.path()).at(at);
+    let end = range.end.min(file.len().map_err(failed(range.start))?);
+    let mut buf = vec![0; CHUNK.min(end.saturating_sub(range.start)) as usize];
+    let mut stored = 0;
+    let mut pos = range.start;
+    while pos < end {
+        let data = file.next_data(pos).map_err(failed(pos))?;
+        let Some(data) = data.filter(|data| data.end > pos) else { break };
+        pos = data.start.max(pos);
+        let stop = data.end.min(end);
+        while pos < stop {
+            // Pages are those of the file, not of the range.
+            let chunk = pos..stop.min((pos / CHUNK + 1) * CHUNK);
+            let buf = &mut buf[..(chunk.end - chunk.start) as usize];
+            file.read_at(chunk.start, buf).map_err(failed(chunk.start))?;
+            let (first, rest) = buf.split_at(buf.len().min((PAGE - pos % PAGE) as usize));
+            stored += std::iter::once(first)
+                .chain(rest.chunks(PAGE as usize))
+                .filter(|page| page.iter().any(|byte| *byte != 0))
+                .map(|page| page.len() as u64)
+                .sum::<u64>();
+            pos = chunk.end;
+        }
+    }
+    Ok(stored)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::MemoryFile;
+
+    #[test]
+    fn only_pages_with_contents_count_as_stored() {
+        let file = MemoryFile::new("x", &[0; 20 * 4096]);
+        assert_eq!(stored(&*file, 0..20 * 4096).unwrap(), 0);
+        file.write_at(5000, &[1]).unwrap();
+        file.write_at(9 * 4096, &[1; 4097]).unwrap();
+        assert_eq!(stored(&*file, 0..20 * 4096).unwrap(), 3 * 4096);
+        assert_eq!(stored(&*file, 5000..20 * 4096).unwrap(), 2 * 4096 + 8192 - 5000);
+        assert_eq!(stored(&*file, 5001..9 * 4096).unwrap(), 0);
+        assert_eq!(stored(&*file, 10 * 4096..u64::MAX).unwrap(), 4096);
+    }
+
+    #[test]
+    fn changes_read_as_sentences() {
+        let file: Arc<dyn Storage> = MemoryFile::new("a.vhd", &[]);
+        let mut plan = Plan::new(Scope::All, &Report::new("vhd"));
+        plan.write(&file, 512, vec![0; 4], "the footer copy");
+        plan.sync(&file);
+        plan.set_len(&file, 1024, "nothing uses the rest");
+        let shown: Vec<_> = plan.changes().iter().map(Change::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "a.vhd: write 4 bytes at 0x200: the footer copy",
+                "a.vhd: set the length to 1024 bytes: nothing uses the rest"
+            ]
+        );
+        plan.carry_out().unwrap();
+        assert_eq!(file.len().unwrap(), 1024);
+    }
+}

@@ -1,0 +1,148 @@
+//! What can be rebuilt: either footer from the other, the trailing footer's place, the batmap, and
+//! space that nothing uses.
+//!
+//! Each round of a repair begins with one intact footer at least, and only ever overwrites the other
+//! one, so the image opens whatever a crash leaves. Nothing is known twice of the dynamic header, the
+//! BAT and the bitmaps of a differencing disk: they are never touched.
+
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+use super::batmap::Batmap;
+use super::footers::{CopyState, Footers};
+use super::layout::{DiskType, FOOTER, SECTOR};
+use super::structure::Structure;
+use super::survey::Survey;
+use crate::codec;
+use crate::error::Result;
+use crate::formats::Plan;
+use crate::formats::repair::stored;
+use crate::storage::Storage;
+
+/// Plans the next round.
+pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
+    let footers = Footers::find(&**file, false)?;
+    if footers.disk_type == DiskType::Fixed {
+        return Ok(());
+    }
+    if plan.all() && matches!(footers.trailing, CopyState::Good | CopyState::Short) {
+        repair_head(file, &footers, plan);
+    }
+    let structure = Structure::read(&**file, &footers, false)?;
+    if plan.all() && matches!(footers.trailing, CopyState::Damaged(_) | CopyState::Absent) {
+        repair_trailing(file, &footers, &structure, plan)?;
+    } else if let (true, true, Some(batmap)) = (plan.all(), plan.is_empty(), &structure.batmap) {
+        repair_batmap(file, &footers, &structure, batmap, plan)?;
+    }
+    if plan.reclaims() {
+        reclaim(file, &footers, &structure, plan)?;
+    }
+    Ok(())
+}
+
+fn repair_head(file: &Arc<dyn Storage>, footers: &Footers, plan: &mut Plan) {
+    if footers.head != CopyState::Good {
+        plan.write(file, 0, footers.bytes().to_vec(), "the footer copy, from the footer");
+        plan.sync(file);
+    }
+}
+
+/// Puts the footer back where it belongs. Nobody knows whether it was lost in its place or with the
+/// end of the file, so where there is doubt the file only grows.
+fn repair_trailing(
+    file: &Arc<dyn Storage>,
+    footers: &Footers,
+    structure: &Structure,
+    plan: &mut Plan,
+) -> Result<()> {
+    let footer = || footers.bytes().to_vec();
+    let len = footers.file_len;
+    if footers.trailing_garbage > 0 {
+        let end = len - footers.trailing_garbage;
+        if fits(file, structure, end - FOOTER)? {
+            plan.set_len(file, end, "garbage follows the footer");
+            plan.sync(file);
+            return Ok(());
+        }
+    }
+    let last = len - FOOTER;
+    let in_place = matches!(footers.trailing, CopyState::Damaged(_)) && last.is_multiple_of(SECTOR);
+    let at = match in_place && fits(file, structure, last)? {
+        true => last,
+        false => len.next_multiple_of(SECTOR),
+    };
+    plan.write(file, at, footer(), "the footer, from its copy");
+    plan.sync(file);
+    Ok(())
+}
+
+/// Whether everything that the BAT leads to ends before `data_end`.
+fn fits(file: &Arc<dyn Storage>, structure: &Structure, data_end: u64) -> Result<bool> {
+    let reserved = structure.reserved.iter().map(|range| range.end).max().unwrap_or(0);
+    let mut fits = reserved <= data_end;
+    Survey::run(&**file, structure, data_end, &mut |_| fits = false)?;
+    Ok(fits)
+}
+
+/// Makes the batmap say what the bitmaps say, if it claims more or its checksum is wrong.
+fn repair_batmap(
+    file: &Arc<dyn Storage>,
+    footers: &Footers,
+    structure: &Structure,
+    batmap: &Batmap,
+    plan: &mut Plan,
+) -> Result<()> {
+    let (stored, intact) = batmap.load(&**file, structure.blocks)?;
+    let survey = Survey::run(&**file, structure, footers.data_end, &mut |_| ())?;
+    let mut right = stored.clone();
+    right.clear_all();
+    let mut bitmap = vec![0; structure.bitmap_size as usize];
+    for &(sector, block) in &survey.stored {
+        let block = u64::from(block);
+        if block < structure.blocks {
+            let at = u64::from(sector) * SECTOR;
+            codec::read_exact(&**file, at, &mut bitmap, "a sector bitmap")?;
+            let range = structure.block_range(block);
+            let sectors = (range.end - range.start) / SECTOR;
+            if (0..sectors).all(|s| bitmap[(s / 8) as usize] & (0x80 >> (s % 8)) != 0) {
+                right.set(block);
+            }
+        }
+    }
+    let lies = (0..structure.blocks).any(|block| stored.get(block) && !right.get(block));
+    if lies || !intact {
+        let bytes = right.bytes().to_vec();
+        let (header_at, header) = batmap.header_for(&bytes);
+        plan.write(file, batmap.map_at(), bytes, "the batmap, from the sector bitmaps");
+        plan.write(file, header_at, header.as_bytes().to_vec(), "the batmap's checksum");
+        plan.sync(file);
+    }
+    Ok(())
+}
+
+/// Gives back the space between blocks, and moves the footer to the last of them.
+fn reclaim(
+    file: &Arc<dyn Storage>,
+    footers: &Footers,
+    structure: &Structure,
+    plan: &mut Plan,
+) -> Result<()> {
+    let survey = Survey::run(&**file, structure, footers.data_end, &mut |_| ())?;
+    let stride = structure.stride();
+    let (gaps, end) = survey.gaps(structure, stride);
+    for gap in gaps {
+        if stored(&**file, gap.clone())? > 0 {
+            plan.punch(file, gap, "nothing uses this space");
+        }
+    }
+    let end = end.next_multiple_of(SECTOR);
+    if footers.data_end.saturating_sub(end) >= stride {
+        // Both footers count until the file is cut off: the copy at the beginning is intact.
+        plan.write(file, end, footers.bytes().to_vec(), "the footer, behind the last block");
+        plan.sync(file);
+        plan.set_len(file, end + FOOTER, "nothing uses the space behind the last block");
+        plan.sync(file);
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! Giving a child another parent, or another identity of the same one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::create::parent_locator;
+use super::layout::{LOG_SECTOR, PARENT_LOCATOR, RawItem, RawMetadataTable, TABLE_BYTES};
+use super::metadata::Item;
+use super::open::Parts;
+use crate::codec::{read_array, read_exact};
+use crate::disk::map::BlockMap;
+use crate::error::{Error, Result};
+use crate::formats::{Identity, NewLink, OpenContext};
+use crate::storage::Storage;
+
+/// Points the child in `file` at another parent.
+pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
+    let Identity::VhdxDataWrite(accepted) = link.identity else {
+        return Err(Error::invalid("the parent of a VHDX must be a VHDX"));
+    };
+    let locator = parent_locator(file.path(), link.parent, accepted)?;
+    let parts = Parts::read(file, false)?;
+    if let Some(why) = &parts.read_only {
+        return Err(Error::corrupt(format!("not written: {why}")));
+    }
+    if !parts.metadata.has_parent {
+        return Err(Error::invalid("the image is no child: it has no parent"));
+    }
+    let region = parts.regions.metadata.clone();
+    let items = parts.metadata.items.clone();
+    let own = parts.headers.header().data_write;
+    let blocks = parts.into_blocks(&ctx.budget, Some(own));
+    blocks.begin_session()?;
+
+    // Behind all other items. Overwriting the old locator is safe: the log has all of it.
+    let others = items.iter().filter(|item| !is_locator(item));
+    let used = others.map(|item| u64::from(item.offset) + u64::from(item.length)).max();
+    let offset = used.unwrap_or(0).max(TABLE_BYTES as u64).next_multiple_of(8);
+    if offset + locator.len() as u64 > region.length {
+        return Err(Error::invalid("the metadata region has no room for the parent's path"));
+    }
+    let entry = locator_entry(blocks.file(), region.offset)?;
+    let mut pages = Pages { file: blocks.file(), pages: BTreeMap::new() };
+    // Both fit 32 bits: they lie inside the region, whose length does.
+    let place = [(offset as u32).to_le_bytes(), (locator.len() as u32).to_le_bytes()].concat();
+    pages.put(region.offset + entry + 16, &place)?;
+    pages.put(region.offset + offset, &locator)?;
+    let images: Vec<_> =
+        pages.pages.into_iter().map(|(page, bytes)| (page, bytes.into())).collect();
+    blocks.write_logged(&images)?;
+    blocks.close()
+}
+
+fn is_locator(item: &Item) -> bool {
+    item.guid == PARENT_LOCATOR && item.flags & RawItem::IS_USER == 0
+}
+
+/// Where in the metadata table the locator's entry is, in bytes.
+fn locator_entry(file: &dyn Storage, table: u64) -> Result<u64> {
+    let count = u16::from_le_bytes(read_array(file, table + 10, "metadata table")?);
+    let size = size_of::<RawItem>() as u64;
+    for index in 0..u64::from(count) {
+        let at = size_of::<RawMetadataTable>() as u64 + index * size;
+        let raw: [u8; 28] = read_array(file, table + at, "metadata table")?;
+        let (id, rest) = raw.split_at(16);
+        let user = u32::from(rest[8]) & RawItem::IS_USER != 0;
+        if id == PARENT_LOCATOR.to_bytes_le() && !user {
+            return Ok(at);
+        }
+    }
+    Err(Error::corrupt("the disk has a parent, but no parent locator").at(table))
+}
+
+/// Pages of the file while they are changed, by number.
+struct Pages<'a> {
+    file: &'a dyn Storage,
+    pages: BTreeMap<u64, Vec<u8>>,
+}
+
+impl Pages<'_> {
+    fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let pos = at + done as u64;
+            let (page, skip) = (pos / LOG_SECTOR, (pos % LOG_SECTOR) as usize);
+            if !self.pages.contains_key(&page) {
+                let mut contents = vec![0; LOG_SECTOR as usize];
+                read_exact(self.file, page * LOG_SECTOR, &mut contents, "metadata")?;
+                self.pages.insert(page, contents);
+            }
+            let part = (bytes.len() - done).min(LOG_SECTOR as usize - skip);
+            if let Some(contents) = self.pages.get_mut(&page) {
+                contents[skip..skip + part].copy_from_slice(&bytes[done..done + part]);
+            }
+            done += part;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,670 @@
+//! Chains of every format: made, written, merged, rebased, moved, broken.
+
+// The helpers here serve tests only.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use common::images::{Image as Base, errors};
+use common::{crash, in_parallel, number, pattern, seed, tools};
+use fastrand::Rng;
+use flatdisk::disk::layers::{self, Content};
+use flatdisk::error::{Error, ErrorKind};
+use flatdisk::formats::{self, CreateSpec, Image, NewLink, OpenContext, OpenOptions, chain};
+use flatdisk::storage::file::HostFs;
+use flatdisk::storage::memory::MemoryHost;
+use flatdisk::storage::recording::RecordingHost;
+use flatdisk::storage::{Access, Host};
+
+const MIB: u64 = 1 << 20;
+
+/// Bases whose children can be written, with the block sizes that a child may have.
+fn bases() -> Vec<(Base, &'static [Option<u64>])> {
+    const VHD: &[Option<u64>] = &[None, Some(64 << 10), Some(MIB), Some(2 * MIB)];
+    const VHDX: &[Option<u64>] = &[None, Some(MIB), Some(2 * MIB), Some(4 * MIB)];
+    const VMDK: &[Option<u64>] = &[None, Some(4096), Some(64 << 10), Some(MIB)];
+    let size = 3 * MIB + 5 * 512;
+    vec![
+        (Base::new("vhd", "dynamic", size).block(MIB / 2), VHD),
+        (Base::new("vhd", "fixed", size), VHD),
+        (Base::new("vhdx", "dynamic", size).block(MIB).sector(512), VHDX),
+        (Base::new("vhdx", "dynamic", 5 * MIB + 4096).block(2 * MIB).sector(4096), VHDX),
+        (Base::new("vhdx", "fixed", 4 * MIB).block(MIB).sector(512), VHDX),
+        (Base::new("vmdk", "monolithicSparse", size), VMDK),
+        (Base::new("vmdk", "monolithicFlat", size), VMDK),
+        (Base::new("vmdk", "twoGbMaxExtentSparse", size), VMDK),
+        (Base::new("vmdk", "vmfs", size), &[None]),
+    ]
+}
+
+fn open(host: &Arc<dyn Host>, path: &Path, access: Access) -> Image {
+    try_open(host, path, access).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn try_open(host: &Arc<dyn Host>, path: &Path, access: Access) -> Result<Image, Error> {
+    formats::open(host, path, &OpenOptions::new(access))
+}
+
+fn contents(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0; image.disk.size() as usize];
+    image.disk.read_at(0, &mut bytes).unwrap_or_else(|e| panic!("{e}"));
+    bytes
+}
+
+/// Makes a child of the image at `parent`.
+fn make_child(host: &Arc<dyn Host>, path: &Path, parent: &Path, block: Option<u64>) {
+    let parent = open(host, parent, Access::Read);
+    let spec = CreateSpec { block_size: block, ..CreateSpec::default() };
+    let format = formats::by_name(parent.info.format).unwrap();
+    formats::create_child(format, &**host, path, &parent, &spec).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// Writes and discards at random places, and closes.
+fn scribble(host: &Arc<dyn Host>, path: &Path, model: &mut [u8], random: &mut Rng, count: u32) {
+    let image = open(host, path, Access::Write);
+    for _ in 0..count {
+        let len = match random.u8(..4) {
+            0 => random.usize(1..600),
+            1 => 512 * random.usize(1..300),
+            _ => random.usize(1..200_000),
+        };
+        let at = random.usize(..model.len());
+        let at = if random.bool() { at / 4096 * 4096 } else { at };
+        let end = model.len().min(at + len);
+        if random.u8(..5) == 0 {
+            let end = model.len().min(at + 20 * (end - at));
+            image.disk.discard(at as u64, (end - at) as u64).unwrap();
+            model[at..end].fill(0);
+        } else {
+            pattern::fill(random.u32(..), at as u64, &mut model[at..end]);
+            image.disk.write_at(at as u64, &model[at..end]).unwrap();
+        }
+    }
+    image.disk.close().unwrap();
+}
+
+/// Images that stand on one another, and what each must hold.
+struct Family {
+    name: String,
+    host: Arc<dyn Host>,
+    members: Vec<Member>,
+}
+
+struct Member {
+    path: PathBuf,
+    /// Where its parent stands in the family.
+    parent: Option<usize>,
+    model: Vec<u8>,
+    gone: bool,
+}
+
+impl Family {
+    fn verify(&self, when: &str) {
+        for member in self.members.iter().filter(|m| !m.gone) {
+            let context = format!("{}: {} {when}", self.name, member.path.display());
+            let image = try_open(&self.host, &member.path, Access::Read)
+                .unwrap_or_else(|e| panic!("{context}: {e}"));
+            if let Some(wrong) =
+                contents(&image).iter().zip(&member.model).position(|(a, b)| a != b)
+            {
+                panic!("{context}: wrong from byte {wrong:#x} on");
+            }
+            let errors = errors(&self.host, &member.path).unwrap();
+            assert!(errors.is_empty(), "{context}: {errors:?}");
+        }
+    }
+
+    fn alive(&self) -> Vec<usize> {
+        (0..self.members.len()).filter(|&m| !self.members[m].gone).collect()
+    }
+
+    fn children(&self, of: usize) -> Vec<usize> {
+        self.alive().into_iter().filter(|&m| self.members[m].parent == Some(of)).collect()
+    }
+
+    fn descends(&self, member: usize, from: usize) -> bool {
+        std::iter::successors(Some(member), |&m| self.members[m].parent).any(|m| m == from)
+    }
+}
+
+#[test]
+fn every_generation_equals_its_model_whatever_is_done_to_the_chain() {
+    let bases = bases();
+    let rounds = number("FLATDISK_MODEL_OPS", 0).div_ceil(500).max(1);
+    in_parallel(&bases, |(base, blocks)| {
+        for round in 0..rounds {
+            run_model(base, blocks, seed() + round);
+        }
+    });
+}
+
+fn run_model(base: &Base, blocks: &[Option<u64>], seed: u64) {
+    let mut random = Rng::with_seed(seed);
+    let memory = MemoryHost::new();
+    let host: Arc<dyn Host> = memory;
+    let path = |number: usize| PathBuf::from(format!("/t/d{number}.{}", base.format));
+    base.create_at(&*host, &path(0)).unwrap();
+    let mut model = vec![0; base.spec.size as usize];
+    scribble(&host, &path(0), &mut model, &mut random, 12);
+    let name = format!("{} {:?}, seed {seed}", base.format, base.spec);
+    let mut family = Family { name, host: host.clone(), members: Vec::new() };
+    family.members.push(Member { path: path(0), parent: None, model: model.clone(), gone: false });
+    for number in 1..=random.usize(3..=8) {
+        make_child(&host, &path(number), &path(number - 1), blocks[random.usize(..blocks.len())]);
+        scribble(&host, &path(number), &mut model, &mut random, 8);
+        let parent = Some(number - 1);
+        family.members.push(Member {
+            path: path(number),
+            parent,
+            model: model.clone(),
+            gone: false,
+        });
+    }
+    family.verify("after it was made");
+
+    let options = OpenOptions::new(Access::Read);
+    while family.alive().len() > 1 {
+        let alive = family.alive();
+        let member = alive[random.usize(1..alive.len())];
+        if random.u8(..3) > 0 {
+            let candidates: Vec<_> =
+                alive.into_iter().filter(|&m| !family.descends(m, member)).collect();
+            let new = candidates[random.usize(..candidates.len())];
+            let paths = [member, new].map(|m| family.members[m].path.clone());
+            let [child, parent] = &paths;
+            chain::rebase(&host, child, parent, &options, false, &mut |_| ())
+                .unwrap_or_else(|e| panic!("{}: rebase: {e}", family.name));
+            family.members[member].parent = Some(new);
+            family.verify(&format!(
+                "after {} was rebased to {}",
+                child.display(),
+                parent.display()
+            ));
+            continue;
+        }
+        let parent = family.members[member].parent.unwrap();
+        let child = family.members[member].path.clone();
+        let merged = chain::merge(&host, &child, &options, false, &mut |_| ());
+        if family.children(member).is_empty() && family.children(parent) == [member] {
+            merged.unwrap_or_else(|e| panic!("{}: merge: {e}", family.name));
+            family.members[member].gone = true;
+            family.members[parent].model = family.members[member].model.clone();
+            assert!(host.open(&child, Access::Peek).is_err(), "{} is gone", child.display());
+            family.verify(&format!("after {} was merged", child.display()));
+            // Grandparent's children and the parent itself stay writable.
+            if family.children(parent).is_empty() {
+                let Member { path, model, .. } = &mut family.members[parent];
+                scribble(&host, path, model, &mut random, 3);
+                family.verify("after writing once more");
+            }
+        } else {
+            let e = merged.expect_err("others need the images");
+            assert!(e.what().contains("is a child of"), "{e}");
+            family.verify("after merging was refused");
+        }
+    }
+}
+
+#[test]
+fn a_chain_of_two_hundred_links_opens_and_reads() {
+    let bases = [
+        Base::new("vhd", "dynamic", 2 * MIB).block(64 << 10),
+        Base::new("vhdx", "dynamic", 2 * MIB).block(MIB),
+        Base::new("vmdk", "monolithicSparse", 2 * MIB),
+    ];
+    in_parallel(&bases, |base| {
+        let host: Arc<dyn Host> = MemoryHost::new();
+        let path = |number: u64| PathBuf::from(format!("/t/{number}.{}", base.format));
+        base.create_at(&*host, &path(0)).unwrap();
+        for number in 1..=200 {
+            make_child(&host, &path(number), &path(number - 1), None);
+            let image = open(&host, &path(number), Access::Write);
+            image.disk.write_at(number * 4096, &[number as u8; 4096]).unwrap();
+            image.disk.close().unwrap();
+        }
+        let image = open(&host, &path(200), Access::Read);
+        let bytes = contents(&image);
+        for number in 1..=200 {
+            assert_eq!(bytes[number * 4096..][..4096], [number as u8; 4096], "link {number}");
+        }
+        let mut deepest = 0;
+        layers::runs(&image.disk, usize::MAX, |run| {
+            deepest = deepest.max(run.layer);
+            Ok(())
+        })
+        .unwrap();
+        assert!(deepest >= 199, "{deepest}");
+
+        for number in 201..=260 {
+            let parent = match try_open(&host, &path(number - 1), Access::Read) {
+                Ok(parent) => parent,
+                Err(e) => {
+                    assert!(number == 257 && e.what().contains("256 generations"), "{e}");
+                    return;
+                }
+            };
+            let format = formats::by_name(base.format).unwrap();
+            formats::create_child(format, &*host, &path(number), &parent, &CreateSpec::default())
+                .unwrap();
+        }
+        panic!("no end to the chain");
+    });
+}
+
+/// A chain of three in memory: `/t/0`, `/t/1`, `/t/2`, with one write in each.
+fn three(base: &Base) -> (Arc<MemoryHost>, [PathBuf; 3]) {
+    let memory = MemoryHost::new();
+    let host: Arc<dyn Host> = memory.clone();
+    let paths = [0, 1, 2].map(|n| PathBuf::from(format!("/t/{n}.{}", base.format)));
+    base.create_at(&*host, &paths[0]).unwrap();
+    for number in 0..3 {
+        if number > 0 {
+            make_child(&host, &paths[number], &paths[number - 1], None);
+        }
+        let image = open(&host, &paths[number], Access::Write);
+        image.disk.write_at(number as u64 * 8192, &[number as u8 + 1; 4096]).unwrap();
+        image.disk.close().unwrap();
+    }
+    (memory, paths)
+}
+
+/// Points `child` at `parent`, right or wrong.
+fn force_link(host: &Arc<dyn Host>, child: &Path, parent: &Path) {
+    let identity = formats::open::open_alone(host, parent, &OpenOptions::new(Access::Peek));
+    let identity = identity.unwrap().identity;
+    let file = host.open(child, Access::Write).unwrap();
+    let ctx = OpenContext::new(host, child, &OpenOptions::new(Access::Write));
+    let link = NewLink { identity: &identity, parent };
+    formats::recognise(&*file).unwrap().relink(file, &ctx, &link).unwrap();
+}
+
+fn small_bases() -> [Base; 3] {
+    [
+        Base::new("vhd", "dynamic", 2 * MIB),
+        Base::new("vhdx", "dynamic", 2 * MIB),
+        Base::new("vmdk", "monolithicSparse", 2 * MIB),
+    ]
+}
+
+#[test]
+fn broken_chains_say_what_is_broken() {
+    for base in small_bases() {
+        let (memory, [a, b, c]) = three(&base);
+        let forced = OpenOptions { force: true, ..OpenOptions::new(Access::Write) };
+
+        // The same in a cycle and in an image that is its own parent.
+        let host: Arc<dyn Host> = memory.fork();
+        force_link(&host, &b, &c);
+        let e = try_open(&host, &c, Access::Write).unwrap_err();
+        assert!(e.what().contains("as its parent, which descends from it"), "{e}");
+        assert_eq!(e.path(), Some(&*b), "{e}");
+        force_link(&host, &b, &b);
+        let e = try_open(&host, &b, Access::Read).unwrap_err();
+        assert!(e.what().contains("names itself as its parent"), "{e}");
+
+        // A missing link in the middle.
+        let host: Arc<dyn Host> = memory.fork();
+        host.remove(&b).unwrap();
+        let e = try_open(&host, &c, Access::Read).unwrap_err();
+        assert_eq!((e.kind(), e.path()), (ErrorKind::ParentMissing, Some(&*c)), "{e}");
+        assert!(e.what().contains(b.to_str().unwrap()) && e.what().contains("tried"), "{e}");
+        let image = formats::open(&host, &c, &forced).unwrap();
+        let mut sector = [0; 512];
+        image.disk.read_at(2 * 8192, &mut sector).unwrap();
+        assert_eq!(sector, [3; 512]);
+        let e =
+            image.disk.read_at(MIB, &mut sector).expect_err("never a zero for a missing parent");
+        assert_eq!(e.kind(), ErrorKind::ParentMissing);
+        let e = image.disk.write_at(0, &[1; 512]).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ReadOnly);
+
+        // Another disk in the parent's place.
+        let host: Arc<dyn Host> = memory.fork();
+        host.remove(&a).unwrap();
+        base.create_at(&*host, &a).unwrap();
+        let image = open(&host, &a, Access::Write);
+        image.disk.write_at(MIB, &[9; 512]).unwrap();
+        image.disk.close().unwrap();
+        let is = image.identity.to_string();
+        let is = if base.format == "vhd" { is } else { String::new() };
+        let e = try_open(&host, &c, Access::Read).unwrap_err();
+        assert_eq!((e.kind(), e.path()), (ErrorKind::ParentMismatch, Some(&*b)), "{e}");
+        assert!(e.what().contains(&is) && e.what().contains("was made from"), "{e}");
+        let image = formats::open(&host, &c, &forced).unwrap();
+        image.disk.read_at(MIB, &mut sector).unwrap();
+        assert!(sector == [9; 512]);
+        let e = image.disk.write_at(0, &[1; 512]).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ReadOnly, "forced below, never written on top: {e}");
+    }
+}
+
+#[test]
+fn a_parent_is_found_behind_another_disk_of_the_same_name() {
+    for base in small_bases() {
+        let (memory, [_, b, c]) = three(&base);
+        let host: Arc<dyn Host> = memory;
+        let name = b.file_name().unwrap();
+        let elsewhere = Path::new("/else").join(name);
+        // The right parent is moved away, with all it needs, and a wrong one put in its place.
+        let image = open(&host, &c, Access::Read);
+        let expected = contents(&image);
+        let copy = host.create(&elsewhere).unwrap();
+        let old = host.open(&b, Access::Read).unwrap();
+        let mut bytes = vec![0; old.len().unwrap() as usize];
+        old.read_at(0, &mut bytes).unwrap();
+        copy.write_at(0, &bytes).unwrap();
+        host.remove(&b).unwrap();
+        base.create_at(&*host, &b).unwrap();
+        let options = OpenOptions {
+            allow_parent: vec!["/else".into(), "/t".into()],
+            ..OpenOptions::new(Access::Read)
+        };
+        let image = formats::open(&host, &c, &options).unwrap();
+        assert_eq!(image.parent.as_ref().unwrap().path, elsewhere);
+        assert!(contents(&image) == expected);
+    }
+}
+
+#[test]
+fn what_would_break_a_chain_is_refused() {
+    for base in small_bases() {
+        let (memory, [a, b, c]) = three(&base);
+        let host: Arc<dyn Host> = memory;
+        let options = OpenOptions::new(Access::Read);
+        let rebase = |child: &Path, parent: &Path| {
+            chain::rebase(&host, child, parent, &options, false, &mut |_| ()).unwrap_err()
+        };
+        assert!(rebase(&b, &c).what().contains("needs this image itself"));
+        assert!(rebase(&b, &b).what().contains("needs this image itself"));
+        assert!(rebase(&a, &b).what().contains("has no parent"));
+        let merge =
+            |child: &Path| chain::merge(&host, child, &options, false, &mut |_| ()).unwrap_err();
+        assert!(merge(&a).what().contains("has no parent"));
+        assert!(merge(&b).what().contains("is a child of this image"));
+        let sibling = c.with_file_name("sibling").with_extension(base.format);
+        make_child(&host, &sibling, &b, None);
+        assert!(merge(&c).what().contains("would lose it"));
+        for image in [&a, &b, &c, &sibling] {
+            open(&host, image, Access::Read);
+        }
+
+        // Merged all the same, siblings say what happened to them where their format lets them know.
+        let merged = chain::merge(&host, &c, &options, true, &mut |_| ()).unwrap();
+        assert_eq!(merged.siblings, std::slice::from_ref(&sibling));
+        let opened = try_open(&host, &sibling, Access::Read).map_err(|e| e.kind());
+        match base.format {
+            "vhd" => assert!(opened.is_ok()),
+            _ => assert_eq!(opened.err(), Some(ErrorKind::ParentMismatch)),
+        }
+    }
+}
+
+#[test]
+fn killed_at_any_moment_a_merge_or_rebase_loses_nothing() {
+    let mut bases = bases();
+    bases.retain(|(base, _)| base.spec.subformat.as_deref() != Some("fixed"));
+    let budget = number("FLATDISK_CRASH_STATES", 240) as usize;
+    let failures: Vec<String> = in_parallel(&bases, |(base, _)| {
+        let mut failures = Vec::new();
+        for operation in ["merge", "rebase", "link"] {
+            if let Err(e) = crash_while(base, operation, budget) {
+                failures
+                    .push(format!("{} {:?}: {operation}: {e}", base.format, base.spec.subformat));
+            }
+        }
+        failures
+    })
+    .concat();
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+}
+
+fn crash_while(base: &Base, operation: &str, budget: usize) -> Result<(), String> {
+    let mut random = Rng::with_seed(seed());
+    let (memory, [a, b, c]) = three(base);
+    let host: Arc<dyn Host> = memory.clone();
+    let mut model = contents(&open(&host, &c, Access::Read));
+    scribble(&host, &c, &mut model, &mut random, 6);
+    // A path of another length than before.
+    let other = Path::new("/t").join("a parent with a long name").with_extension(base.format);
+    make_child(&host, &other, &a, None);
+    let below = contents(&open(&host, &b, Access::Read));
+
+    let recorder = RecordingHost::over(&memory);
+    let recorded: Arc<dyn Host> = recorder.clone();
+    let options = OpenOptions::new(Access::Read);
+    let done = match operation {
+        "merge" => chain::merge(&recorded, &c, &options, false, &mut |_| ()).map(drop),
+        "rebase" => chain::rebase(&recorded, &c, &other, &options, false, &mut |_| ()).map(drop),
+        _ => chain::rebase(&recorded, &c, &b, &options, true, &mut |_| ()).map(drop),
+    };
+    done.map_err(|e| e.to_string())?;
+    let recording = recorder.recording();
+    crash::each_state(&recording, &mut random, budget, |_| 0, &mut |point, fates, _| {
+        let state: Arc<dyn Host> = point.state(fates);
+        let holds = |path: &Path, model: &[u8]| {
+            let image = try_open(&state, path, Access::Read).map_err(|e| e.to_string())?;
+            match contents(&image) == model {
+                true => Ok(()),
+                false => Err(format!("{} holds something else", path.display())),
+            }
+        };
+        let child = holds(&c, &model);
+        // Once the parent holds everything, the child may be stale or gone.
+        let child = match operation {
+            "merge" if child.is_err() => holds(&b, &model).map_err(|e| {
+                format!("neither child nor parent: {}; {e}", child.clone().unwrap_err())
+            }),
+            "merge" => child,
+            _ => child.and_then(|()| holds(&b, &below)),
+        };
+        child?;
+        // What was interrupted can be done again.
+        if operation == "merge" && holds(&c, &model).is_ok() {
+            chain::merge(&state, &c, &options, false, &mut |_| ())
+                .map_err(|e| format!("again: {e}"))?;
+            holds(&b, &model)?;
+        } else if operation != "merge" {
+            chain::rebase(&state, &c, &other, &options, false, &mut |_| ())
+                .map_err(|e| format!("again: {e}"))?;
+            holds(&c, &model)?;
+        }
+        let left = if operation == "merge" { &b } else { &c };
+        match errors(&state, left).map_err(|e| e.to_string())?.is_empty() {
+            true => Ok(()),
+            false => Err("the check finds errors".to_owned()),
+        }
+    })
+}
+
+fn flatdisk(dir: &Path, arguments: &[&str]) -> std::process::Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_flatdisk"));
+    tools::output(command.current_dir(dir).args(arguments))
+}
+
+fn succeed(dir: &Path, arguments: &[&str]) -> String {
+    let output = flatdisk(dir, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", tools::both(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn fail(dir: &Path, arguments: &[&str]) -> String {
+    let output = flatdisk(dir, arguments);
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {}", tools::both(&output));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+fn json(text: &str) -> serde_json::Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+#[test]
+fn a_folder_with_a_chain_can_be_moved_and_opened_by_a_relative_path() {
+    for format in ["vhd", "vhdx", "vmdk"] {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = dir.path().join("vm");
+        std::fs::create_dir_all(vm.join("snapshots")).unwrap();
+        std::fs::create_dir_all(dir.path().join("else/where")).unwrap();
+        let (base, child) = (format!("base.{format}"), format!("child.{format}"));
+        let grandchild = format!("snapshots/g.{format}");
+        succeed(&vm, &["create", "--size", "8M", &base]);
+        succeed(&vm, &["create", "--parent", &base, &child]);
+        succeed(&vm, &["create", "--parent", &child, &grandchild]);
+        let host = HostFs::shared();
+        let image = open(&host, &vm.join(&child), Access::Write);
+        image.disk.write_at(5000, &[7; 5000]).unwrap();
+        image.disk.close().unwrap();
+        drop(image);
+        // The child has changed, so the grandchild made of it before does not fit any more.
+        std::fs::remove_file(vm.join(&grandchild)).unwrap();
+        succeed(&vm, &["create", "--parent", &child, &grandchild]);
+        std::fs::rename(&vm, dir.path().join("else/moved")).unwrap();
+        let from = dir.path().join("else/where");
+
+        let info =
+            json(&succeed(&from, &["info", "--chain", "--json", &format!("../moved/{child}")]));
+        let names: Vec<_> =
+            info["images"].as_array().unwrap().iter().map(|i| i["filename"].clone()).collect();
+        assert_eq!(names, [format!("../moved/{child}"), format!("../moved/{base}")]);
+
+        // A parent outside the child's own folder needs leave, in whatever way it is said.
+        let grandchild = format!("../moved/{grandchild}");
+        let e = fail(&from, &["info", "--chain", &grandchild]);
+        assert!(e.contains("allow_parent"), "{e}");
+        for option in ["--parent-dir", "--allow-parent"] {
+            succeed(&from, &["info", "--chain", option, "../moved", &grandchild]);
+        }
+        succeed(
+            &from.join("../moved/snapshots"),
+            &["info", "--chain", "--parent-dir", "..", &format!("g.{format}")],
+        );
+    }
+}
+
+#[test]
+fn the_command_line_makes_maps_merges_and_rebases_chains() {
+    for format in ["vhd", "vhdx", "vmdk"] {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = temporary.path();
+        let [base, child, top] = ["base", "child", "top"].map(|n| format!("{n}.{format}"));
+        succeed(dir, &["create", "--size", "8M", &base]);
+        let host = HostFs::shared();
+        let write = |name: &str, at: u64, byte: u8| {
+            let image = open(&host, &dir.join(name), Access::Write);
+            image.disk.write_at(at, &[byte; 65536]).unwrap();
+            image.disk.close().unwrap();
+        };
+        write(&base, 0, 1);
+        let e = fail(dir, &["create", "--parent", &base, "--size", "9M", &child]);
+        assert!(e.contains("8388608 bytes"), "{e}");
+        assert!(!dir.join(&child).exists());
+        succeed(dir, &["create", "--parent", &base, "--size", "8M", &child]);
+        fail(dir, &["create", "--parent", &base, &child]);
+        write(&child, 4 << 20, 2);
+        let block = if format == "vhdx" { "4M" } else { "64K" };
+        succeed(dir, &["create", "--parent", &child, "--block-size", block, &top]);
+        write(&top, 6 << 20, 3);
+
+        let map = json(&succeed(dir, &["map", "--json", &top]));
+        let runs = map.as_array().unwrap();
+        let length: u64 = runs.iter().map(|run| run["length"].as_u64().unwrap()).sum();
+        assert_eq!(length, 8 << 20);
+        let holder = |at: u64| {
+            let run = runs.iter().rfind(|run| run["start"].as_u64().unwrap() <= at).unwrap();
+            (run["depth"].as_u64(), run["image"].as_str().unwrap_or_default().to_owned())
+        };
+        assert_eq!(holder(6 << 20), (Some(0), top.clone()));
+        assert_eq!(holder(4 << 20), (Some(1), format!("./{child}")));
+        assert_eq!(holder(0), (Some(2), format!("./{base}")));
+
+        let since = json(&succeed(dir, &["map", "--json", "--since", &child, &top]));
+        let since = since.as_array().unwrap();
+        assert!(since.iter().all(|run| run["depth"] == 0), "{since:?}");
+        assert!(!since.is_empty());
+        assert!(succeed(dir, &["map", "--since", &base, &top]).contains(&child));
+        fail(dir, &["map", "--since", &top, &top]);
+        fail(dir, &["map", "--since", &top, &child]);
+
+        let before = contents(&open(&host, &dir.join(&top), Access::Read));
+        fail(dir, &["commit", &child]);
+        succeed(dir, &["rebase", &top, "--parent", &base]);
+        assert!(contents(&open(&host, &dir.join(&top), Access::Read)) == before);
+        let e = fail(dir, &["commit", &child]);
+        assert!(e.contains("--force"), "{e}");
+        std::fs::remove_file(dir.join(&child)).unwrap();
+        let report = json(&succeed(dir, &["commit", "--json", &top]));
+        assert_eq!(report["parent"], format!("./{base}"));
+        assert!(!dir.join(&top).exists());
+        assert!(contents(&open(&host, &dir.join(&base), Access::Read)) == before);
+        succeed(dir, &["check", &base]);
+    }
+}
+
+#[test]
+fn an_image_in_use_is_not_merged() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path();
+    succeed(dir, &["create", "--size", "8M", "base.vhd"]);
+    succeed(dir, &["create", "--parent", "base.vhd", "child.vhd"]);
+    let held = open(&HostFs::shared(), &dir.join("child.vhd"), Access::Write);
+    assert!(fail(dir, &["commit", "child.vhd"]).contains("in use"));
+    assert!(fail(dir, &["rebase", "child.vhd", "--parent", "base.vhd"]).contains("in use"));
+    drop(held);
+    succeed(dir, &["commit", "child.vhd"]);
+}
+
+#[test]
+fn maps_of_huge_empty_disks_take_no_time() {
+    let host: Arc<dyn Host> = MemoryHost::new();
+    for (format, size) in [("vhdx", 64u64 << 40), ("vhd", 2040 << 30), ("vmdk", 1 << 40)] {
+        let began = std::time::Instant::now();
+        let spec = CreateSpec { size, ..CreateSpec::default() };
+        let path = PathBuf::from(format!("/t/base.{format}"));
+        formats::create(formats::by_name(format).unwrap(), &*host, &path, &spec).unwrap();
+        let child = path.with_file_name(format!("child.{format}"));
+        make_child(&host, &child, &path, None);
+        let mut runs = Vec::new();
+        layers::runs(&open(&host, &child, Access::Read).disk, usize::MAX, |run| {
+            runs.push(run);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(runs.len(), 1);
+        assert_eq!((runs[0].len, runs[0].content), (size, Content::Unallocated));
+        println!("{format}: {:.1} s", began.elapsed().as_secs_f32());
+    }
+}
+
+#[test]
+fn qemu_reads_vmdk_chains_that_were_rebased_and_merged() {
+    if !tools::have("qemu-img") {
+        return;
+    }
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path();
+    let host = HostFs::shared();
+    let mut random = Rng::with_seed(seed());
+    succeed(dir, &["create", "--size", "8M", "0.vmdk"]);
+    let mut model = vec![0; 8 << 20];
+    for (child, parent) in [("1.vmdk", "0.vmdk"), ("2.vmdk", "1.vmdk"), ("3.vmdk", "2.vmdk")] {
+        succeed(dir, &["create", "--parent", parent, child]);
+        scribble(&host, &dir.join(child), &mut model, &mut random, 6);
+    }
+    let by_qemu = |name: &str| {
+        let raw = dir.join("raw");
+        let mut command = Command::new("qemu-img");
+        tools::run(command.args(["convert", "-O", "raw"]).arg(dir.join(name)).arg(&raw));
+        std::fs::read(raw).unwrap()
+    };
+    assert!(by_qemu("3.vmdk") == model);
+    succeed(dir, &["rebase", "3.vmdk", "--parent", "1.vmdk"]);
+    assert!(by_qemu("3.vmdk") == model);
+    std::fs::remove_file(dir.join("2.vmdk")).unwrap();
+    succeed(dir, &["commit", "3.vmdk"]);
+    assert!(by_qemu("1.vmdk") == model);
+}
