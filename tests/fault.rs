@@ -127,6 +127,7 @@ impl<'a> Trial<'a> {
             .kind
             .open(&runner.host, Access::Write)
             .map_err(|e| format!("the image does not open after the fault: {e}"))?;
+        runner.history.lock().doubt();
         let legal = runner.history.lock().legal_at(runner.recorder.position());
         let found = read(&runner.disk, &legal).map_err(|e| format!("after reopening: {e}"))?;
         self.latched = false;

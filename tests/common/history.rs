@@ -117,6 +117,15 @@ impl History {
         self.values.entry(number).or_default().push(value);
     }
 
+    /// After a failed flush: no later one covers what this one should have. Only what is written anew
+    /// can be promised again.
+    pub fn doubt(&mut self) {
+        let flushed = self.flushes.iter().map(|flush| flush.0).max().unwrap_or(0);
+        for value in self.values.values_mut().flatten() {
+            value.certain &= value.end < flushed;
+        }
+    }
+
     /// Notes a flush that succeeded: [`Self::tick`] when it began, position when it returned.
     pub fn flushed(&mut self, begin: u64, end: usize) {
         self.flushes.push((begin, end));
