@@ -616,7 +616,9 @@ fn a_flush_that_fails_is_reported_by_close_and_by_umount() {
     assert!(!is_mounted(mount.path()));
     drop(fill);
     fs::remove_file(small.path().join("fill")).unwrap();
-    succeed(flatdisk().arg("check").arg(small.path().join("a.vhdx")));
+    // What was never flushed may have left space that nothing uses.
+    let check = outcome(flatdisk().arg("check").arg(small.path().join("a.vhdx")));
+    assert!(matches!(check.status.code(), Some(0 | 3)), "{check:?}");
     small.unmount();
 }
 
