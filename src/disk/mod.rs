@@ -138,7 +138,13 @@ impl Disk {
         if self.size() == 0 || self.parent.is_some() || self.geometry().block_size < self.size() {
             return None;
         }
+        // The first sector tells most disks apart at once; only then all of it is looked at.
         let mut list = ExtentList::new();
+        self.map.lookup(0..Geometry::SECTOR, &mut list).ok()?;
+        if !matches!(list[..], [map::Extent { source: Source::File { at: 0, .. }, .. }]) {
+            return None;
+        }
+        list.clear();
         self.map.lookup(0..self.size(), &mut list).ok()?;
         match list[..] {
             [map::Extent { source: Source::File { file, at: 0 }, .. }] => {

@@ -12,7 +12,9 @@
 //! 2. No I/O happens while a shard is locked. A page loaded from the file is inserted only if no
 //!    page of its shard changed or left since the load began (the shard's `epoch`); otherwise the
 //!    load is repeated, so that stale contents never enter.
-//! 3. Memory is bounded by the [`CacheBudget`] shared by all disks of a process, plus one page per
+//! 3. A load never uses the cache it loads for: two pages of one shard that evict each other would
+//!    make both loads stale for ever.
+//! 4. Memory is bounded by the [`CacheBudget`] shared by all disks of a process, plus one page per
 //!    shard, plus dirty pages, whose number the drivers bound by flushing.
 
 use std::collections::HashMap;

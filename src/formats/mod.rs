@@ -1,7 +1,7 @@
 //! Image formats: recognising, opening, creating and checking them.
 //!
-//! Each format is one [`Format`] object in [`FORMATS`]. [`open`] turns a path into an [`Image`]; the
-//! drivers below implement [`BlockMap`](crate::disk::map::BlockMap) and know nothing of what is
+//! Each format is one [`Format`] object in [`FORMATS`]. [`open()`] turns a path into an [`Image`]; the
+//! drivers below implement [`BlockMap`] and know nothing of what is
 //! above them.
 
 pub mod chain;

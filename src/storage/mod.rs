@@ -1,7 +1,7 @@
 //! Positioned I/O on the files that make up an image.
 //!
 //! [`Storage`] is one host file; [`Host`] is where files come from. Everything above works on these
-//! two traits only, so that the same drivers run on real files ([`file`]), in memory ([`memory`]),
+//! two traits only, so that the same drivers run on real files ([`mod@file`]), in memory ([`memory`]),
 //! on a recorder ([`recording`]) whose every crash can be built ([`crash`]), and on storage that
 //! fails on demand ([`faulty`]).
 //!
