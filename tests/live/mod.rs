@@ -164,7 +164,10 @@ impl Mount {
 
     /// Unmounts as a user does, waits for the daemon and returns its exit status.
     pub fn unmount(mut self) -> ExitStatus {
-        succeed(flatdisk().arg("umount").arg(self.dir.path()));
+        // A program that another test starts at this moment holds copies of our files until exec.
+        let umount = || outcome(flatdisk().arg("umount").arg(self.dir.path()));
+        wait_until("the mount is not in use", || umount().status.code() != Some(32));
+        assert!(!is_mounted(self.dir.path()), "umount did not unmount");
         self.mounted = false;
         self.daemon.wait().expect("wait for the daemon")
     }
