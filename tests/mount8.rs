@@ -61,11 +61,11 @@ fn mount_by_type_and_umount_that_waits() {
             mount -t $type "$IMAGES" "$POINT" -o ro
             live
             [ "$(stat -c %s "$POINT/a.vhdx.img")" = 8388608 ]
-            ! dd if=/dev/zero of="$POINT/a.vhdx.img" count=1 conv=notrunc 2>/dev/null
+            if dd if=/dev/zero of="$POINT/a.vhdx.img" count=1 conv=notrunc 2>/dev/null; then echo "wrote to a read-only mount"; exit 8; fi
             findmnt -n -o FSTYPE "$POINT" | grep -qx fuse.flatdisk
             findmnt -n -o SOURCE "$POINT" | grep -qxF "$IMAGES"
             umount "$POINT"
-            ! live
+            if live; then echo "still mounted"; exit 7; fi
         done
         "#,
     );
@@ -125,7 +125,7 @@ fn the_image_itself_can_be_the_source_and_errors_keep_their_status() {
         mount -s -t flatdisk "$IMAGES" "$POINT" -o nonsense
         umount "$POINT"
         mount -f -t flatdisk "$IMAGES" "$POINT"
-        ! live
+        if live; then echo "still mounted"; exit 7; fi
         "#,
     );
 }
