@@ -236,6 +236,14 @@ impl Disk {
         Ok(())
     }
 
+    /// Takes note that somebody else wrote to the disk's files, as the kernel does where it was given
+    /// one: the image counts as written, and the next flush covers it.
+    pub fn changed_from_outside(&self) -> Result<()> {
+        self.ready_to_write()?;
+        self.unflushed.store(true, Ordering::Release);
+        Ok(())
+    }
+
     /// Remembers a failure that leaves it unknown what is on stable storage. Lack of space is not
     /// one: what could not be written is still dirty in memory.
     fn latch(&self, failure: &Error) {

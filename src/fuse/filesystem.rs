@@ -58,11 +58,10 @@ pub struct Shell {
 impl Shell {
     /// Serves `tree`; `ended` hears of the end of the session.
     pub fn new(tree: Arc<Tree>, options: &MountOptions, ended: Sender<Event>) -> Self {
-        let passthrough = options.passthrough && options.read_only;
         Self {
             tree,
             writeback: options.writeback,
-            passthrough: passthrough.then(Passthrough::default),
+            passthrough: options.passthrough.then(Passthrough::default),
             ended,
         }
     }
@@ -242,7 +241,8 @@ impl Filesystem for Shell {
                 flags.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, write);
                 match &self.passthrough {
                     Some(passthrough) => {
-                        let file = self.tree.flat_file(ino.0);
+                        let file =
+                            passthrough.possible().then(|| self.tree.lend(ino.0, write)).flatten();
                         passthrough.reply(reply, ino.0, opened.handle, flags, file.as_deref());
                     }
                     None => reply.opened(FileHandle(opened.handle), flags),

@@ -25,17 +25,18 @@
 use std::fs::Metadata;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 
 use super::facts::{Facts, FactsCache};
+use super::passthrough::KernelWrites;
 use super::source::{Place, Stamp, identity};
 use crate::disk::tables::CacheStats;
 use crate::disk::{Disk, overlay};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Access, FileIdentity, file};
+use crate::storage::{Access, FileIdentity, Storage, file};
 
 /// A flat file's image. Locks, outermost first: `opens`, `current`.
 #[derive(Debug)]
@@ -67,6 +68,23 @@ struct OpenImage {
     writable: bool,
     /// Writes go to a throw-away layer.
     overlaid: bool,
+    /// What the kernel writes by itself, where it may.
+    kernel_writes: OnceLock<KernelWrites>,
+}
+
+impl OpenImage {
+    /// Makes what was written durable, by whomever.
+    fn flush(&self) -> Result<()> {
+        let Some(kernel) = self.kernel_writes.get() else { return self.disk.flush() };
+        kernel.note(&self.disk)?;
+        let cut = kernel.cut(&self.disk);
+        self.disk.flush().and(cut)
+    }
+
+    /// Flushes and closes.
+    fn close(&self) -> Result<()> {
+        self.flush().and(self.disk.close())
+    }
 }
 
 /// How an image is in use.
@@ -188,7 +206,7 @@ impl ImageFile {
         };
         images.pin(&self.place, Stamp::of(&meta), facts.clone());
         let writable = overlaid || access == Access::Write;
-        Ok(OpenImage { disk, facts, writable, overlaid })
+        Ok(OpenImage { disk, facts, writable, overlaid, kernel_writes: OnceLock::new() })
     }
 
     fn discard(&self, images: &FactsCache, opened: OpenImage) {
@@ -245,7 +263,7 @@ impl ImageFile {
         opens: &mut Opens,
     ) -> Result<()> {
         let Some(opened) = current.take() else { return Ok(()) };
-        let closed = opened.disk.close();
+        let closed = opened.close();
         // What the kernel cached of a throw-away layer is nobody's contents.
         opens.cached = if opened.overlaid { None } else { opened.facts.contents() };
         self.discard(images, opened);
@@ -296,17 +314,36 @@ impl ImageFile {
     /// Flushes if tables wait for it. Payload alone the host writes back in its own time; syncing it
     /// every few seconds would only slow its writer down.
     pub fn flush_tables(&self) -> Result<()> {
-        let waiting = |open: &OpenImage| open.writable && open.disk.tables_dirty();
-        let waiting = self.current.read().as_ref().is_some_and(waiting);
+        let waiting = match &*self.current.read() {
+            Some(open) => {
+                // The image's identifiers tell of the kernel's writes as soon as of ours.
+                open.kernel_writes.get().map_or(Ok(()), |kernel| kernel.note(&open.disk))?;
+                open.writable && open.disk.tables_dirty()
+            }
+            None => false,
+        };
         if waiting { self.flush() } else { Ok(()) }
+    }
+
+    /// The host file that the open image is, byte for byte and to the last byte, for the kernel to
+    /// use by itself; `write` says whether it will write.
+    pub fn lend(&self, write: bool) -> Option<Arc<dyn Storage>> {
+        let current = self.current.read();
+        let open = current.as_ref()?;
+        let file = open.disk.flat_file()?;
+        if file.len().ok()? != open.disk.size() {
+            return None;
+        }
+        if write && open.kernel_writes.get().is_none() {
+            let _ = open.kernel_writes.set(KernelWrites::watch(file.clone())?);
+        }
+        Some(file)
     }
 
     /// Flushes what was written, if anything was.
     pub fn flush(&self) -> Result<()> {
         match &*self.current.read() {
-            Some(open) if open.writable => {
-                open.disk.flush().map_err(|e| e.in_file(&self.place.path()))
-            }
+            Some(open) if open.writable => open.flush().map_err(|e| e.in_file(&self.place.path())),
             _ => Ok(()),
         }
     }

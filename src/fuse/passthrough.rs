@@ -1,31 +1,53 @@
-//! Flat files that the kernel reads by itself, without asking the daemon.
+//! Flat files that the kernel reads and writes by itself, without asking the daemon.
 //!
-//! That is right only where the flat file *is* a host file, byte for byte and to the last byte (the
-//! kernel reads on past the end that we state), and where nobody writes: a write that the daemon
-//! never sees could not be counted, nor made durable, nor renew the image's identifiers. So it is
-//! done in read-only mounts, for images that are one extent as long as the disk.
+//! That is right only where the flat file *is* a host file, byte for byte and to the last byte: the
+//! image is one extent as long as the disk, with no layer above it. The kernel wants all opens of an
+//! inode to be of this kind while one is, so the first one decides; the first refusal (it needs root
+//! and Linux 6.9) ends all attempts.
 //!
-//! The kernel wants all opens of an inode to be of this kind while one is. Whether they are is
-//! decided at the first one; the first refusal (it needs root and Linux 6.9) ends all attempts.
+//! What the daemon no longer sees, [`KernelWrites`] finds out from the file afterwards: that
+//! something was written (then the image's identifiers are renewed and a flush syncs the file), and
+//! that something was written past the end of the disk (then the file is cut to size again and the
+//! writer's `fsync` or `close` says so). Every other request still comes to the daemon.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use fuser::{BackingId, FileHandle, FopenFlags, ReplyOpen};
 use parking_lot::Mutex;
 
+use super::source::{CLOCK_STEP, Stamp};
+use crate::disk::Disk;
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
 /// The backing files known to the kernel.
 #[derive(Debug, Default)]
 pub struct Passthrough {
     refused: AtomicBool,
-    /// By inode, with the number of opens.
-    backings: Mutex<HashMap<u64, (BackingId, usize)>>,
+    opens: Mutex<HashMap<u64, Opens>>,
+}
+
+/// The opens of one inode, all with the backing file or all without.
+#[derive(Debug)]
+struct Opens {
+    count: usize,
+    backing: Option<BackingId>,
 }
 
 impl Passthrough {
-    /// Answers an open(2) of inode `ino`, letting the kernel read `file` if that is possible.
+    /// Whether the kernel has not refused yet.
+    pub fn possible(&self) -> bool {
+        !self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Answers an open(2) of inode `ino`, letting the kernel use `file` by itself if that is possible.
     pub fn reply(
         &self,
         reply: ReplyOpen,
@@ -34,36 +56,102 @@ impl Passthrough {
         flags: FopenFlags,
         file: Option<&dyn Storage>,
     ) {
-        let mut backings = self.backings.lock();
-        if !backings.contains_key(&ino)
-            && !self.refused.load(Ordering::Relaxed)
-            && let Some(file) = file.and_then(Storage::host_file)
-        {
-            match reply.open_backing(file) {
-                Ok(backing) => drop(backings.insert(ino, (backing, 0))),
-                Err(e) => {
-                    log::debug!("no passthrough: {e}");
-                    self.refused.store(true, Ordering::Relaxed);
-                }
+        let mut opens = self.opens.lock();
+        let opens = match opens.entry(ino) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(first) => {
+                let backing = file.and_then(|file| self.register(&reply, file));
+                first.insert(Opens { count: 0, backing })
             }
-        }
-        match backings.get_mut(&ino) {
-            Some((backing, opens)) => {
-                *opens += 1;
+        };
+        opens.count += 1;
+        match &opens.backing {
+            Some(backing) => {
                 reply.opened_passthrough(FileHandle(handle), FopenFlags::empty(), backing);
             }
             None => reply.opened(FileHandle(handle), flags),
         }
     }
 
+    fn register(&self, reply: &ReplyOpen, file: &dyn Storage) -> Option<BackingId> {
+        let file = file.host_file().filter(|_| self.possible())?;
+        let Ok(own) = reopened(file).inspect_err(|e| log::debug!("no passthrough: {e}")) else {
+            return None;
+        };
+        let refused = |e: &io::Error| {
+            log::debug!("no passthrough: {e}");
+            self.refused.store(true, Ordering::Relaxed);
+        };
+        reply.open_backing(own).inspect_err(refused).ok()
+    }
+
     /// Notes the release of a file.
     pub fn release(&self, ino: u64) {
-        let mut backings = self.backings.lock();
-        if let Some((_, opens)) = backings.get_mut(&ino) {
-            *opens -= 1;
-            if *opens == 0 {
-                backings.remove(&ino);
+        if let Entry::Occupied(mut known) = self.opens.lock().entry(ino) {
+            known.get_mut().count -= 1;
+            if known.get().count == 0 {
+                known.remove();
             }
         }
+    }
+}
+
+/// The host's file once more. The kernel keeps what it is given for as long as the flat file is open,
+/// so it must not be the file that carries the image's locks. It opens it again for each program with
+/// that program's flags; direct I/O may be among them, so the file must take that.
+fn reopened(file: &File) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// What the kernel wrote into an image behind the daemon's back.
+#[derive(Debug)]
+pub struct KernelWrites {
+    file: Arc<dyn Storage>,
+    before: Stamp,
+    /// Something was written, as far as is known.
+    seen: AtomicBool,
+}
+
+impl KernelWrites {
+    /// Begins to watch `file`, before the kernel may write to it. `None` where it is no host file.
+    pub fn watch(file: Arc<dyn Storage>) -> Option<Self> {
+        let stamp = || Some(Stamp::of(&file.host_file()?.metadata().ok()?));
+        let mut before = stamp()?;
+        if !before.settled() {
+            // Seldom: the file was changed this very moment.
+            std::thread::sleep(CLOCK_STEP);
+            before = stamp()?;
+        }
+        let seen = AtomicBool::new(!before.settled());
+        Some(Self { file, before, seen })
+    }
+
+    fn happened(&self) -> bool {
+        if !self.seen.load(Ordering::Relaxed) {
+            let now = self.file.host_file().and_then(|file| file.metadata().ok());
+            let changed = now.is_none_or(|now| Stamp::of(&now) != self.before);
+            self.seen.fetch_or(changed, Ordering::Relaxed);
+        }
+        self.seen.load(Ordering::Relaxed)
+    }
+
+    /// Tells `disk` if anything was written, so that its next flush covers it.
+    pub fn note(&self, disk: &Disk) -> Result<()> {
+        if self.happened() { disk.changed_from_outside() } else { Ok(()) }
+    }
+
+    /// Cuts off what was written past the end of `disk`; an error if there was any.
+    pub fn cut(&self, disk: &Disk) -> Result<()> {
+        let io = |e: io::Error| Error::io("cut to size", &e).in_file(self.file.path());
+        let len = self.file.len().map_err(io)?;
+        if !self.happened() || len <= disk.size() {
+            return Ok(());
+        }
+        self.file.set_len(disk.size()).map_err(io)?;
+        let what = format!("{} bytes were written past the end of the disk", len - disk.size());
+        Err(Error::new(ErrorKind::NoSpace, what))
     }
 }

@@ -28,7 +28,7 @@ const MAX_LINKS: usize = 16;
 
 /// File times move in steps of up to ten milliseconds: a change shortly after a stamp was taken may
 /// leave the same stamp.
-const CLOCK_STEP: Duration = Duration::from_millis(50);
+pub const CLOCK_STEP: Duration = Duration::from_millis(50);
 
 /// What tells a file's contents from other contents without reading them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

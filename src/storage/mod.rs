@@ -76,7 +76,8 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Which file this is, equal for two names of one file.
     fn identity(&self) -> io::Result<FileIdentity>;
 
-    /// The open host file itself, where there is one (kernel passthrough needs it).
+    /// The open host file itself, where there is one, for the kernel to use without us: from then on
+    /// the file may change at any time.
     fn host_file(&self) -> Option<&std::fs::File> {
         None
     }

@@ -20,12 +20,14 @@ pub struct ExtentFile {
     protected: bool,
     /// Something was written since the last sync began.
     unsynced: AtomicBool,
+    /// The host's file was handed out: it may change unseen, so every sync counts.
+    lent: AtomicBool,
 }
 
 impl ExtentFile {
     /// Wraps a file; a protected one refuses every change.
     pub fn new(inner: Arc<dyn Storage>, protected: bool) -> Arc<Self> {
-        Arc::new(Self { inner, protected, unsynced: AtomicBool::new(false) })
+        Arc::new(Self { inner, protected, unsynced: false.into(), lent: false.into() })
     }
 
     /// Runs a change. The mark is set after it, failed or not: a sync that began in between does not
@@ -46,7 +48,7 @@ impl ExtentFile {
 
     /// Makes everything written so far durable, if anything was written.
     pub fn sync_changes(&self) -> Result<()> {
-        if self.unsynced.swap(false, Ordering::AcqRel) {
+        if self.unsynced.swap(false, Ordering::AcqRel) || self.lent.load(Ordering::Acquire) {
             sync_file(&*self.inner)?;
         }
         Ok(())
@@ -105,7 +107,11 @@ impl Storage for ExtentFile {
 
     fn host_file(&self) -> Option<&std::fs::File> {
         // Handing out the file of a protected extent would let changes past.
-        if self.protected { None } else { self.inner.host_file() }
+        if self.protected {
+            return None;
+        }
+        self.lent.store(true, Ordering::Release);
+        self.inner.host_file()
     }
 }
 

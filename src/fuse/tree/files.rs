@@ -73,13 +73,12 @@ impl Tree {
         self.may_write(image, facts)
     }
 
-    /// The host file that an open image is, byte for byte and to the last byte.
-    pub fn flat_file(&self, ino: u64) -> Option<Arc<dyn Storage>> {
-        let disk_file = |disk: &Disk| {
-            let file = disk.flat_file()?;
-            (file.len().ok()? == disk.size()).then_some(file)
-        };
-        self.with_disk(ino, |disk| Ok(disk_file(disk))).ok()?
+    /// The host file of an open image for the kernel to use; see [`ImageFile::lend`].
+    pub fn lend(&self, ino: u64, write: bool) -> Option<Arc<dyn Storage>> {
+        match &self.node(ino).ok()?.what {
+            What::Image(image) => image.lend(write),
+            _ => None,
+        }
     }
 
     /// Reads into `buf` and returns how much of it the file reached.

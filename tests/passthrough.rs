@@ -1,0 +1,180 @@
+//! Flat extents that the kernel reads and writes by itself: the same promises as without.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod live;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use live::{Mount, create, flatdisk, outcome, scratch, sha256, wait_until};
+use nix::errno::Errno;
+
+const SIZE: u64 = 8 << 20;
+
+fn writer(path: &Path) -> File {
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
+/// Runs `test` on a mount of a folder with `a.vmdk`, a flat one, with and without passthrough.
+fn both_ways(options: &str, test: impl Fn(Mount, &Path)) {
+    if !live::can_mount() {
+        return;
+    }
+    for passthrough in ["passthrough", "nopassthrough"] {
+        let folder = scratch();
+        create(&folder.path().join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+        let age = ["-d", "1 hour ago"];
+        for file in ["a.vmdk", "a-flat.vmdk"] {
+            live::run("touch", &[&age[0], &age[1], &folder.path().join(file)]);
+        }
+        let mount = Mount::new(folder.path(), &["-o", &format!("{passthrough}{options}")]);
+        test(mount, folder.path());
+    }
+}
+
+fn content_id(folder: &Path) -> String {
+    let text = fs::read_to_string(folder.join("a.vmdk")).unwrap();
+    text.lines().find(|line| line.starts_with("CID=")).unwrap().to_owned()
+}
+
+#[test]
+fn a_flat_extent_reads_the_same_with_and_without_passthrough() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    create(&folder.path().join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+    create(&folder.path().join("a.vhd"), "8M", &["--subformat", "fixed"]);
+    let mount = Mount::new(folder.path(), &[]);
+    let mut data = vec![0; SIZE as usize];
+    fastrand::Rng::with_seed(3).fill(&mut data);
+    for image in ["a.vmdk", "a.vhd"] {
+        writer(&mount.flat(image)).write_all_at(&data, 0).unwrap();
+    }
+    assert!(mount.unmount().success());
+    for option in ["passthrough", "nopassthrough"] {
+        let mount = Mount::new(folder.path(), &["-o", &format!("ro,{option}")]);
+        for image in ["a.vmdk", "a.vhd"] {
+            let (first, second) = (mount.flat(image), mount.flat(image));
+            let held = File::open(&first).unwrap();
+            // To the end and not a byte further, though a fixed VHD's file is longer.
+            assert!(fs::read(&second).unwrap() == data, "{image}, {option}");
+            let mut past = [0; 16];
+            assert_eq!(held.read_at(&mut past, SIZE).unwrap(), 0, "{image}, {option}");
+            drop(held);
+            assert!(fs::read(&second).unwrap() == data, "{image}, {option}");
+        }
+        wait_until("images are closed", || mount.open_files(folder.path()).is_empty());
+        assert!(mount.unmount().success());
+    }
+}
+
+#[test]
+fn opening_for_writing_alone_changes_nothing() {
+    both_ways("", |mount, folder| {
+        let before = (sha256(&folder.join("a.vmdk")), sha256(&folder.join("a-flat.vmdk")));
+        let file = writer(&mount.flat("a.vmdk"));
+        file.sync_all().unwrap();
+        drop(file);
+        assert!(mount.unmount().success());
+        let after = (sha256(&folder.join("a.vmdk")), sha256(&folder.join("a-flat.vmdk")));
+        assert!(before == after);
+    });
+}
+
+#[test]
+fn what_fsync_confirmed_is_in_the_extent_and_the_content_id_is_new() {
+    both_ways("", |mount, folder| {
+        let old = content_id(folder);
+        let reader = File::open(mount.flat("a.vmdk")).unwrap();
+        let file = writer(&mount.flat("a.vmdk"));
+        file.write_all_at(&[7; 10_000], 100_000).unwrap();
+        let mut seen = [0; 10_000];
+        reader.read_exact_at(&mut seen, 100_000).unwrap();
+        assert!(seen == [7; 10_000]);
+        file.sync_data().unwrap();
+        mount.kill();
+        assert_ne!(content_id(folder), old);
+        let extent = fs::read(folder.join("a-flat.vmdk")).unwrap();
+        assert!(extent[100_000..110_000] == [7; 10_000]);
+        assert_eq!(extent.len() as u64, SIZE);
+    });
+}
+
+#[test]
+fn a_second_writing_session_after_an_idle_one_is_noticed_too() {
+    both_ways("", |mount, folder| {
+        let old = content_id(folder);
+        drop(writer(&mount.flat("a.vmdk")));
+        assert_eq!(content_id(folder), old);
+        let file = writer(&mount.flat("a.vmdk"));
+        file.write_all_at(&[1; 512], 0).unwrap();
+        drop(file);
+        wait_until("the content id is new", || content_id(folder) != old);
+        assert!(mount.unmount().success());
+    });
+}
+
+#[test]
+fn the_content_id_follows_an_unsynced_write_within_five_seconds() {
+    both_ways("", |mount, folder| {
+        let old = content_id(folder);
+        let file = writer(&mount.flat("a.vmdk"));
+        file.write_all_at(&[1; 512], 0).unwrap();
+        wait_until("the content id is new", || content_id(folder) != old);
+        drop(file);
+        assert!(mount.unmount().success());
+    });
+}
+
+#[test]
+fn writing_past_the_end_is_an_error_and_leaves_the_size() {
+    both_ways("", |mount, folder| {
+        let file = writer(&mount.flat("a.vmdk"));
+        file.write_all_at(&[1; 512], SIZE - 512).unwrap();
+        // Without passthrough the write itself fails, with it the fsync.
+        let past = file.write_all_at(&[2; 4096], SIZE).and_then(|()| file.sync_data());
+        assert_eq!(past.unwrap_err().raw_os_error(), Some(Errno::ENOSPC as i32));
+        assert_eq!(fs::metadata(folder.join("a-flat.vmdk")).unwrap().len(), SIZE);
+        file.sync_data().unwrap();
+        let past = file.write_all_at(&[2; 4096], SIZE);
+        let closed = nix::unistd::close(file);
+        assert_eq!(past.is_err() as u8 + closed.is_err() as u8, 1, "{past:?}, {closed:?}");
+        assert_eq!(fs::metadata(folder.join("a-flat.vmdk")).unwrap().len(), SIZE);
+        assert!(mount.unmount().success());
+        let check = outcome(flatdisk().arg("check").arg(folder.join("a.vmdk")));
+        assert_eq!(check.status.code(), Some(0), "{check:?}");
+    });
+}
+
+#[test]
+fn punched_holes_are_seen_by_readers_at_once() {
+    use nix::fcntl::{FallocateFlags, fallocate};
+    both_ways("", |mount, folder| {
+        let file = writer(&mount.flat("a.vmdk"));
+        file.write_all_at(&vec![5; 1 << 20], 0).unwrap();
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&file, hole, 4096, 8192).unwrap();
+        let mut seen = vec![9; 16384];
+        file.read_exact_at(&mut seen, 0).unwrap();
+        assert!(seen[..4096].iter().all(|&b| b == 5) && seen[12288..].iter().all(|&b| b == 5));
+        assert!(seen[4096..12288].iter().all(|&b| b == 0));
+        drop(file);
+        assert!(mount.unmount().success());
+        assert_eq!(fs::read(folder.join("a-flat.vmdk")).unwrap()[..16384], seen[..]);
+    });
+}
+
+#[test]
+fn throw_away_writing_to_a_flat_extent_leaves_it_alone() {
+    both_ways(",nonpersistent", |mount, folder| {
+        let before = sha256(&folder.join("a-flat.vmdk"));
+        let file = writer(&mount.flat("a.vmdk"));
+        file.write_all_at(&[5; 4096], 0).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        assert!(mount.unmount().success());
+        assert_eq!(sha256(&folder.join("a-flat.vmdk")), before);
+    });
+}
