@@ -9,6 +9,12 @@
 //!
 //! VMware keeps a directory `<image>.lck` while it uses an image; one that is not empty forbids
 //! writing.
+//!
+//! # Files cut short
+//!
+//! Locks do not hold back a program that knows nothing of them. A file that another program cut
+//! short is written no more: the next write behind its end would make zeroes of what was lost, and
+//! zeroes read like contents. So a writable file knows how long it must at least be.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,10 +23,11 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, OpenHow, ResolveFlag, fallocate, fcntl};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat};
 use nix::unistd::{Whence, lseek64};
 
 use super::{Access, FileIdentity, Host, Storage};
@@ -43,6 +50,8 @@ pub struct HostFile {
     file: File,
     path: PathBuf,
     writable: bool,
+    /// Bytes that the file has unless another program cut it; 0 while it is only read.
+    least_len: AtomicU64,
 }
 
 impl HostFile {
@@ -57,7 +66,9 @@ impl HostFile {
         if !meta.is_file() {
             return Err(Error::new(ErrorKind::Denied, "not a regular file").in_file(path));
         }
-        let file = Self { file, path: path.to_owned(), writable: access == Access::Write };
+        let writable = access == Access::Write;
+        let least_len = AtomicU64::new(if writable { meta.len() } else { 0 });
+        let file = Self { file, path: path.to_owned(), writable, least_len };
         match access {
             Access::Peek => {}
             Access::Read => file.lock(READER)?,
@@ -96,6 +107,16 @@ impl HostFile {
         Ok(())
     }
 
+    /// Fails if another program cut the file short.
+    fn whole(&self) -> io::Result<()> {
+        let len = fstat(&self.file)?.st_size as u64;
+        if len < self.least_len.load(Ordering::Acquire) {
+            let what = format!("another program cut the file short, to {len:#x} bytes");
+            return Err(io::Error::other(what));
+        }
+        Ok(())
+    }
+
     fn in_use(&self) -> Error {
         let how = if self.writable { "for writing" } else { "" };
         Error::new(ErrorKind::Busy, format!("in use by another program, cannot be opened {how}"))
@@ -108,7 +129,20 @@ impl HostFile {
 pub fn scratch(dir: &Path) -> Result<Arc<dyn Storage>> {
     let file = tempfile::tempfile_in(dir)
         .map_err(|e| Error::io("create a scratch file", &e).in_file(dir))?;
-    Ok(Arc::new(HostFile { file, path: dir.join("(scratch)"), writable: true }))
+    let least_len = AtomicU64::new(0);
+    Ok(Arc::new(HostFile { file, path: dir.join("(scratch)"), writable: true, least_len }))
+}
+
+impl Drop for HostFile {
+    /// Lets go of the locks for good: a process that is being started at this moment holds a copy
+    /// of the descriptor, and with it the locks, until it executes its program.
+    fn drop(&mut self) {
+        let all = libc::flock {
+            l_len: DENIAL_BASE - PERMISSION_BASE + 4,
+            ..byte_lock(libc::F_UNLCK, PERMISSION_BASE)
+        };
+        let _ = fcntl(&self.file, FcntlArg::F_OFD_SETLK(&all));
+    }
 }
 
 /// Lock bytes held and denied, a bit per permission: 0 consistent read, 1 write, 2 write unchanged,
@@ -157,11 +191,18 @@ impl Storage for HostFile {
     }
 
     fn write_at(&self, at: u64, data: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(data, at)
+        self.whole()?;
+        self.file.write_all_at(data, at)?;
+        self.least_len.fetch_max(at + data.len() as u64, Ordering::AcqRel);
+        Ok(())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
+        self.whole()?;
+        self.least_len.fetch_min(len, Ordering::AcqRel);
+        self.file.set_len(len)?;
+        self.least_len.fetch_max(len, Ordering::AcqRel);
+        Ok(())
     }
 
     fn punch_hole(&self, at: u64, len: u64) -> io::Result<()> {
@@ -188,8 +229,12 @@ impl Storage for HostFile {
     }
 
     fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
+        self.whole()?;
         match fallocate(&self.file, FallocateFlags::empty(), at as i64, len as i64) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.least_len.fetch_max(at + len, Ordering::AcqRel);
+                Ok(())
+            }
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
                 let end = at + len;
                 if self.len()? < end { self.set_len(end) } else { Ok(()) }
@@ -215,6 +260,7 @@ impl Storage for HostFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.whole()?;
         self.file.sync_data()
     }
 
