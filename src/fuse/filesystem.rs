@@ -243,7 +243,7 @@ impl Filesystem for Shell {
                     Some(passthrough) => {
                         let file =
                             passthrough.possible().then(|| self.tree.lend(ino.0, write)).flatten();
-                        passthrough.reply(reply, ino.0, opened.handle, flags, file.as_deref());
+                        passthrough.reply(reply, ino.0, opened.handle, flags, file);
                     }
                     None => reply.opened(FileHandle(opened.handle), flags),
                 }

@@ -54,17 +54,19 @@ impl Passthrough {
         ino: u64,
         handle: u64,
         flags: FopenFlags,
-        file: Option<&dyn Storage>,
+        file: Option<Arc<dyn Storage>>,
     ) {
         let mut opens = self.opens.lock();
         let opens = match opens.entry(ino) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(first) => {
-                let backing = file.and_then(|file| self.register(&reply, file));
+                let backing = file.as_deref().and_then(|file| self.register(&reply, file));
                 first.insert(Opens { count: 0, backing })
             }
         };
         opens.count += 1;
+        // An open(2) that comes after the answer may want the image for itself: no lock may be left.
+        drop(file);
         match &opens.backing {
             Some(backing) => {
                 reply.opened_passthrough(FileHandle(handle), FopenFlags::empty(), backing);
