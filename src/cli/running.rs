@@ -253,8 +253,10 @@ fn print_mount(mount: &MountStatus) -> Result<()> {
     ))?;
     for image in &mount.images {
         let unflushed = if image.unflushed { ", not flushed" } else { "" };
+        let displaced = image.displaced.iter().map(|how| format!(" ({how})")).collect::<String>();
         print_line(&format!(
-            "  {}: {} reading, {} writing{unflushed}; tables: {} pages, {} dirty, {} hits, {} misses",
+            "  {}{displaced}: {} reading, {} writing{unflushed}; \
+             tables: {} pages, {} dirty, {} hits, {} misses",
             image.image.display(),
             image.readers,
             image.writers,

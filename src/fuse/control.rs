@@ -106,6 +106,8 @@ pub struct ImageStatus {
     pub cache_hits: u64,
     /// Table lookups that read the image.
     pub cache_misses: u64,
+    /// "deleted" or "replaced": what became of the image's name while the image is open.
+    pub displaced: Option<String>,
 }
 
 /// The directory of a user's sockets.
@@ -295,6 +297,7 @@ impl Service {
             dirty_tables: image.usage.cache.dirty,
             cache_hits: image.usage.cache.hits,
             cache_misses: image.usage.cache.misses,
+            displaced: image.usage.displaced.map(|how| how.to_string()),
         });
         MountStatus {
             mountpoint: self.mountpoint.clone(),

@@ -273,6 +273,7 @@ fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
     start_thread("flush", move || {
         while ended.recv_timeout(FLUSH_INTERVAL) == Err(RecvTimeoutError::Timeout) {
             tree.flush_tables();
+            tree.watch_names();
         }
     })?;
     Ok(sender)

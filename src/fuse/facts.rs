@@ -238,16 +238,20 @@ impl FactsCache {
     pub fn pin(&self, place: &Place, stamp: Stamp, facts: Arc<Facts>) {
         let path = place.path();
         let mut known = self.known.lock();
-        let pins = known.by_path.get(&path).map_or(0, |entry| entry.pins) + 1;
+        // An image that had the name before, and is still open, does not count.
+        let same = |entry: &&Entry| entry.stamp.identity == stamp.identity;
+        let pins = known.by_path.get(&path).filter(same).map_or(0, |entry| entry.pins) + 1;
         known.insert(
             path,
             Entry { stamp, settled: false, looked: Instant::now(), pins, outcome: Ok(facts) },
         );
     }
 
-    /// Undoes one [`Self::pin`].
-    pub fn unpin(&self, place: &Place) {
-        if let Some(entry) = self.known.lock().by_path.get_mut(&place.path()) {
+    /// Undoes one [`Self::pin`] of the image that is, or was, the file `identity`.
+    pub fn unpin(&self, place: &Place, identity: FileIdentity) {
+        if let Some(entry) = self.known.lock().by_path.get_mut(&place.path())
+            && entry.stamp.identity == identity
+        {
             entry.pins = entry.pins.saturating_sub(1);
         }
     }

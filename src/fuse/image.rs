@@ -12,6 +12,10 @@
 //! shared, a change of state takes it alone. An image nobody uses is closed, so that other programs
 //! can have it.
 //!
+//! An image whose name is taken away or given to another file while it is open stays open for those
+//! who have it, also for readers when its last writer leaves; an open(2) that comes later finds what
+//! the name stands for now.
+//!
 //! In a `nonpersistent` mount what is written goes to a throw-away layer over the read-only disk. It
 //! lasts until nobody has the file open any more.
 //!
@@ -25,7 +29,7 @@
 use std::fs::Metadata;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
@@ -49,6 +53,10 @@ pub struct ImageFile {
     current: RwLock<Option<OpenImage>>,
     /// Files open, or being opened or closed: for those who must not wait for that.
     users: AtomicU32,
+    /// What the log said last of [`Self::displaced`], so that it says nothing twice.
+    logged: Mutex<Option<Displaced>>,
+    /// The host had no room for the last flush.
+    full: AtomicBool,
     /// The last metadata seen, for a file that was deleted while open.
     last: Mutex<Option<Metadata>>,
 }
@@ -87,6 +95,24 @@ impl OpenImage {
     }
 }
 
+/// What became of the name of an image that is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Displaced {
+    /// No file has it.
+    Deleted,
+    /// Another file has it.
+    Replaced,
+}
+
+impl std::fmt::Display for Displaced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Deleted => "deleted",
+            Self::Replaced => "replaced",
+        })
+    }
+}
+
 /// How an image is in use.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Usage {
@@ -98,6 +124,8 @@ pub struct Usage {
     pub unflushed: bool,
     /// The table cache.
     pub cache: CacheStats,
+    /// Whether its name stands for it no more.
+    pub displaced: Option<Displaced>,
 }
 
 impl ImageFile {
@@ -109,6 +137,8 @@ impl ImageFile {
             opens: Mutex::default(),
             current: RwLock::default(),
             users: AtomicU32::new(0),
+            logged: Mutex::default(),
+            full: AtomicBool::new(false),
             last: Mutex::default(),
         }
     }
@@ -136,6 +166,9 @@ impl ImageFile {
         may_write: impl FnOnce(&Facts) -> Result<()>,
     ) -> Result<bool> {
         let mut opens = self.opens.lock();
+        if self.displaced().is_some() {
+            return Err(stale().in_file(&self.place.path()));
+        }
         let (was_open, writable) = match &*self.current.read() {
             Some(open) => (true, open.writable),
             None => (false, false),
@@ -210,7 +243,7 @@ impl ImageFile {
     }
 
     fn discard(&self, images: &FactsCache, opened: OpenImage) {
-        images.unpin(&self.place);
+        images.unpin(&self.place, self.identity);
         drop(opened);
     }
 
@@ -247,7 +280,11 @@ impl ImageFile {
         let mut current = self.current.write();
         let mut closed = Ok(());
         let written = |open: &OpenImage| open.writable && !open.overlaid;
-        if opens.readers == 0 || current.as_ref().is_some_and(written) {
+        // Once closed, a displaced image could not be opened again for the readers that are left.
+        let keep = opens.readers > 0 && self.displaced().is_some();
+        if keep && let Some(open) = &*current {
+            closed = open.flush().map_err(|e| e.in_file(&self.place.path()));
+        } else if opens.readers == 0 || current.as_ref().is_some_and(written) {
             closed = self.close_disk(images, &mut current, &mut opens);
         }
         if opens.readers > 0 && current.is_none() {
@@ -268,6 +305,29 @@ impl ImageFile {
         opens.cached = if opened.overlaid { None } else { opened.facts.contents() };
         self.discard(images, opened);
         closed.map_err(|e| e.in_file(&self.place.path()))
+    }
+
+    /// What became of the image's name, if that stands for the image no more.
+    pub fn displaced(&self) -> Option<Displaced> {
+        match self.place.stat() {
+            Ok(meta) if identity(&meta) == self.identity => None,
+            Ok(_) => Some(Displaced::Replaced),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Some(Displaced::Deleted),
+            Err(_) => None,
+        }
+    }
+
+    /// Logs it, once, when an image in use was deleted or replaced.
+    pub fn watch_name(&self) {
+        if !self.in_use() {
+            return;
+        }
+        let displaced = self.displaced();
+        let known = std::mem::replace(&mut *self.logged.lock(), displaced);
+        if let Some(how) = displaced.filter(|_| known != displaced) {
+            let path = self.place.path();
+            log::warn!("{}: {how} while open; whoever has it open keeps it", path.display());
+        }
     }
 
     /// Closes the image whoever uses it.
@@ -343,8 +403,29 @@ impl ImageFile {
     /// Flushes what was written, if anything was.
     pub fn flush(&self) -> Result<()> {
         match &*self.current.read() {
-            Some(open) if open.writable => open.flush().map_err(|e| e.in_file(&self.place.path())),
+            Some(open) if open.writable => {
+                let flushed = open.flush().map_err(|e| e.in_file(&self.place.path()));
+                self.log_lack_of_space(&open.disk, &flushed);
+                flushed
+            }
             _ => Ok(()),
+        }
+    }
+
+    /// Logs it, once, when the host is full, and when it is so no more.
+    fn log_lack_of_space(&self, disk: &Disk, flushed: &Result<()>) {
+        match flushed {
+            Err(e) if e.kind() == ErrorKind::NoSpace && disk.needs_flush() => {
+                if !self.full.swap(true, Ordering::Relaxed) {
+                    log::error!("{e}; tables stay in memory until there is room");
+                }
+            }
+            Err(_) => {}
+            Ok(()) => {
+                if self.full.swap(false, Ordering::Relaxed) {
+                    log::warn!("{}: flushed, there is room again", self.place.path().display());
+                }
+            }
         }
     }
 
@@ -363,6 +444,7 @@ impl ImageFile {
             writers: opens.writers,
             unflushed: disk.is_some_and(|disk| disk.needs_flush()),
             cache: disk.map(|disk| disk.cache_stats()).unwrap_or_default(),
+            displaced: self.displaced(),
         }
     }
 

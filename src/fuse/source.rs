@@ -18,6 +18,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::dir::Dir;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use crate::error::{Error, Result};
 use crate::formats;
@@ -166,6 +167,13 @@ impl Place {
     /// Metadata of the file or directory; symlinks on the way or at the end are an error.
     pub fn stat(&self) -> io::Result<Metadata> {
         File::from(self.source.open_at(&self.relative, OFlag::O_PATH)?).metadata()
+    }
+
+    /// Whether the host lets nobody write here: a file system or mount that is read-only.
+    pub fn host_read_only(&self) -> bool {
+        let file = self.source.open_at(&self.relative, OFlag::O_PATH);
+        let host = file.and_then(|file| Ok(fstatvfs(&file)?));
+        host.is_ok_and(|host| host.flags().contains(FsFlags::ST_RDONLY))
     }
 
     /// What the directory here shows; whatever lies under `skip` (the mount point) does not.

@@ -50,6 +50,9 @@ impl Tree {
         if let Some(reason) = &facts.read_only {
             return refuse(reason.clone());
         }
+        if image.place.host_read_only() {
+            return refuse("the host's file system is read-only".into());
+        }
         match self.images.child_of(image.identity) {
             Some(child) => refuse(format!("{} is made from it", child.display())),
             None => Ok(()),

@@ -340,11 +340,23 @@ impl Tree {
             if let What::Image(image) = &node.what
                 && let Err(e) = flush(image)
             {
-                self.note_failure(&e);
+                // Without room nothing is lost before the image is closed.
+                if e.kind() != ErrorKind::NoSpace {
+                    self.note_failure(&e);
+                }
                 errors.push(e);
             }
         }
         errors
+    }
+
+    /// Logs which images in use were deleted or replaced.
+    pub fn watch_names(&self) {
+        for node in self.opened_images() {
+            if let What::Image(image) = &node.what {
+                image.watch_name();
+            }
+        }
     }
 
     /// Closes every image; the mount is gone.
