@@ -13,6 +13,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Answer, Connection, MountStatus, Request};
 use crate::fuse::mounts::{self, MountEntry};
 
+/// How long after unmounting to wait before looking whether the file system is mounted elsewhere.
+const GLANCE: Duration = Duration::from_millis(20);
 /// How long after unmounting the kernel may take to end the session.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -145,16 +147,14 @@ fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
         return Ok(flushed.errors);
     }
     let mut failures = flushed.errors;
-    let closed = loop {
-        match daemon.answer_within(PATIENCE)? {
-            Some(closed) => break closed,
-            None if ending(&mount) => {}
-            None => {
-                let elsewhere = "unmounted here, but still in use through another mount of it, or \
-                                 in another mount namespace; not waiting for that";
-                eprintln!("flatdisk: {}: {elsewhere}", target.display());
-                return Ok(failures);
-            }
+    let closed = match wait_for_end(&mut daemon, &mount)? {
+        End::Closed(answer) => answer,
+        End::MountedElsewhere(place) => {
+            eprintln!(
+                "flatdisk: {}: unmounted here, but still mounted {place}; not waiting for that",
+                target.display()
+            );
+            return Ok(failures);
         }
     };
     for failure in closed.errors {
@@ -166,10 +166,41 @@ fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
     Ok(failures)
 }
 
+/// How waiting for a daemon ends.
+enum End {
+    /// Every image is closed.
+    Closed(Answer),
+    /// The file system is mounted here, too, which can go on for ever.
+    MountedElsewhere(String),
+}
+
+/// Waits until the daemon of an unmounted `mount` has closed its images.
+fn wait_for_end(daemon: &mut Connection, mount: &MountEntry) -> Result<End> {
+    if let Some(answer) = daemon.answer_within(GLANCE)? {
+        return Ok(End::Closed(answer));
+    }
+    if let Some(place) = mounts::elsewhere(&mount.device)? {
+        return Ok(End::MountedElsewhere(place));
+    }
+    // What holds a file system without mounting it where that can be seen (another file system laid
+    // over it, a namespace of another user) shows by the session not ending.
+    loop {
+        match daemon.answer_within(PATIENCE)? {
+            Some(answer) => return Ok(End::Closed(answer)),
+            None if ending(daemon, mount) => {}
+            None => return Ok(End::MountedElsewhere("where it cannot be seen from here".into())),
+        }
+    }
+}
+
 /// Whether a mount's daemon is closing images because the kernel has ended the session, or is gone.
-fn ending(mount: &MountEntry) -> bool {
-    let status = Connection::to(mount).and_then(|mut daemon| daemon.ask(&Request::Status));
-    status.map_or(true, |answer| answer.status.is_none_or(|status| status.ending))
+fn ending(daemon: &Connection, mount: &MountEntry) -> bool {
+    let Ok(mut second) = Connection::to(mount) else { return true };
+    // The device number may belong to another mount already.
+    second.process() != daemon.process()
+        || second
+            .ask(&Request::Status)
+            .map_or(true, |answer| answer.status.is_none_or(|status| status.ending))
 }
 
 /// The mount that `path` lies in, by the mount table alone.

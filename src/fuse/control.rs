@@ -4,14 +4,17 @@
 //! daemon's user can enter; the daemon also asks the kernel who is calling. A request and its answer
 //! are one line of JSON each.
 //!
+//! The kernel gives a device number to a new mount as soon as the old one has gone, while the old
+//! daemon may still be closing images. So a socket's name may have passed to another daemon.
+//!
 //! Leaving is the exception: after the answer (everything is flushed) the connection stays open
 //! while the caller unmounts, and a second answer comes when every image is closed. umount(2) alone
 //! waits for neither.
 
-use std::fs;
+use std::fs::{self, File, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,15 +22,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt};
 use nix::unistd::geteuid;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::mounts::{self, MountEntry};
+use super::source::identity;
 use super::tree::{ROOT, Tree};
 use super::{Mounted, is_master};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::FileIdentity;
 
 /// Longest request or answer in bytes.
 const MAX_LINE: u64 = 16 << 20;
@@ -141,6 +147,13 @@ fn check_dir(dir: &Path, user: u32) -> Result<()> {
         .in_file(dir))
 }
 
+/// Keeps other daemons from making or removing sockets for as long as the answer lives.
+fn lock_dir(dir: &Path) -> Result<Flock<File>> {
+    let file = File::open(dir).map_err(|e| Error::io("open", &e).in_file(dir))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, e)| Error::io("lock", &e.into()).in_file(dir))
+}
+
 fn send(stream: &mut UnixStream, value: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
@@ -182,6 +195,7 @@ pub struct Service {
 /// A daemon's socket, removed by [`Server::finish`].
 pub struct Server {
     path: PathBuf,
+    identity: FileIdentity,
     /// Who waits for the images to be closed; `None` once they are.
     waiting: Arc<Mutex<Option<Vec<UnixStream>>>>,
 }
@@ -195,12 +209,10 @@ impl Server {
         made.map_err(|e| Error::io("create", &e).in_file(&dir))?;
         check_dir(&dir, user)?;
         let path = socket_path(user, device);
-        // The number belongs to a live mount of ours: a socket of that name is a dead daemon's.
-        let _ = fs::remove_file(&path);
-        let listener =
-            UnixListener::bind(&path).map_err(|e| Error::io("listen", &e).in_file(&path))?;
+        let (listener, identity) =
+            listen(&dir, &path).map_err(|e| Error::io("listen", &e).in_file(&path))?;
         let waiting = Arc::new(Mutex::new(Some(Vec::new())));
-        let server = Self { path, waiting: waiting.clone() };
+        let server = Self { path, identity, waiting: waiting.clone() };
         let service = Arc::new(service);
         let serve = move || {
             for stream in listener.incoming().flatten() {
@@ -220,12 +232,30 @@ impl Server {
 
     /// Every image is closed: tells those who wait.
     pub fn finish(self, failures: Vec<String>) {
-        let _ = fs::remove_file(&self.path);
+        self.remove();
         let answer = Answer { errors: failures, ..Answer::default() };
         for mut stream in self.waiting.lock().take().unwrap_or_default() {
             let _ = send(&mut stream, &answer);
         }
     }
+
+    fn remove(&self) {
+        let _locked = lock_dir(self.path.parent().unwrap_or(Path::new("/")));
+        let own = fs::symlink_metadata(&self.path).map(|meta| identity(&meta) == self.identity);
+        if own.unwrap_or(false) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Makes the socket at `path` in `dir`.
+fn listen(dir: &Path, path: &Path) -> io::Result<(UnixListener, FileIdentity)> {
+    let _locked = lock_dir(dir);
+    // The number belongs to a live mount of ours: who had a socket of that name has lost it.
+    let _ = fs::remove_file(path);
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok((listener, identity(&fs::symlink_metadata(path)?)))
 }
 
 impl Service {
@@ -384,6 +414,11 @@ impl Connection {
             };
             error.in_file(&self.target)
         })
+    }
+
+    /// The daemon's process id.
+    pub fn process(&self) -> Option<i32> {
+        getsockopt(&self.stream, sockopt::PeerCredentials).ok().map(|peer| peer.pid())
     }
 
     /// Waits until the daemon is gone.

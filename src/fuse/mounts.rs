@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use nix::sys::statvfs::statvfs;
 
 use super::source::normalise;
 use crate::error::{Error, ErrorKind, Result};
@@ -44,8 +45,42 @@ impl MountEntry {
 /// The mount table, in order of mounting.
 pub fn mount_table() -> Result<Vec<MountEntry>> {
     let path = Path::new("/proc/self/mountinfo");
-    let table = fs::read(path).map_err(|e| Error::io("read", &e).in_file(path))?;
-    Ok(table.split(|b| *b == b'\n').filter_map(parse_line).collect())
+    table_in(path).map_err(|e| Error::io("read", &e).in_file(path))
+}
+
+fn table_in(path: &Path) -> io::Result<Vec<MountEntry>> {
+    Ok(fs::read(path)?.split(|b| *b == b'\n').filter_map(parse_line).collect())
+}
+
+/// Where the file system `device` is mounted, for people: here, or in the mount namespaces of other
+/// processes as far as this user may look into them.
+pub fn elsewhere(device: &str) -> Result<Option<String>> {
+    let find = |table: Vec<MountEntry>| table.into_iter().find(|entry| entry.device == device);
+    if let Some(entry) = find(mount_table()?) {
+        return Ok(Some(format!("on {}", entry.target.display())));
+    }
+    let mut seen = BTreeSet::from([fs::read_link("/proc/self/ns/mnt").unwrap_or_default()]);
+    for process in processes() {
+        let namespace = fs::read_link(process.join("ns/mnt"));
+        if namespace.is_ok_and(|namespace| seen.insert(namespace))
+            && let Ok(table) = table_in(&process.join("mountinfo"))
+            && let Some(entry) = find(table)
+        {
+            let id = process.file_name().unwrap_or_default().display();
+            let target = entry.target.display();
+            return Ok(Some(format!("on {target} in the mount namespace of process {id}")));
+        }
+    }
+    Ok(None)
+}
+
+/// The directories of all processes in `/proc`.
+fn processes() -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| {
+        let name = path.file_name().and_then(OsStr::to_str);
+        name.is_some_and(|name| name.bytes().all(|b| b.is_ascii_digit()))
+    })
 }
 
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
@@ -106,7 +141,9 @@ pub fn absolute(path: &Path) -> Result<PathBuf> {
 
 /// Whether nobody answers at `path` any more.
 pub fn is_dead(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
+    // The kernel remembers attributes for a while, also when nobody is left who could know them.
+    let gone = [Errno::ENOTCONN, Errno::ECONNABORTED];
+    statvfs(path).is_err_and(|e| gone.contains(&e))
 }
 
 /// Unmounts `target`, as root directly, else through fusermount3. `Busy` if it is in use.
@@ -150,15 +187,11 @@ pub fn users_of(target: &Path) -> Vec<String> {
     let below = |link: io::Result<PathBuf>| link.is_ok_and(|path| path.starts_with(target));
     let mut users = BTreeSet::new();
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten();
-    for process in entries(Path::new("/proc")) {
-        let Some(id) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok())
-        else {
-            continue;
-        };
-        let path = process.path();
+    for path in processes() {
+        let id = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
         let uses = ["cwd", "root", "exe"].iter().any(|link| below(fs::read_link(path.join(link))))
             || entries(&path.join("fd")).any(|fd| below(fs::read_link(fd.path())));
-        if uses && id != std::process::id() {
+        if uses && id != std::process::id().to_string() {
             let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
             users.insert(format!("{} (process {id})", name.trim()));
         }
