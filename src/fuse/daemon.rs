@@ -28,7 +28,7 @@ use super::facts::HostOpener;
 use super::mounts::{self, MountEntry};
 use super::options::{Allowed, MountOptions};
 use super::tree::{Look, Tree};
-use super::{Mounted, control};
+use super::{Mounted, control, privileges};
 use crate::disk::tables::CacheBudget;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::OpenOptions;
@@ -117,6 +117,7 @@ impl Prepared {
     /// to reach its image.
     pub fn serve(self, ready: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
         raise_file_limit();
+        privileges::reduce(self.options.read_only);
         let (events, ended) = mpsc::channel();
         forward_signals(events.clone())?;
         let mounted =

@@ -4,6 +4,7 @@
 //! daemon      life of a mount: checks, mount, signals, flushing, unmount
 //! control     the socket through which other commands reach a running daemon
 //! options     what `-o` takes
+//! privileges  what root's daemon gives up
 //! mounts      the host's mount table
 //! filesystem  requests of the kernel -> tree -> replies          (fuser's types end here)
 //! passthrough flat files that the kernel reads by itself
@@ -29,6 +30,7 @@ pub mod image;
 pub mod mounts;
 pub mod options;
 mod passthrough;
+mod privileges;
 pub mod source;
 pub mod tree;
 
