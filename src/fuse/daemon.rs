@@ -268,16 +268,32 @@ fn forward_signals(events: Sender<Event>) -> Result<()> {
     start_thread("signals", forward)
 }
 
-/// Flushes the images' tables every [`FLUSH_INTERVAL`] until the returned sender is dropped.
+/// Flushes the images' tables every [`FLUSH_INTERVAL`] until the returned sender is dropped. When
+/// systemd watches the daemon, each round that ends is a sign of life: it takes the locks that
+/// requests take, so a daemon that hangs does not end it.
 fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
+    let watched = watchdog_interval();
+    let interval = watched.map_or(FLUSH_INTERVAL, |time| FLUSH_INTERVAL.min(time / 2));
     let (sender, ended) = mpsc::channel::<()>();
     start_thread("flush", move || {
-        while ended.recv_timeout(FLUSH_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+        while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
             tree.flush_tables();
             tree.watch_names();
+            if watched.is_some() {
+                notify("WATCHDOG=1");
+            }
         }
     })?;
     Ok(sender)
+}
+
+/// How long systemd waits for a sign of life of this process, if it does.
+fn watchdog_interval() -> Option<Duration> {
+    let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+    let time = number("WATCHDOG_USEC").filter(|time| *time > 0)?;
+    let own = u64::from(std::process::id());
+    let meant = number("WATCHDOG_PID").is_none_or(|process| process == own);
+    meant.then_some(Duration::from_micros(time))
 }
 
 fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
