@@ -4,7 +4,8 @@
 mod live;
 
 use std::fs::File;
-use std::process::Command;
+use std::io::Read;
+use std::process::{Command, Stdio};
 
 use live::{Mount, create, have, outcome, scratch};
 
@@ -50,18 +51,22 @@ fn qemu_and_flatdisk_exclude_each_other() {
         assert!(!qemu().status.success(), "QEMU writes {image} beside flatdisk");
         drop(writer);
         live::wait_until("QEMU may write again", || qemu().status.success());
-        // The other way round: QEMU waits for its standard input with the image open.
+        // The other way round: QEMU asks for commands once it has the image open.
         let mut child = Command::new("qemu-io")
             .args(["-f", driver])
             .arg(&path)
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::null())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        live::wait_until("flatdisk is refused", || open_for_writing(&mount, image).is_err());
+        let mut prompt = [0; 9];
+        child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+        assert_eq!(&prompt, b"qemu-io> ");
+        let error = open_for_writing(&mount, image).expect_err(image);
+        assert_eq!(error.kind(), std::io::ErrorKind::ResourceBusy, "{image}: {error}");
         drop(child.stdin.take());
         child.wait().unwrap();
-        live::wait_until("flatdisk may write", || open_for_writing(&mount, image).is_ok());
+        open_for_writing(&mount, image).expect("QEMU has ended");
         assert!(mount.unmount().success());
     }
 }

@@ -17,20 +17,22 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Whence, lseek64};
+use parking_lot::RwLockReadGuard;
 
 /// A mount in the background, unmounted when dropped.
 struct Background {
     point: tempfile::TempDir,
+    _mounting: RwLockReadGuard<'static, ()>,
 }
 
 impl Background {
     fn new(source: &Path, options: &[&str]) -> Self {
-        let point = scratch();
+        let (point, mounting) = (scratch(), live::mounting());
         let output = outcome(flatdisk().arg("mount").args(options).arg(source).arg(point.path()));
         assert!(output.status.success(), "{}", stderr(&output));
         // Live at once: the command waits for it.
         assert!(is_mounted(point.path()));
-        Self { point }
+        Self { point, _mounting: mounting }
     }
 
     fn path(&self) -> &Path {
@@ -316,8 +318,11 @@ fn writes_reach_the_image_within_five_seconds() {
     file.write_all_at(b"soon", 0).unwrap();
     wait_until("the flush", || !unflushed(mount.path()));
     assert!(begun.elapsed().as_secs() < 5, "{:?}", begun.elapsed());
-    file.write_all_at(b"now", 0).unwrap();
-    assert!(unflushed(mount.path()));
+    // Again, should a program that another test starts flush by closing copies of our files.
+    wait_until("a write to be flushed", || {
+        file.write_all_at(b"now", 0).unwrap();
+        unflushed(mount.path())
+    });
     ask(mount.path(), &Request::Sync);
     assert!(!unflushed(mount.path()));
     drop(file);
@@ -427,6 +432,7 @@ fn mount_reports_readiness_to_systemd() {
     if !live::can_mount() {
         return;
     }
+    let _mounting = live::mounting();
     let folder = folder();
     let socket = folder.path().join("notify");
     let listener = UnixDatagram::bind(&socket).unwrap();
@@ -464,6 +470,7 @@ fn helpers_of_mount_and_umount_work_by_their_names() {
     if !live::can_mount() {
         return;
     }
+    let _mounting = live::mounting();
     let folder = folder();
     let point = scratch();
     let (from, to) = (folder.path(), point.path());
@@ -531,10 +538,39 @@ fn umount_does_not_wait_for_another_mount_of_the_same() {
     succeed(Command::new("mount").arg("--bind").arg(mount.path()).arg(other.path()));
     let output = outcome(flatdisk().arg("umount").arg(mount.path()));
     assert!(output.status.success());
-    assert!(stderr(&output).contains("still in use"), "{}", stderr(&output));
+    let place = format!("still mounted on {}", other.path().display());
+    assert!(stderr(&output).contains(&place), "{}", stderr(&output));
     assert!(!is_mounted(mount.path()) && other.path().join("a.vhd.img").exists());
-    succeed(flatdisk().arg("umount").arg(other.path()));
+    let output = outcome(flatdisk().arg("umount").arg(other.path()));
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
     wait_until("the daemon is gone", || !alive(pid));
+}
+
+#[test]
+fn umount_does_not_wait_for_another_mount_namespace() {
+    if !live::can_mount() || !have(&["unshare"]) {
+        return;
+    }
+    let (folder, point, scratch) = (folder(), scratch(), scratch());
+    let script = r#"
+        set -eu
+        "$FLATDISK" mount "$FROM" "$TO"
+        trap 'umount -il "$TO" 2>/dev/null || true' EXIT
+        mkfifo "$T/ready" "$T/end"
+        # A copy of the mount, as long as nobody writes to the pipe.
+        unshare -m sh -c 'echo > "$T/ready"; read line < "$T/end"' &
+        read line < "$T/ready"
+        "$FLATDISK" umount "$TO" 2> "$T/said"
+        grep -q "still mounted on $TO in the mount namespace of process" "$T/said"
+        grep -q "$TO" "/proc/$!/mountinfo"
+        echo > "$T/end"
+        wait
+    "#;
+    let output = live::in_namespace(
+        script,
+        &[("FROM", &folder.path()), ("TO", &point.path()), ("T", &scratch.path())],
+    );
+    assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
 }
 
 #[test]
@@ -578,14 +614,9 @@ fn users_other_than_root_mount_and_are_kept_apart() {
         mountpoint -q "$TO"
         "$FLATDISK" umount "$TO"
     "#;
-    let output = outcome(
-        Command::new("unshare")
-            .args(["-m", "sh", "-c", script])
-            .env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk"))
-            .env("FROM", folder.path())
-            .env("TO", point.path())
-            .env("T", scratch.path())
-            .env_remove("XDG_RUNTIME_DIR"),
+    let output = live::in_namespace(
+        script,
+        &[("FROM", &folder.path()), ("TO", &point.path()), ("T", &scratch.path())],
     );
     assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
 }

@@ -6,8 +6,6 @@
 
 mod live;
 
-use std::process::Command;
-
 use live::{create, have, scratch};
 
 /// Runs a shell script in a mount namespace whose `/usr/sbin` also holds flatdisk's helpers. In it
@@ -36,13 +34,9 @@ fn script(body: &str) {
             done
         }
     "#;
-    let output = live::outcome(
-        Command::new("unshare")
-            .args(["-m", "sh", "-c", &format!("{prologue}\n{body}")])
-            .env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk"))
-            .env("IMAGES", images.path())
-            .env("POINT", point.path())
-            .env("T", scratch.path()),
+    let output = live::in_namespace(
+        &format!("{prologue}\n{body}"),
+        &[("IMAGES", &images.path()), ("POINT", &point.path()), ("T", &scratch.path())],
     );
     assert!(
         output.status.success(),

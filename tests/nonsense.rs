@@ -163,14 +163,8 @@ fn without_dev_fuse_the_error_says_so() {
     let point = scratch();
     create(&folder.path().join("a.vhd"), "8M", &[]);
     // A mount namespace of its own, in which something else covers /dev.
-    let script = "mount -t tmpfs none /dev && exec \"$0\" mount \"$1\" \"$2\" 2>&1";
-    let output = outcome(
-        Command::new("unshare")
-            .args(["-m", "sh", "-c", script])
-            .arg(env!("CARGO_BIN_EXE_flatdisk"))
-            .arg(folder.path())
-            .arg(point.path()),
-    );
+    let script = r#"mount -t tmpfs none /dev && exec "$FLATDISK" mount "$FROM" "$TO" 2>&1"#;
+    let output = live::in_namespace(script, &[("FROM", &folder.path()), ("TO", &point.path())]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(32), "{text}");
     assert!(text.contains("/dev/fuse") && text.lines().count() == 1, "{text}");

@@ -2,11 +2,16 @@
 //! dropped, also when a test fails half way.
 #![allow(dead_code)] // Every test program uses its own part.
 
+pub mod kinds;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::{RwLock, RwLockReadGuard};
 
 /// How long a condition may take to come true before a test gives up.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -100,34 +105,72 @@ pub fn create(path: &Path, size: &str, options: &[&str]) {
     succeed(flatdisk().args(["create", "-q", "--size", size]).args(options).arg(path));
 }
 
+/// Held shared by everything mounted. A mount namespace that is made while something is mounted
+/// holds copies of it, and so keeps file systems alive that are unmounted here.
+static MOUNTED: RwLock<()> = RwLock::new(());
+
+/// To be held by everything mounted.
+pub fn mounting() -> RwLockReadGuard<'static, ()> {
+    MOUNTED.read_recursive()
+}
+
+/// Runs a shell script in a mount namespace of its own.
+pub fn in_namespace(script: &str, environment: &[(&str, &dyn AsRef<OsStr>)]) -> Output {
+    let _alone = MOUNTED.write();
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]);
+    command.envs(environment.iter().map(|(name, value)| (name, value.as_ref())));
+    outcome(command.env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk")).env_remove("XDG_RUNTIME_DIR"))
+}
+
 /// A live mount of a folder or image, with the daemon as a child in the foreground.
 pub struct Mount {
     daemon: Child,
-    dir: tempfile::TempDir,
+    dir: Arc<tempfile::TempDir>,
     mounted: bool,
+    _mounting: RwLockReadGuard<'static, ()>,
 }
 
 impl Mount {
     /// Mounts `source` on a new mount point and waits until it is live.
     pub fn new(source: &Path, options: &[&str]) -> Self {
+        Self::start(flatdisk().args(["mount", "-f"]).args(options).arg(source))
+    }
+
+    /// As [`Self::new`] with a command that lacks only the mount point.
+    pub fn start(command: &mut Command) -> Self {
         let dir = tempfile::Builder::new().prefix("flatdisk-mnt-").tempdir().expect("tempdir");
-        let daemon = flatdisk()
-            .args(["mount", "-f"])
-            .args(options)
-            .arg(source)
-            .arg(dir.path())
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("start the daemon");
-        let mut mount = Self { daemon, dir, mounted: true };
+        Self::start_at(command, Arc::new(dir))
+    }
+
+    fn start_at(command: &mut Command, dir: Arc<tempfile::TempDir>) -> Self {
+        let mounting = mounting();
+        let daemon =
+            command.arg(dir.path()).stdin(Stdio::null()).spawn().expect("start the daemon");
+        let mut mount = Self { daemon, dir, mounted: true, _mounting: mounting };
         wait_until("the mount is live", || {
             if let Some(status) = mount.daemon.try_wait().expect("wait for the daemon") {
                 mount.mounted = false;
                 panic!("the daemon ended with {status}");
             }
-            is_mounted(mount.dir.path())
+            // In this order: the mount may still be that of a dead daemon, and cleared meanwhile.
+            nix::sys::statvfs::statvfs(mount.dir.path()).is_ok() && is_mounted(mount.dir.path())
         });
         mount
+    }
+
+    /// Kills the daemon without warning; the dead mount stays.
+    pub fn kill_daemon(&mut self) {
+        self.daemon.kill().expect("kill");
+        self.daemon.wait().expect("wait for the daemon");
+    }
+
+    /// Mounts anew where a killed daemon left its mount.
+    pub fn again(mut self, source: &Path, options: &[&str]) -> Self {
+        let mut command = flatdisk();
+        command.args(["mount", "-f"]).args(options).arg(source);
+        self.mounted = false;
+        Self::start_at(&mut command, self.dir.clone())
     }
 
     /// The mount point.
@@ -174,8 +217,7 @@ impl Mount {
 
     /// Kills the daemon without warning and clears its mount point.
     pub fn kill(mut self) {
-        self.daemon.kill().expect("kill");
-        self.daemon.wait().expect("wait for the daemon");
+        self.kill_daemon();
     }
 }
 
@@ -219,14 +261,16 @@ impl Drop for Loop {
 /// A mounted file system.
 pub struct MountedFs {
     dir: tempfile::TempDir,
+    _mounting: RwLockReadGuard<'static, ()>,
 }
 
 impl MountedFs {
     /// Mounts a device.
     pub fn new(device: &Path, options: &[&str]) -> Self {
         let dir = tempfile::Builder::new().prefix("flatdisk-fs-").tempdir().expect("tempdir");
+        let mounting = mounting();
         succeed(Command::new("mount").args(options).arg(device).arg(dir.path()));
-        Self { dir }
+        Self { dir, _mounting: mounting }
     }
 
     /// Where it is mounted.
