@@ -80,7 +80,7 @@ impl Attachment {
             Binding { sector_size: self.sector_size()?, read_only: self.record.read_only };
         let device = self.bind(&flat, binding)?;
         device.add_partitions();
-        self.record.sequence = device.sequence();
+        self.record.binding_id = device.binding_id();
         self.record.nodes = device.missing_nodes();
         self.slot.save(&self.record)?;
         device.make_nodes()?;
@@ -185,7 +185,7 @@ impl Attachment {
         }
         self.remove_nodes();
         let mut failures = Vec::new();
-        if self.record.sequence.is_some() && self.slot.mounted()?.is_none() {
+        if self.record.binding_id.is_some() && self.slot.mounted()?.is_none() {
             let elsewhere =
                 "its flat mount is gone already; not waiting for the image to be closed";
             eprintln!("flatdisk: {}: {elsewhere}", self.record.image.display());

@@ -184,10 +184,12 @@ impl LoopDevice {
         device_number(&self.sys())
     }
 
-    /// A number that no other binding of this or another device has had since the machine was
-    /// started (Linux 5.15).
-    pub fn sequence(self) -> Option<u64> {
-        fs::read_to_string(self.sys().join("diskseq")).ok()?.trim().parse().ok()
+    /// A name that no other binding of this or another device ever has (Linux 5.15).
+    pub fn binding_id(self) -> Option<String> {
+        let read = |path: &Path| Some(fs::read_to_string(path).ok()?.trim().to_owned());
+        // The sequence starts anew with the machine.
+        let boot = read(Path::new("/proc/sys/kernel/random/boot_id"))?;
+        Some(format!("{boot}/{}", read(&self.sys().join("diskseq"))?))
     }
 
     /// Makes the partitions known where the kernel was built without partition tables: partx(8)

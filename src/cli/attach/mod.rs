@@ -119,7 +119,7 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
     let record = Record {
         image: image.clone(),
         device: None,
-        sequence: None,
+        binding_id: None,
         nodes: Vec::new(),
         mountpoint: None,
         read_only: args.read_only || options.read_only,

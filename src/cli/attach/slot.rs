@@ -34,8 +34,8 @@ pub struct Record {
     pub image: PathBuf,
     /// Node of the loop device.
     pub device: Option<PathBuf>,
-    /// [`LoopDevice::sequence`] of the device.
-    pub sequence: Option<u64>,
+    /// [`LoopDevice::binding_id`] of the device.
+    pub binding_id: Option<String>,
     /// Nodes of partitions that had to be made by hand.
     pub nodes: Vec<PathBuf>,
     /// Where a file system of the disk is mounted.
@@ -131,8 +131,8 @@ impl Slot {
         let device = LoopDevice::of_node(record.device.as_deref()?)?;
         let file = device.backing_file()?;
         // The file's path is another one once the flat mount was detached from the name space; the
-        // sequence may not have been recorded yet.
-        let same = record.sequence.is_some() && record.sequence == device.sequence();
+        // id may not have been recorded yet.
+        let same = record.binding_id.is_some() && record.binding_id == device.binding_id();
         (same || file.starts_with(self.mount_dir())).then_some(device)
     }
 
