@@ -4,6 +4,7 @@
 //! `mount.flatdisk`, `mount.fuse.flatdisk`, `umount.flatdisk` and `umount.fuse.flatdisk`. mount.fuse3
 //! calls it `flatdisk SOURCE MOUNTPOINT -o OPTIONS`, without a command.
 
+pub mod attach;
 pub mod chain;
 pub mod images;
 pub mod inspect;
@@ -40,6 +41,10 @@ enum Command {
     Sync(running::SyncArgs),
     /// Show mounts and the images in use.
     Status(running::StatusArgs),
+    /// Make an image a loop device, and mount what is on it.
+    Attach(attach::AttachArgs),
+    /// Undo attach, and wait until the image is closed.
+    Detach(attach::DetachArgs),
     /// Show format, sizes, ids and parent of an image.
     Info(inspect::InfoArgs),
     /// Check every table of an image.
@@ -103,6 +108,8 @@ fn run_command(command: &Command) -> u8 {
         Command::Close(args) => running::close(args),
         Command::Sync(args) => running::sync(args),
         Command::Status(args) => running::status(args),
+        Command::Attach(args) => attach::attach(args),
+        Command::Detach(args) => attach::detach(args),
         Command::Info(args) => inspect::info(args),
         Command::Check(args) => inspect::check(args),
         Command::Create(args) => images::create(args),

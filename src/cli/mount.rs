@@ -28,7 +28,7 @@ pub const SYSTEM_ERROR: u8 = 2;
 pub const MOUNT_FAILURE: u8 = 32;
 
 /// In the environment of the process that serves a mount in the background.
-const DAEMON: &str = "FLATDISK_DAEMON";
+pub const DAEMON: &str = "FLATDISK_DAEMON";
 
 /// What the serving process writes when the mount is live.
 const READY: &str = "ready";

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser};
 use serde::Serialize;
 
+use super::attach::{self, AttachmentStatus};
 use super::mount::{MOUNT_FAILURE, SYSTEM_ERROR, USAGE};
 use super::output::{OutputArgs, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
@@ -124,7 +125,7 @@ fn umount_one(dir: &Path, lazy: bool) -> u8 {
 }
 
 /// Unmounts and returns what failed to reach its image.
-fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
+pub fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
     let target = mounts::absolute(dir)?;
     let mount = mounts::mounted_at(&target)?
         .ok_or_else(|| Error::new(ErrorKind::NotFound, "not mounted").in_file(&target))?;
@@ -135,8 +136,13 @@ fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
     let mut daemon = match Connection::to(&mount) {
         Ok(daemon) => daemon,
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            // Nobody is left who could use it or wait.
-            mounts::unmount(&target, lazy || mounts::is_dead(&target))?;
+            // A dead daemon's mount nobody can use any more.
+            let dead = mounts::is_dead(&target);
+            mounts::unmount(&target, lazy || dead)?;
+            if !dead {
+                let silent = "its daemon does not listen; not waiting for images to be closed";
+                eprintln!("flatdisk: {}: {silent}", target.display());
+            }
             return Ok(Vec::new());
         }
         Err(e) => return Err(e),
@@ -256,19 +262,25 @@ pub fn status(args: &StatusArgs) -> Result<u8> {
     #[derive(Serialize)]
     struct Mounts {
         mounts: Vec<MountStatus>,
+        attachments: Vec<AttachmentStatus>,
     }
+    let attachments = match args.paths.is_empty() {
+        true => attach::attachments()?,
+        false => Vec::new(),
+    };
     let mut mounts = Vec::new();
     for (_, mut daemon) in mounts_of(&args.paths)? {
         mounts.extend(daemon.ask(&Request::Status)?.status);
     }
     if args.output.json() {
-        print_json(&Mounts { mounts })?;
+        print_json(&Mounts { mounts, attachments })?;
         return Ok(0);
     }
     for mount in &mounts {
         print_mount(mount)?;
     }
-    if mounts.is_empty() {
+    attachments.iter().try_for_each(attach::print)?;
+    if mounts.is_empty() && attachments.is_empty() {
         print_line("nothing is mounted")?;
     }
     Ok(0)

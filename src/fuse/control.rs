@@ -98,6 +98,8 @@ pub struct MountStatus {
 pub struct ImageStatus {
     /// The image.
     pub image: PathBuf,
+    /// Bytes per logical sector of its disk.
+    pub sector_size: u32,
     /// Files open for reading.
     pub readers: u32,
     /// Files open for writing.
@@ -114,6 +116,17 @@ pub struct ImageStatus {
     pub cache_misses: u64,
     /// "deleted" or "replaced": what became of the image's name while the image is open.
     pub displaced: Option<String>,
+}
+
+/// The directory for sockets, and whatever else must not outlive the machine's uptime: private to
+/// this process's user, made if need be.
+pub fn runtime_dir() -> Result<PathBuf> {
+    let user = geteuid().as_raw();
+    let dir = socket_dir(user);
+    let made = fs::DirBuilder::new().mode(0o700).recursive(true).create(&dir);
+    made.map_err(|e| Error::io("create", &e).in_file(&dir))?;
+    check_dir(&dir, user)?;
+    Ok(dir)
 }
 
 /// The directory of a user's sockets.
@@ -133,8 +146,8 @@ fn socket_dir(user: u32) -> PathBuf {
     PathBuf::from(format!("/tmp/flatdisk-{user}"))
 }
 
-fn socket_path(user: u32, device: &str) -> PathBuf {
-    socket_dir(user).join(format!("{}.sock", device.replace(':', "-")))
+fn socket_name(device: &str) -> String {
+    format!("{}.sock", device.replace(':', "-"))
 }
 
 /// Refuses a directory that others could have prepared.
@@ -203,12 +216,8 @@ pub struct Server {
 impl Server {
     /// Listens for requests about the mount whose device number is `device`.
     pub fn start(device: &str, service: Service) -> Result<Self> {
-        let user = geteuid().as_raw();
-        let dir = socket_dir(user);
-        let made = fs::DirBuilder::new().mode(0o700).recursive(true).create(&dir);
-        made.map_err(|e| Error::io("create", &e).in_file(&dir))?;
-        check_dir(&dir, user)?;
-        let path = socket_path(user, device);
+        let dir = runtime_dir()?;
+        let path = dir.join(socket_name(device));
         let (listener, identity) =
             listen(&dir, &path).map_err(|e| Error::io("listen", &e).in_file(&path))?;
         let waiting = Arc::new(Mutex::new(Some(Vec::new())));
@@ -320,6 +329,7 @@ impl Service {
     fn status(&self) -> MountStatus {
         let images = self.tree.usage().into_iter().map(|image| ImageStatus {
             image: image.path,
+            sector_size: image.usage.sector_size,
             readers: image.usage.readers,
             writers: image.usage.writers,
             unflushed: image.usage.unflushed,
@@ -353,7 +363,7 @@ impl Connection {
     /// Connects to the daemon of a mount.
     pub fn to(mount: &MountEntry) -> Result<Self> {
         let user = mount.user.unwrap_or(0);
-        let path = socket_path(user, &mount.device);
+        let path = socket_dir(user).join(socket_name(&mount.device));
         let failed = |e: &io::Error| match e.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 Error::new(ErrorKind::NotFound, "the daemon is gone").in_file(&mount.target)

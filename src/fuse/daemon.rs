@@ -8,6 +8,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -28,7 +29,7 @@ use super::facts::HostOpener;
 use super::mounts::{self, MountEntry};
 use super::options::{Allowed, MountOptions};
 use super::tree::{Look, Tree};
-use super::{Mounted, control, privileges};
+use super::{Mounted, control, handed, privileges};
 use crate::disk::tables::CacheBudget;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::OpenOptions;
@@ -66,6 +67,8 @@ pub enum Event {
 pub struct Prepared {
     tree: Arc<Tree>,
     mountpoint: PathBuf,
+    /// The mount, where somebody else has made it.
+    handed: Option<OwnedFd>,
     source: String,
     options: MountOptions,
 }
@@ -73,10 +76,15 @@ pub struct Prepared {
 impl Prepared {
     /// Checks sources, mount point and options.
     pub fn new(request: &MountRequest) -> Result<Self> {
-        check_host()?;
-        let mountpoint = check_mountpoint(&request.mountpoint)?;
-        check_allowed(&request.options)?;
         let options = &request.options;
+        let (mountpoint, handed) = match handed::descriptor(&request.mountpoint) {
+            Some(descriptor) => take_over(descriptor, request)?,
+            None => {
+                check_host()?;
+                check_allowed(options)?;
+                (check_mountpoint(&request.mountpoint)?, None)
+            }
+        };
         let look = Look {
             read_only: options.read_only,
             nonpersistent: options.nonpersistent,
@@ -110,18 +118,19 @@ impl Prepared {
                 .into_owned(),
             (None, _) => "flatdisk".to_owned(),
         };
-        Ok(Self { tree, mountpoint, source, options: options.clone() })
+        Ok(Self { tree, mountpoint, handed, source, options: options.clone() })
     }
 
     /// Mounts, calls `ready` once the mount is live, and serves it to its end. Returns what failed
     /// to reach its image.
-    pub fn serve(self, ready: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
+    pub fn serve(mut self, ready: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
         raise_file_limit();
         privileges::reduce(self.options.read_only);
         let (events, ended) = mpsc::channel();
         forward_signals(events.clone())?;
-        let mounted =
-            Mounted::new(&self.tree, &self.mountpoint, &self.source, &self.options, events)?;
+        let handed = self.handed.take();
+        let (tree, options) = (&self.tree, &self.options);
+        let mounted = Mounted::new(tree, &self.mountpoint, handed, &self.source, options, events)?;
         let entry = mounts::mounted_at(&self.mountpoint)?.filter(MountEntry::is_ours);
         let Some(entry) = entry else {
             let _ = mounts::unmount(&self.mountpoint, false);
@@ -176,6 +185,21 @@ impl Prepared {
             }
         }
     }
+}
+
+/// Takes over a mount that was made by somebody with the privileges for it.
+fn take_over(descriptor: RawFd, request: &MountRequest) -> Result<(PathBuf, Option<OwnedFd>)> {
+    let options = &request.options;
+    if options.allowed == Some(Allowed::Other) && !options.default_permissions {
+        let what = "with allow_other alone the kernel would check no permissions";
+        return Err(Error::new(ErrorKind::Denied, what).hint("add default_permissions"));
+    }
+    let fuse = handed::take(descriptor)?;
+    let mount = handed::mount_of(&fuse)?.ok_or_else(|| {
+        Error::new(ErrorKind::NotFound, "no mount of type fuse.flatdisk belongs to it")
+            .in_file(&request.mountpoint)
+    })?;
+    Ok((mount.target, Some(fuse)))
 }
 
 /// Unmounts the file system with this device number wherever it is mounted now.

@@ -120,6 +120,8 @@ pub struct Usage {
     pub readers: u32,
     /// Files open for writing.
     pub writers: u32,
+    /// Bytes per logical sector; 0 if the image is not open.
+    pub sector_size: u32,
     /// Writes that wait for a flush.
     pub unflushed: bool,
     /// The table cache.
@@ -439,9 +441,11 @@ impl ImageFile {
         let opens = self.opens.lock();
         let current = self.current.read();
         let disk = current.as_ref().map(|open| &open.disk);
+        let facts = current.as_ref().map(|open| &open.facts);
         Usage {
             readers: opens.readers,
             writers: opens.writers,
+            sector_size: facts.map_or(0, |facts| facts.info.logical_sector_size),
             unflushed: disk.is_some_and(|disk| disk.needs_flush()),
             cache: disk.map(|disk| disk.cache_stats()).unwrap_or_default(),
             displaced: self.displaced(),

@@ -6,6 +6,7 @@
 //! options     what `-o` takes
 //! privileges  what root's daemon gives up
 //! mounts      the host's mount table
+//! handed      mounts that somebody else made for the daemon
 //! filesystem  requests of the kernel -> tree -> replies          (fuser's types end here)
 //! passthrough flat files that the kernel reads by itself
 //! tree        names, inode numbers, attributes, handles
@@ -26,6 +27,7 @@ pub mod daemon;
 pub mod errno;
 pub mod facts;
 mod filesystem;
+mod handed;
 pub mod image;
 pub mod mounts;
 pub mod options;
@@ -35,6 +37,7 @@ pub mod source;
 pub mod tree;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -59,17 +62,25 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// Mounts `tree` at `mountpoint`; `events` hears of the end.
+    /// Mounts `tree` at `mountpoint`, unless the mount is there already and `handed` is its open
+    /// `/dev/fuse`; `events` hears of the end.
     pub fn new(
         tree: &Arc<Tree>,
         mountpoint: &Path,
+        handed: Option<OwnedFd>,
         source: &str,
         options: &MountOptions,
         events: Sender<daemon::Event>,
     ) -> Result<Self> {
         let failed = |e: io::Error| mount_failed(&e).in_file(mountpoint);
         let shell = Shell::new(tree.clone(), options, events);
-        let session = Session::new(shell, mountpoint, &config(source, options)).map_err(failed)?;
+        let config = config(source, options);
+        let session = match handed {
+            // Whoever mounted said who may use it, and the kernel sees to that.
+            Some(fuse) => Session::from_fd(shell, fuse, SessionACL::All, config),
+            None => Session::new(shell, mountpoint, &config),
+        };
+        let session = session.map_err(failed)?;
         let session = session.spawn().map_err(failed)?;
         Ok(Self { session: std::mem::ManuallyDrop::new(session) })
     }

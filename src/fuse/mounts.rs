@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use nix::sys::stat::makedev;
 use nix::sys::statvfs::statvfs;
 
 use super::source::normalise;
@@ -36,6 +37,12 @@ pub struct MountEntry {
 }
 
 impl MountEntry {
+    /// The device number as stat(2) has it.
+    pub fn number(&self) -> Option<u64> {
+        let (major, minor) = self.device.split_once(':')?;
+        Some(makedev(major.parse().ok()?, minor.parse().ok()?))
+    }
+
     /// Whether a flatdisk serves it.
     pub fn is_ours(&self) -> bool {
         self.fs_type == FS_TYPE

@@ -33,6 +33,8 @@ pub struct MountOptions {
     pub nonpersistent: bool,
     /// Who may use the mount; by default everybody when root mounts, else nobody.
     pub allowed: Option<Allowed>,
+    /// Whether the kernel was asked to check permissions. It always is by mounts of our own.
+    pub default_permissions: bool,
     /// Owner of everything.
     pub uid: Option<u32>,
     /// Group of everything.
@@ -69,6 +71,7 @@ impl Default for MountOptions {
             read_only: false,
             nonpersistent: false,
             allowed: None,
+            default_permissions: false,
             uid: None,
             gid: None,
             fmask: 0,
@@ -125,8 +128,8 @@ const TABLE: &[(&str, Meaning)] = &[
     ("suffix", Value(|o, v| suffix(v).map(|s| o.suffix = s))),
     ("nonpersistent", Flag(|o| o.nonpersistent = true)),
     ("partitions", Refused("not supported yet")),
-    // FUSE's own. Permissions are always checked by the kernel, the subtype is always flatdisk.
-    ("default_permissions", Ignored),
+    // FUSE's own. The subtype is always flatdisk.
+    ("default_permissions", Flag(|o| o.default_permissions = true)),
     ("subtype", Ignored),
     ("max_read", Ignored),
     ("fsname", Value(|o, v| text(v).map(|name| o.fsname = Some(name)))),

@@ -1,0 +1,291 @@
+//! Attaching and detaching one image, step by step.
+//!
+//! ```text
+//! attach:  record -> daemon -> flat file -> loop device -> nodes -> mount
+//! detach:  umount -> loop device gone -> nodes -> flat unmount, daemon gone -> record
+//! ```
+//!
+//! An attach that fails takes apart what it built by the same steps as detach, and so does a detach
+//! after an attach that was killed: each step looks for what it undoes and does nothing if that is not
+//! there.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::file_system::{self, How};
+use super::loop_device::{Binding, LoopDevice};
+use super::slot::{LockedSlot, Record};
+use crate::cli::mount::DAEMON;
+use crate::cli::running;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::control::{Connection, Request};
+use crate::fuse::mounts;
+
+/// How long to wait for those who only look at a device that changed: udev, the kernel, file
+/// systems that are programs and end after their unmount.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How often to look whether they are done.
+const POLL: Duration = Duration::from_millis(10);
+
+/// What is asked of `attach`.
+#[derive(Debug)]
+pub struct Wanted<'a> {
+    /// Options for the flat mount, as of `flatdisk mount`.
+    pub options: &'a [OsString],
+    /// The file system to mount: where, which partition, how.
+    pub file_system: Option<(PathBuf, Option<u32>, How<'a>)>,
+}
+
+/// An image being attached or detached.
+pub struct Attachment {
+    slot: LockedSlot,
+    record: Record,
+}
+
+impl Attachment {
+    /// What `record` says of a slot.
+    pub fn new(slot: LockedSlot, record: Record) -> Self {
+        Self { slot, record }
+    }
+
+    /// Attaches the image and returns the device's node. If that fails, nothing is left behind.
+    pub fn build(mut self, wanted: &Wanted<'_>) -> Result<PathBuf> {
+        match self.try_build(wanted) {
+            Ok(device) => Ok(device.node()),
+            Err(e) => {
+                let image = self.record.image.clone();
+                if let Err(left) = self.take_apart() {
+                    eprintln!(
+                        "flatdisk: {left}; `flatdisk detach {}` tries again",
+                        image.display()
+                    );
+                }
+                Err(e.in_file(&image))
+            }
+        }
+    }
+
+    fn try_build(&mut self, wanted: &Wanted<'_>) -> Result<LoopDevice> {
+        self.slot.save(&self.record)?;
+        self.start_daemon(wanted.options)?;
+        let flat = self.open_flat()?;
+        let binding =
+            Binding { sector_size: self.sector_size()?, read_only: self.record.read_only };
+        let device = self.bind(&flat, binding)?;
+        device.add_partitions();
+        self.record.binding_id = device.binding_id();
+        self.record.nodes = device.missing_nodes();
+        self.slot.save(&self.record)?;
+        device.make_nodes()?;
+        if let Some((dir, number, how)) = &wanted.file_system {
+            let node = file_system::choose(device, *number)?;
+            self.record.mountpoint = Some(dir.clone());
+            self.slot.save(&self.record)?;
+            let read_only = how.read_only || self.record.read_only;
+            file_system::mount(&node, dir, &How { read_only, ..*how })?;
+        }
+        self.record.complete = true;
+        self.slot.save(&self.record)?;
+        Ok(device)
+    }
+
+    /// Starts `flatdisk mount` for the image, which returns when the mount is live.
+    fn start_daemon(&self, options: &[OsString]) -> Result<()> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("flatdisk").arg("mount").env_remove(DAEMON).stdin(Stdio::null());
+        for list in options {
+            command.arg("-o").arg(list);
+        }
+        let flags =
+            [("--ro", self.record.read_only), ("--nonpersistent", self.record.nonpersistent)];
+        command.args(flags.iter().filter(|(_, given)| *given).map(|(flag, _)| flag));
+        command.arg("--").arg(&self.record.image).arg(self.slot.mount_dir());
+        let output =
+            command.output().map_err(|e| Error::io("starting the background process", &e))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        if output.status.success() {
+            said.lines().for_each(|line| eprintln!("{line}"));
+            return Ok(());
+        }
+        // Its own words, which name the image already.
+        let said = said.trim_end().lines().last().unwrap_or_default();
+        let said = said.strip_prefix("flatdisk: ").unwrap_or(said);
+        let image = format!("{}: ", self.record.image.display());
+        Err(Error::new(ErrorKind::Failed, said.strip_prefix(&image).unwrap_or(said).to_owned()))
+    }
+
+    /// Opens the one file in the flat mount: for writing if that is possible.
+    fn open_flat(&mut self) -> Result<File> {
+        let dir = self.slot.mount_dir();
+        let failed = |e: io::Error| Error::io("open the flat file", &e);
+        let entry = fs::read_dir(&dir).map_err(failed)?.next();
+        let entry = entry.ok_or_else(|| Error::new(ErrorKind::NotFound, "no flat file"))?;
+        let path = entry.map_err(failed)?.path();
+        if !self.record.read_only {
+            match File::options().read(true).write(true).open(&path) {
+                Err(e) if read_only(&e) => {
+                    let image = self.record.image.display();
+                    eprintln!("flatdisk: {image}: cannot be written, attaching it read-only");
+                    self.record.read_only = true;
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                    return Err(failed(e).hint("another program has the image open"));
+                }
+                opened => return opened.map_err(failed),
+            }
+        }
+        File::open(&path).map_err(failed)
+    }
+
+    /// Bytes per sector of the disk, by the daemon that has it open.
+    fn sector_size(&self) -> Result<u32> {
+        let mount = self.slot.mounted()?.ok_or_else(|| Error::invalid("the flat mount is gone"))?;
+        let status = Connection::to(&mount)?.ask(&Request::Status)?.status;
+        let image = status.and_then(|status| status.images.into_iter().next());
+        image.map(|image| image.sector_size).ok_or_else(|| Error::invalid("the image is not open"))
+    }
+
+    /// Binds the flat file to a free loop device.
+    fn bind(&mut self, flat: &File, binding: Binding) -> Result<LoopDevice> {
+        let begun = Instant::now();
+        loop {
+            let device = LoopDevice::free()?;
+            self.record.device = Some(device.node());
+            self.slot.save(&self.record)?;
+            match device.bind(flat, binding) {
+                // Somebody else was faster.
+                Err(e) if e.kind() == ErrorKind::Busy && begun.elapsed() < PATIENCE => {}
+                bound => return bound.map(|()| device),
+            }
+        }
+    }
+
+    /// Detaches the image. `Busy`, and nothing is changed, while a mount that attach did not make,
+    /// swap space or another block device uses it. Returns what failed to reach the image.
+    pub fn detach(self) -> Result<Vec<String>> {
+        if let Some(device) = self.slot.device(&self.record) {
+            let users = file_system::other_users(device, self.record.mountpoint.as_deref())?;
+            if !users.is_empty() {
+                return Err(in_use(device, &users));
+            }
+        }
+        self.take_apart()
+    }
+
+    fn take_apart(mut self) -> Result<Vec<String>> {
+        if let Some(device) = self.slot.device(&self.record) {
+            self.unbind(device)?;
+        }
+        self.remove_nodes();
+        let mut failures = Vec::new();
+        if self.record.binding_id.is_some() && self.slot.mounted()?.is_none() {
+            let elsewhere =
+                "its flat mount is gone already; not waiting for the image to be closed";
+            eprintln!("flatdisk: {}: {elsewhere}", self.record.image.display());
+        }
+        retry_while_busy(|| {
+            while self.slot.mounted()?.is_some() {
+                failures.extend(running::try_umount(&self.slot.mount_dir(), false)?);
+            }
+            Ok(())
+        })?;
+        self.slot.remove()?;
+        Ok(failures)
+    }
+
+    fn unmount_file_system(&mut self, device: LoopDevice) -> Result<()> {
+        let Some(dir) = &self.record.mountpoint else { return Ok(()) };
+        self.record.complete = false;
+        loop {
+            let own = file_system::mounts_of(device)?;
+            if own.iter().all(|entry| entry.target != *dir) {
+                return Ok(());
+            }
+            if mounts::mounted_at(dir)?.is_some_and(|uppermost| !own.contains(&uppermost)) {
+                let what = "something else is mounted over the file system";
+                return Err(Error::new(ErrorKind::Busy, what).in_file(dir));
+            }
+            file_system::unmount(dir)?;
+            self.slot.save(&self.record)?;
+        }
+    }
+
+    /// Unmounts the file system, unbinds the device, and waits until it has let go of the flat file.
+    fn unbind(&mut self, device: LoopDevice) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            // Each time: a mount(8) that outlived its attach may mount only now.
+            self.unmount_file_system(device)?;
+            if !device.claimed() && file_system::openers(device).is_empty() {
+                break;
+            }
+            if begun.elapsed() > PATIENCE {
+                let mut users = file_system::other_users(device, None)?;
+                users.extend(file_system::openers(device));
+                return Err(in_use(device, &users));
+            }
+            thread::sleep(POLL);
+        }
+        device.clear()?;
+        while self.slot.device(&self.record).is_some() {
+            if begun.elapsed() > PATIENCE {
+                return Err(in_use(device, &file_system::openers(device)));
+            }
+            thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// Removes the nodes made by hand; their numbers may mean something else soon.
+    fn remove_nodes(&self) {
+        for node in &self.record.nodes {
+            if let Err(e) = fs::remove_file(node)
+                && e.kind() != io::ErrorKind::NotFound
+            {
+                eprintln!("flatdisk: {}: {e}", node.display());
+            }
+        }
+    }
+}
+
+fn read_only(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EROFS | libc::EACCES))
+}
+
+fn in_use(device: LoopDevice, users: &[String]) -> Error {
+    let what = match users {
+        [] => "in use, perhaps in another mount namespace".to_owned(),
+        users => format!("in use by {}", users.join(", ")),
+    };
+    Error::new(ErrorKind::Busy, what).in_file(&device.node())
+}
+
+/// A device lets go of its file a moment after it is unbound.
+fn retry_while_busy(mut step: impl FnMut() -> Result<()>) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        match step() {
+            Err(e) if e.kind() == ErrorKind::Busy && begun.elapsed() < PATIENCE => {
+                thread::sleep(POLL);
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Absolute path of an existing directory, for a mount point.
+pub fn directory(path: &Path) -> Result<PathBuf> {
+    let failed = |e: io::Error| Error::io("mount point", &e).in_file(path);
+    let real = fs::canonicalize(path).map_err(failed)?;
+    match real.is_dir() {
+        true => Ok(real),
+        false => Err(Error::invalid("the mount point is not a directory").in_file(path)),
+    }
+}

@@ -1,0 +1,281 @@
+//! `attach` and `detach`: an image as a loop device, in one step.
+//!
+//! ```text
+//! attachment   the steps, and undoing them
+//! slot         what is recorded of an attached image, and what has become of it
+//! loop_device  the kernel's loop devices
+//! file_system  mounting what is on the device
+//! ```
+
+mod attachment;
+mod file_system;
+mod loop_device;
+mod slot;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use nix::unistd::geteuid;
+use serde::Serialize;
+
+use super::mount::SYSTEM_ERROR;
+use super::output::{OutputArgs, iec, print_json, print_line};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::mounts;
+use crate::fuse::options::MountOptions;
+use attachment::{Attachment, Wanted, directory};
+use file_system::How;
+use loop_device::LoopDevice;
+use slot::{Record, Slot, State};
+
+/// Arguments of `flatdisk attach`.
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// The image.
+    #[arg(required_unless_present = "list")]
+    image: Option<PathBuf>,
+    /// Let nothing be written, and open the image read-only.
+    #[arg(long, short)]
+    read_only: bool,
+    /// What is written vanishes with the device; the image stays as it is.
+    #[arg(long)]
+    nonpersistent: bool,
+    /// Mount the disk's file system here, by mount(8).
+    #[arg(long, value_name = "DIR")]
+    mount: Option<PathBuf>,
+    /// Which partition to mount [default: the only one with a file system].
+    #[arg(long, value_name = "NUMBER", requires = "mount")]
+    partition: Option<u32>,
+    /// Type of the file system to mount [default: mount(8) finds out].
+    #[arg(long, short = 't', value_name = "TYPE", requires = "mount")]
+    fs_type: Option<OsString>,
+    /// Options for the file system to mount.
+    #[arg(long, value_name = "OPTIONS", requires = "mount", allow_hyphen_values = true)]
+    mount_options: Option<OsString>,
+    /// Options of `flatdisk mount`, such as cache=64M or force.
+    #[arg(short = 'o', value_name = "OPTIONS", allow_hyphen_values = true)]
+    options: Vec<OsString>,
+    /// List the attached images.
+    #[arg(long, short, conflicts_with = "image")]
+    list: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Arguments of `flatdisk detach`.
+#[derive(Debug, Args)]
+pub struct DetachArgs {
+    /// The loop device, the image, or the directory that attach mounted on.
+    #[arg(required = true, value_name = "DEVICE|IMAGE|DIR")]
+    targets: Vec<PathBuf>,
+}
+
+/// An attached image, as `attach --list --json` and `status --json` show it.
+#[derive(Debug, Serialize)]
+pub struct AttachmentStatus {
+    /// Node of the loop device; null if there is none.
+    device: Option<PathBuf>,
+    /// The image.
+    image: PathBuf,
+    /// What has become of it.
+    state: State,
+    /// Whether the device refuses writes.
+    read_only: bool,
+    /// Whether what is written vanishes.
+    nonpersistent: bool,
+    /// Where attach mounted a file system of the disk.
+    mountpoint: Option<PathBuf>,
+    /// The partitions that the kernel knows.
+    partitions: Vec<PartitionStatus>,
+}
+
+#[derive(Debug, Serialize)]
+struct PartitionStatus {
+    number: u32,
+    device: PathBuf,
+    /// In bytes.
+    size: u64,
+}
+
+/// `flatdisk attach`.
+pub fn attach(args: &AttachArgs) -> Result<u8> {
+    let Some(image) = &args.image else { return list(args.output) };
+    require_root(image)?;
+    let failed = |e: std::io::Error| Error::io("open", &e).in_file(image);
+    let image = std::fs::canonicalize(image).map_err(failed)?;
+    let mut options = MountOptions::default();
+    args.options.iter().try_for_each(|list| options.apply(list, false))?;
+    let how = How {
+        read_only: args.read_only,
+        fs_type: args.fs_type.as_deref(),
+        options: args.mount_options.as_deref(),
+    };
+    let file_system = args.mount.as_deref().map(directory).transpose()?;
+    let wanted = Wanted {
+        options: &args.options,
+        file_system: file_system.map(|dir| (dir, args.partition, how)),
+    };
+    let record = Record {
+        image: image.clone(),
+        device: None,
+        binding_id: None,
+        nodes: Vec::new(),
+        mountpoint: None,
+        read_only: args.read_only || options.read_only,
+        nonpersistent: args.nonpersistent || options.nonpersistent,
+        complete: false,
+    };
+    let slot = Slot::of_image(&image)?.lock().map_err(|e| e.in_file(&image))?;
+    // A record alone, of before the machine was started, is no obstacle.
+    let device = slot.record().and_then(|old| slot.device(&old));
+    if device.is_some() || slot.mounted()?.is_some() {
+        return Err(taken(&image, device));
+    }
+    let device = Attachment::new(slot, record).build(&wanted)?;
+    print_line(&device.display().to_string())?;
+    Ok(0)
+}
+
+/// Says who can do what only root can, and how.
+fn require_root(image: &Path) -> Result<()> {
+    if geteuid().is_root() {
+        return Ok(());
+    }
+    let hint = "other users: `flatdisk mount -o allow_other IMAGE DIR`, then `udisksctl loop-setup \
+                -f DIR/IMAGE.img`; allow_other needs `user_allow_other` in /etc/fuse.conf";
+    Err(Error::new(ErrorKind::Denied, "only root can attach loop devices")
+        .in_file(image)
+        .hint(hint))
+}
+
+fn taken(image: &Path, device: Option<LoopDevice>) -> Error {
+    let device = device.map(|device| format!(" as {}", device.node().display()));
+    let what = format!("attached already{}", device.unwrap_or_default());
+    let hint = format!("`flatdisk detach {}` first", image.display());
+    Error::new(ErrorKind::Busy, what).in_file(image).hint(hint)
+}
+
+/// `flatdisk detach`.
+pub fn detach(args: &DetachArgs) -> Result<u8> {
+    let mut status = 0;
+    for target in &args.targets {
+        status |= detach_one(target).unwrap_or_else(|e| {
+            eprintln!("flatdisk: {e}");
+            1
+        });
+    }
+    Ok(status)
+}
+
+fn detach_one(target: &Path) -> Result<u8> {
+    let slot = find(target)?.lock().map_err(|e| e.in_file(target))?;
+    // As it is now that nobody else changes it.
+    let Some(record) = slot.record() else {
+        slot.remove()?;
+        return Err(not_attached(target));
+    };
+    let died = mounts::is_dead(&slot.mount_dir()) && !record.read_only && !record.nonpersistent;
+    let image = record.image.clone();
+    let failures = Attachment::new(slot, record).detach()?;
+    failures.iter().for_each(|failure| eprintln!("flatdisk: {failure}"));
+    if died {
+        let lost = "detached, but its daemon had died: what was not flushed by then is lost";
+        eprintln!(
+            "flatdisk: {}: {lost} (`flatdisk check` shows the image's state)",
+            image.display()
+        );
+    }
+    Ok(if died || !failures.is_empty() { SYSTEM_ERROR } else { 0 })
+}
+
+fn not_attached(target: &Path) -> Error {
+    Error::new(ErrorKind::NotFound, "not attached by flatdisk")
+        .in_file(target)
+        .hint("`flatdisk attach --list` shows what is")
+}
+
+/// The slot of a loop device, partition, image or mount point.
+fn find(target: &Path) -> Result<Slot> {
+    let path = mounts::absolute(target)?;
+    if let Ok(slot) = Slot::of_image(&path)
+        && slot.exists()
+    {
+        return Ok(slot);
+    }
+    let device = LoopDevice::of_node(&path).map(LoopDevice::node);
+    let matches = |(slot, record): &(Slot, Record)| match &device {
+        Some(_) => record.device == device,
+        None => [Some(&record.image), record.mountpoint.as_ref(), Some(&slot.mount_dir())]
+            .contains(&Some(&path)),
+    };
+    let found = Slot::all()?.into_iter().find(matches).map(|(slot, _)| slot);
+    found.ok_or_else(|| not_attached(target))
+}
+
+/// The attached images; only root has any.
+pub fn attachments() -> Result<Vec<AttachmentStatus>> {
+    if !geteuid().is_root() {
+        return Ok(Vec::new());
+    }
+    let status = |(slot, record): (Slot, Record)| {
+        let device = slot.device(&record);
+        let partitions = device.map(LoopDevice::partitions).unwrap_or_default();
+        let partitions = partitions.into_iter().map(|partition| PartitionStatus {
+            number: partition.number,
+            device: partition.node,
+            size: partition.size,
+        });
+        AttachmentStatus {
+            state: slot.state(&record),
+            device: device.map(LoopDevice::node),
+            image: record.image,
+            read_only: record.read_only,
+            nonpersistent: record.nonpersistent,
+            mountpoint: record.mountpoint,
+            partitions: partitions.collect(),
+        }
+    };
+    Ok(Slot::all()?.into_iter().map(status).collect())
+}
+
+fn list(output: OutputArgs) -> Result<u8> {
+    #[derive(Serialize)]
+    struct Attachments {
+        attachments: Vec<AttachmentStatus>,
+    }
+    let attachments = attachments()?;
+    if output.json() {
+        print_json(&Attachments { attachments })?;
+        return Ok(0);
+    }
+    if attachments.is_empty() {
+        print_line("nothing is attached")?;
+    }
+    attachments.iter().try_for_each(print)?;
+    Ok(0)
+}
+
+/// Prints an attached image for people.
+pub fn print(attachment: &AttachmentStatus) -> Result<()> {
+    let device = attachment.device.as_deref().unwrap_or(Path::new("no device")).display();
+    let mut line = format!("{device}: {}", attachment.image.display());
+    if let Some(dir) = &attachment.mountpoint {
+        line += &format!(", mounted on {}", dir.display());
+    }
+    let notes = [
+        (attachment.read_only, "read-only"),
+        (attachment.nonpersistent, "nonpersistent"),
+        (attachment.state == State::Changing, "being attached or detached"),
+        (attachment.state == State::Incomplete, "incomplete: `flatdisk detach` cleans up"),
+        (attachment.state == State::DaemonDied, "daemon died: `flatdisk detach` cleans up"),
+        (attachment.state == State::DeviceGone, "device gone: `flatdisk detach` cleans up"),
+    ];
+    for (_, note) in notes.iter().filter(|(true_here, _)| *true_here) {
+        line += &format!(", {note}");
+    }
+    print_line(&line)?;
+    attachment.partitions.iter().try_for_each(|partition| {
+        print_line(&format!("  {}: {}", partition.device.display(), iec(partition.size)))
+    })
+}
