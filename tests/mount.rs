@@ -325,6 +325,29 @@ fn throw_away_writing_lasts_until_unmount_and_leaves_the_image_alone() {
 }
 
 #[test]
+fn a_throw_away_write_does_not_reach_a_flat_extent_that_is_being_read() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    create(&folder.path().join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+    let extent = folder.path().join("a-flat.vmdk");
+    let before = live::sha256(&extent);
+    let mount = Mount::new(folder.path(), &["--nonpersistent"]);
+    let reader = File::open(mount.flat("a.vmdk")).unwrap();
+    let mut read = [0; 4];
+    reader.read_exact_at(&mut read, 4096).unwrap();
+    let file = writer(&mount.flat("a.vmdk"));
+    file.write_all_at(b"gone", 1 << 20).unwrap();
+    file.sync_all().unwrap();
+    reader.read_exact_at(&mut read, 1 << 20).unwrap();
+    assert_eq!(&read, b"gone");
+    drop((reader, file));
+    assert!(mount.unmount().success());
+    assert_eq!(live::sha256(&extent), before);
+}
+
+#[test]
 fn a_child_is_made_and_written_while_its_parent_is_read() {
     if !live::can_mount() || !have(&["getfattr"]) {
         return;
