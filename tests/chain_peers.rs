@@ -128,11 +128,10 @@ fn vhd_lib_merges_our_vhd_chains() {
         return;
     }
     let vhd = |arguments: &[&dyn AsRef<OsStr>]| vhd_lib(&modules, arguments);
-    let dir = common::folder();
-    let made = chain(dir.path(), "vhd", &[None; 4], 1);
-    let (_, model) = &made[3];
-    for pair in made.windows(2).rev() {
-        let (parent, child) = (&pair[0].0, &pair[1].0);
+    for number in 1..=3 {
+        let dir = common::folder();
+        let made = chain(dir.path(), "vhd", &[None; 4], 1);
+        let ((parent, _), (child, model)) = (&made[number - 1], &made[number]);
         vhd(&[&"merge", parent, child]);
         same(
             &contents(parent),
