@@ -122,26 +122,6 @@ fn dissect_reads_our_vhdx_and_vmdk_chains() {
 }
 
 #[test]
-fn vhd_lib_merges_our_vhd_chains() {
-    let Some(modules) = folder("FLATDISK_VHD_LIB") else { return };
-    if !tools::have("node") {
-        return;
-    }
-    let vhd = |arguments: &[&dyn AsRef<OsStr>]| vhd_lib(&modules, arguments);
-    for number in 1..=3 {
-        let dir = common::folder();
-        let made = chain(dir.path(), "vhd", &[None; 4], 1);
-        let ((parent, _), (child, model)) = (&made[number - 1], &made[number]);
-        vhd(&[&"merge", parent, child]);
-        same(
-            &contents(parent),
-            model,
-            &format!("{} and what was merged into it", parent.display()),
-        );
-    }
-}
-
-#[test]
 fn vhd_chains_that_vhd_lib_makes_are_read_and_written() {
     let Some(modules) = folder("FLATDISK_VHD_LIB") else { return };
     if !tools::have("node") {

@@ -1,9 +1,8 @@
 // What Xen Orchestra's vhd-lib does with differencing VHDs:
 //   vhd.js chain PARENT CHILD        makes the empty disk CHILD a child of PARENT
 //   vhd.js write IMAGE SECTOR FILE   writes the contents of FILE from SECTOR on
-//   vhd.js merge PARENT CHILD        merges CHILD into PARENT
 const fs = require('fs')
-const { default: Vhd, chainVhd, mergeVhd } = require('vhd-lib')
+const { default: Vhd, chainVhd } = require('vhd-lib')
 
 // Files as the library wants them.
 const files = {
@@ -26,7 +25,6 @@ const files = {
 
 const commands = {
   chain: (parent, child) => chainVhd(files, parent, files, child, true),
-  merge: (parent, child) => mergeVhd(files, parent, files, child),
   write: async (image, sector, file) => {
     const vhd = new Vhd(files, image)
     await vhd.readHeaderAndFooter()
