@@ -14,11 +14,12 @@ use common::{crash, in_parallel, number, pattern, seed, tools};
 use fastrand::Rng;
 use flatdisk::disk::layers::{self, Content};
 use flatdisk::error::{Error, ErrorKind};
-use flatdisk::formats::{self, CreateSpec, Image, NewLink, OpenContext, OpenOptions, chain};
+use flatdisk::formats::chain::{self, Merging};
+use flatdisk::formats::{self, CreateSpec, Image, NewLink, OpenContext, OpenOptions};
 use flatdisk::storage::file::HostFs;
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::RecordingHost;
-use flatdisk::storage::{Access, Host};
+use flatdisk::storage::{Access, Host, Storage};
 
 const MIB: u64 = 1 << 20;
 
@@ -153,7 +154,7 @@ fn run_model(base: &Base, blocks: &[Option<u64>], seed: u64) {
     let name = format!("{} {:?}, seed {seed}", base.format, base.spec);
     let mut family = Family { name, host: host.clone(), members: Vec::new() };
     family.members.push(Member { path: path(0), parent: None, model: model.clone(), gone: false });
-    for number in 1..=random.usize(3..=8) {
+    for number in 1..=random.usize(1..=8) {
         make_child(&host, &path(number), &path(number - 1), blocks[random.usize(..blocks.len())]);
         scribble(&host, &path(number), &mut model, &mut random, 8);
         let parent = Some(number - 1);
@@ -188,7 +189,7 @@ fn run_model(base: &Base, blocks: &[Option<u64>], seed: u64) {
         }
         let parent = family.members[member].parent.unwrap();
         let child = family.members[member].path.clone();
-        let merged = chain::merge(&host, &child, &options, false, &mut |_| ());
+        let merged = chain::merge(&host, &child, &options, Merging::default(), &mut |_| ());
         if family.children(member).is_empty() && family.children(parent) == [member] {
             merged.unwrap_or_else(|e| panic!("{}: merge: {e}", family.name));
             family.members[member].gone = true;
@@ -342,6 +343,232 @@ fn broken_chains_say_what_is_broken() {
     }
 }
 
+/// Resizes a disk to `sectors` by hand, in the fields that say so.
+fn set_size(memory: &MemoryHost, path: &Path, size: u64) {
+    let file = memory.file(path).unwrap();
+    let put = |at: u64, bytes: &[u8]| file.write_at(at, bytes).unwrap();
+    match path.extension().unwrap().to_str().unwrap() {
+        "vhd" => {
+            let end = file.len().unwrap() - 512;
+            let mut footer = [0; 512];
+            file.read_at(end, &mut footer).unwrap();
+            footer[48..56].copy_from_slice(&size.to_be_bytes());
+            footer[64..68].fill(0);
+            let sum = !footer.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+            footer[64..68].copy_from_slice(&sum.to_be_bytes());
+            put(0, &footer);
+            put(end, &footer);
+        }
+        // The second metadata item, behind the file parameters.
+        "vhdx" => put((2 << 20) + (64 << 10) + 8, &size.to_le_bytes()),
+        _ => {
+            put(12, &(size / 512).to_le_bytes());
+            let mut text = vec![0; 1024];
+            file.read_at(512, &mut text).unwrap();
+            let text = String::from_utf8(text).unwrap();
+            let line = text.lines().find(|line| line.starts_with("RW ")).unwrap();
+            let old = line.split(' ').nth(1).unwrap();
+            let new = format!("{:0width$}", size / 512, width = old.len());
+            put(512, text.replacen(&format!("RW {old} "), &format!("RW {new} "), 1).as_bytes());
+        }
+    }
+}
+
+#[test]
+fn parents_of_another_size_are_taken_as_each_format_allows() {
+    let [_, vhdx, vmdk] = small_bases();
+    // A block larger than the disk leaves room to grow in the table.
+    let vhd = Base::new("vhd", "dynamic", 2 * MIB).block(4 * MIB);
+    for base in [vhd, vhdx, vmdk] {
+        for (size, larger) in [(2 * MIB + 65536, true), (MIB, false)] {
+            let (memory, [a, b, _]) = three(&base);
+            let host: Arc<dyn Host> = memory.clone();
+            let old = contents(&open(&host, &b, Access::Read));
+            set_size(&memory, &b, size);
+            let context = format!("{}, child of {size}", base.format);
+            let forced = OpenOptions { force: true, ..OpenOptions::new(Access::Write) };
+            let image = match try_open(&host, &b, Access::Write) {
+                Err(e) => {
+                    assert_eq!((base.format, e.kind()), ("vmdk", ErrorKind::ParentMismatch), "{e}");
+                    assert!(e.what().contains(&format!("{} bytes, the image {size}", 2 * MIB)));
+                    formats::open(&host, &b, &forced).unwrap_or_else(|e| panic!("{context}: {e}"))
+                }
+                Ok(image) => {
+                    assert_ne!(base.format, "vmdk", "{context}");
+                    assert_eq!(image.read_only.is_some(), base.format == "vhd" && !larger);
+                    assert!(image.info.warnings.iter().any(|w| w.contains(&size.to_string())));
+                    image
+                }
+            };
+            assert_eq!(image.parent.as_ref().unwrap().path, a);
+            let shown = contents(&image);
+            let common = old.len().min(shown.len());
+            assert!(shown[..common] == old[..common], "{context}");
+            assert!(shown[common..].iter().all(|byte| *byte == 0), "{context}: past the parent");
+            // Copying up over the parent's end.
+            if image.read_only.is_none() && larger {
+                image.disk.write_at(2 * MIB - 100, &[7; 200]).unwrap();
+                let mut around = [0; 1024];
+                image.disk.read_at(2 * MIB - 512, &mut around).unwrap();
+                let expected: Vec<u8> =
+                    (0..1024).map(|at| if (412..612).contains(&at) { 7 } else { 0 }).collect();
+                assert!(around[..] == expected[..], "{context}");
+            } else {
+                let e = image.disk.write_at(0, &[1; 512]).err();
+                let writable = image.read_only.is_none();
+                assert_eq!(e.map(|e| e.kind()), (!writable).then_some(ErrorKind::ReadOnly));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_named_parent_needs_no_place_but_must_be_the_right_one() {
+    for base in small_bases() {
+        let (memory, [a, b, c]) = three(&base);
+        let host: Arc<dyn Host> = memory;
+        let expected = contents(&open(&host, &c, Access::Read));
+        let elsewhere = Path::new("/else/renamed").with_extension(base.format);
+        copy(&host, &b, &elsewhere);
+        host.remove(&b).unwrap();
+        let named = |parent: &Path, force| {
+            let parent = Some(parent.to_owned());
+            formats::open(
+                &host,
+                &c,
+                &OpenOptions { parent, force, ..OpenOptions::new(Access::Write) },
+            )
+        };
+        // Its own parent is looked for beside it, and in the folders that are allowed.
+        let e = named(&elsewhere, false).unwrap_err();
+        assert_eq!((e.kind(), e.path()), (ErrorKind::ParentMissing, Some(&*elsewhere)), "{e}");
+        copy(&host, &a, &Path::new("/else").join(a.file_name().unwrap()));
+        let image = named(&elsewhere, false).unwrap();
+        assert!(contents(&image) == expected);
+        image.disk.write_at(0, &[9; 512]).unwrap();
+        image.disk.close().unwrap();
+        drop(image);
+
+        let e = named(&a, false).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ParentMismatch, "{e}");
+        let e = named(Path::new("/nowhere"), false).unwrap_err();
+        assert!(e.kind() == ErrorKind::ParentMissing && e.what().contains("tried /nowhere"), "{e}");
+        let image = named(&a, true).unwrap();
+        assert_eq!(image.parent.as_ref().unwrap().path, a);
+        assert_eq!(image.disk.write_at(0, &[1; 512]).unwrap_err().kind(), ErrorKind::ReadOnly);
+    }
+}
+
+/// Copies a file of one host.
+fn copy(host: &Arc<dyn Host>, from: &Path, to: &Path) {
+    let from = host.open(from, Access::Peek).unwrap();
+    let mut bytes = vec![0; from.len().unwrap() as usize];
+    from.read_at(0, &mut bytes).unwrap();
+    host.create(to).unwrap().write_at(0, &bytes).unwrap();
+}
+
+#[test]
+fn a_vhd_that_names_the_unique_id_of_a_descendant_is_a_cycle() {
+    let base = Base::new("vhd", "dynamic", 2 * MIB);
+    let (memory, [_, b, c]) = three(&base);
+    let host: Arc<dyn Host> = memory;
+    // The parent that `b` names is a copy of `c`: another file, but the same disk.
+    let twin = Path::new("/t/twin.vhd");
+    copy(&host, &c, twin);
+    force_link(&host, &b, twin);
+    let e = try_open(&host, &c, Access::Read).unwrap_err();
+    assert_eq!((e.kind(), e.path()), (ErrorKind::Corrupt, Some(&*b)), "{e}");
+    assert!(e.what().contains("as its parent, which descends from it"), "{e}");
+    force_link(&host, &c, twin);
+    let e = try_open(&host, &c, Access::Read).unwrap_err();
+    assert!(e.what().contains("names itself as its parent"), "{e}");
+}
+
+#[test]
+fn a_check_tells_what_is_wrong_between_a_child_and_its_parent() {
+    for base in small_bases() {
+        let (memory, [a, b, c]) = three(&base);
+        let host: Arc<dyn Host> = memory;
+        assert_eq!(errors(&host, &c).unwrap(), [""; 0]);
+        host.remove(&a).unwrap();
+        for image in [&b, &c] {
+            let options = OpenOptions::new(Access::Read);
+            let report = formats::check(&host, image, &options).unwrap();
+            assert_eq!((report.errors, report.notices), (0, 1), "{:?}", report.findings);
+            assert!(report.findings[0].what.contains("was not found"), "{:?}", report.findings);
+        }
+        base.create_at(&*host, &a).unwrap();
+        open(&host, &a, Access::Write).disk.write_at(0, &[1; 512]).unwrap();
+        let errors = errors(&host, &c).unwrap();
+        assert!(errors.len() == 1 && errors[0].contains("was made from"), "{errors:?}");
+    }
+}
+
+#[test]
+fn a_vhd_parent_changed_at_another_time_is_worth_a_notice() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path();
+    succeed(dir, &["create", "--size", "8M", "base.vhd"]);
+    succeed(dir, &["create", "--parent", "base.vhd", "child.vhd"]);
+    let noticed = || {
+        let check = json(&succeed(dir, &["check", "--json", "child.vhd"]));
+        let info = json(&succeed(dir, &["info", "--chain", "--json", "child.vhd"]));
+        let warnings = info["images"][0]["warnings"].as_array().unwrap().len();
+        assert_eq!(check["notices"], warnings);
+        assert_eq!(check["errors"], 0);
+        warnings > 0
+    };
+    assert!(!noticed());
+    let base = std::fs::File::options().write(true).open(dir.join("base.vhd")).unwrap();
+    let then = base.metadata().unwrap().modified().unwrap();
+    for (seconds, expected) in [(2, false), (60, true)] {
+        base.set_modified(then + std::time::Duration::from_secs(seconds)).unwrap();
+        assert_eq!(noticed(), expected, "{seconds} seconds");
+    }
+}
+
+#[test]
+fn a_merged_child_can_be_kept_as_an_empty_one() {
+    let mut all = bases();
+    all.retain(|(base, _)| base.spec.subformat.as_deref() != Some("fixed"));
+    in_parallel(&all, |(base, _)| {
+        let (memory, [a, b, _]) = three(base);
+        let host: Arc<dyn Host> = memory;
+        let [c, d] =
+            ["grandchild", "sibling"].map(|n| b.with_file_name(n).with_extension(base.format));
+        let mut random = Rng::with_seed(seed());
+        let mut below = contents(&open(&host, &b, Access::Read));
+        make_child(&host, &d, &a, None);
+        scribble(&host, &b, &mut below, &mut random, 12);
+        make_child(&host, &c, &b, None);
+        let mut above = below.clone();
+        scribble(&host, &c, &mut above, &mut random, 6);
+
+        let how = Merging { keep: true, over_siblings: true };
+        let merged = chain::merge(&host, &b, &OpenOptions::new(Access::Read), how, &mut |_| ());
+        let merged = merged.unwrap_or_else(|e| panic!("{}: {e}", base.format));
+        assert_eq!(merged.siblings, std::slice::from_ref(&d));
+        assert_eq!(
+            try_open(&host, &d, Access::Read).unwrap_err().kind(),
+            ErrorKind::ParentMismatch
+        );
+        let kept = open(&host, &b, Access::Read);
+        layers::runs(&kept.disk, 1, |run| {
+            assert_eq!(run.content, Content::Unallocated, "{}: {run:?}", base.format);
+            Ok(())
+        })
+        .unwrap();
+        drop(kept);
+        // Parent, kept child and grandchild are what they were, and can go on.
+        for (path, expected) in [(&a, &below), (&b, &below), (&c, &above)] {
+            assert!(contents(&open(&host, path, Access::Read)) == *expected, "{}", path.display());
+            assert_eq!(errors(&host, path).unwrap(), [""; 0]);
+        }
+        scribble(&host, &c, &mut above, &mut random, 6);
+        assert!(contents(&open(&host, &c, Access::Read)) == above);
+    });
+}
+
 #[test]
 fn a_parent_is_found_behind_another_disk_of_the_same_name() {
     for base in small_bases() {
@@ -352,11 +579,8 @@ fn a_parent_is_found_behind_another_disk_of_the_same_name() {
         // The right parent is moved away, with all it needs, and a wrong one put in its place.
         let image = open(&host, &c, Access::Read);
         let expected = contents(&image);
-        let copy = host.create(&elsewhere).unwrap();
-        let old = host.open(&b, Access::Read).unwrap();
-        let mut bytes = vec![0; old.len().unwrap() as usize];
-        old.read_at(0, &mut bytes).unwrap();
-        copy.write_at(0, &bytes).unwrap();
+        copy(&host, &b, &elsewhere);
+        drop(image);
         host.remove(&b).unwrap();
         base.create_at(&*host, &b).unwrap();
         let options = OpenOptions {
@@ -381,8 +605,9 @@ fn what_would_break_a_chain_is_refused() {
         assert!(rebase(&b, &c).what().contains("needs this image itself"));
         assert!(rebase(&b, &b).what().contains("needs this image itself"));
         assert!(rebase(&a, &b).what().contains("has no parent"));
-        let merge =
-            |child: &Path| chain::merge(&host, child, &options, false, &mut |_| ()).unwrap_err();
+        let merge = |child: &Path| {
+            chain::merge(&host, child, &options, Merging::default(), &mut |_| ()).unwrap_err()
+        };
         assert!(merge(&a).what().contains("has no parent"));
         assert!(merge(&b).what().contains("is a child of this image"));
         let sibling = c.with_file_name("sibling").with_extension(base.format);
@@ -392,14 +617,18 @@ fn what_would_break_a_chain_is_refused() {
             open(&host, image, Access::Read);
         }
 
-        // Merged all the same, siblings say what happened to them where their format lets them know.
-        let merged = chain::merge(&host, &c, &options, true, &mut |_| ()).unwrap();
+        // Merged all the same, siblings say what happened to them.
+        let merged = chain::merge(
+            &host,
+            &c,
+            &options,
+            Merging { over_siblings: true, keep: false },
+            &mut |_| (),
+        )
+        .unwrap();
         assert_eq!(merged.siblings, std::slice::from_ref(&sibling));
-        let opened = try_open(&host, &sibling, Access::Read).map_err(|e| e.kind());
-        match base.format {
-            "vhd" => assert!(opened.is_ok()),
-            _ => assert_eq!(opened.err(), Some(ErrorKind::ParentMismatch)),
-        }
+        let e = try_open(&host, &sibling, Access::Read).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ParentMismatch, "{e}");
     }
 }
 
@@ -437,7 +666,7 @@ fn crash_while(base: &Base, operation: &str, budget: usize) -> Result<(), String
     let recorded: Arc<dyn Host> = recorder.clone();
     let options = OpenOptions::new(Access::Read);
     let done = match operation {
-        "merge" => chain::merge(&recorded, &c, &options, false, &mut |_| ()).map(drop),
+        "merge" => chain::merge(&recorded, &c, &options, Merging::default(), &mut |_| ()).map(drop),
         "rebase" => chain::rebase(&recorded, &c, &other, &options, false, &mut |_| ()).map(drop),
         _ => chain::rebase(&recorded, &c, &b, &options, true, &mut |_| ()).map(drop),
     };
@@ -464,7 +693,7 @@ fn crash_while(base: &Base, operation: &str, budget: usize) -> Result<(), String
         child?;
         // What was interrupted can be done again.
         if operation == "merge" && holds(&c, &model).is_ok() {
-            chain::merge(&state, &c, &options, false, &mut |_| ())
+            chain::merge(&state, &c, &options, Merging::default(), &mut |_| ())
                 .map_err(|e| format!("again: {e}"))?;
             holds(&b, &model)?;
         } else if operation != "merge" {
@@ -539,10 +768,16 @@ fn a_folder_with_a_chain_can_be_moved_and_opened_by_a_relative_path() {
         for option in ["--parent-dir", "--allow-parent"] {
             succeed(&from, &["info", "--chain", option, "../moved", &grandchild]);
         }
-        succeed(
-            &from.join("../moved/snapshots"),
-            &["info", "--chain", "--parent-dir", "..", &format!("g.{format}")],
-        );
+        let snapshots = from.join("../moved/snapshots");
+        let g = format!("g.{format}");
+        succeed(&snapshots, &["info", "--chain", "--parent-dir", "..", &g]);
+        let named = format!("../{child}");
+        for command in [&["info", "--json"][..], &["map"], &["check"]] {
+            let said = succeed(&snapshots, &[command, &["--parent", &named, &g]].concat());
+            assert!(command[0] != "info" || json(&said)["images"].as_array().unwrap().len() == 3);
+        }
+        let e = fail(&snapshots, &["info", "--parent", &format!("../{base}"), &g]);
+        assert!(e.contains("but the image was made from"), "{e}");
     }
 }
 

@@ -284,26 +284,143 @@ fn a_changed_image_is_read_anew_and_an_unchanged_one_from_the_cache() {
 }
 
 #[test]
-fn throw_away_writing_leaves_the_image_alone() {
+fn throw_away_writing_lasts_until_unmount_and_leaves_the_image_alone() {
+    if !live::can_mount() || !have(&["mkfs.ext4"]) {
+        return;
+    }
+    let (folder, scratch) = (folder(), live::scratch());
+    let image = folder.path().join("a.vhd");
+    let before = live::sha256(&image);
+    let option = format!("--nonpersistent={}", scratch.path().display());
+    let mount = Mount::new(folder.path(), &[&option]);
+    let flat = mount.flat("a.vhd");
+    // Two programs, one after the other, that must find the same disk.
+    succeed(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&flat));
+    let device = live::Loop::new(&flat, &[]);
+    let files = live::MountedFs::new(&device.device, &[]);
+    fs::write(files.path().join("x"), "kept for now").unwrap();
+    files.unmount();
+    drop(device);
+    // The kernel forgets the file; what was written to it must not be forgotten with it.
+    fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+    assert!(fs::read(&flat).unwrap().windows(12).any(|text| text == b"kept for now"));
+    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "scratch files have no names");
+    let status = ask(mount.path(), &Request::Status).status.unwrap();
+    assert!(status.images[0].throw_away.is_some_and(|bytes| bytes > 0), "{status:?}");
+    assert!(mount.unmount().success());
+    assert_eq!(live::sha256(&image), before);
+
+    // Taken out of the mount, an image starts anew.
+    let mount = Mount::new(&image, &[&option]);
+    let flat = mount.flat("a.vhd");
+    for _ in 0..2 {
+        assert_eq!(fs::read(&flat).unwrap()[1 << 20], 0);
+        writer(&flat).write_all_at(b"gone", 1 << 20).unwrap();
+        assert_eq!(fs::read(&flat).unwrap()[1 << 20], b'g');
+        fs::remove_file(&flat).unwrap();
+        symlink(&image, &flat).unwrap();
+    }
+    assert!(mount.unmount().success());
+    assert_eq!(live::sha256(&image), before);
+}
+
+#[test]
+fn a_throw_away_write_does_not_reach_a_flat_extent_that_is_being_read() {
     if !live::can_mount() {
         return;
     }
-    let folder = folder();
-    let image = folder.path().join("a.vhd");
-    let before = live::sha256(&image);
+    let folder = scratch();
+    create(&folder.path().join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+    let extent = folder.path().join("a-flat.vmdk");
+    let before = live::sha256(&extent);
     let mount = Mount::new(folder.path(), &["--nonpersistent"]);
-    let file = writer(&mount.flat("a.vhd"));
+    let reader = File::open(mount.flat("a.vmdk")).unwrap();
+    let mut read = [0; 4];
+    reader.read_exact_at(&mut read, 4096).unwrap();
+    let file = writer(&mount.flat("a.vmdk"));
     file.write_all_at(b"gone", 1 << 20).unwrap();
     file.sync_all().unwrap();
-    let mut read = [0; 4];
-    file.read_exact_at(&mut read, 1 << 20).unwrap();
+    reader.read_exact_at(&mut read, 1 << 20).unwrap();
     assert_eq!(&read, b"gone");
-    drop(file);
-    wait_until("the image is closed", || mount.open_files(folder.path()).is_empty());
-    File::open(mount.flat("a.vhd")).unwrap().read_exact_at(&mut read, 1 << 20).unwrap();
-    assert_eq!(read, [0; 4]);
+    drop((reader, file));
     assert!(mount.unmount().success());
-    assert_eq!(live::sha256(&image), before);
+    assert_eq!(live::sha256(&extent), before);
+}
+
+#[test]
+fn a_child_is_made_and_written_while_its_parent_is_read() {
+    if !live::can_mount() || !have(&["getfattr"]) {
+        return;
+    }
+    let folder = folder();
+    let mount = Mount::new(folder.path(), &[]);
+    let (parent, child) = (mount.flat("a.vhd"), mount.flat("b.vhd"));
+    let make = || {
+        let (a, b) = (folder.path().join("a.vhd"), folder.path().join("b.vhd"));
+        outcome(flatdisk().args(["create", "-q", "--parent"]).arg(a).arg(b))
+    };
+    let base = writer(&parent);
+    base.write_all_at(b"base", 4096).unwrap();
+    let refused = make();
+    assert!(!refused.status.success() && stderr(&refused).contains("in use"), "{refused:?}");
+    drop(base);
+    wait_until("the image is closed", || mount.open_files(folder.path()).is_empty());
+
+    let reader = File::open(&parent).unwrap();
+    let read = |file: &File| {
+        let mut bytes = [0; 4];
+        file.read_exact_at(&mut bytes, 4096).unwrap();
+        bytes
+    };
+    assert_eq!(&read(&reader), b"base");
+    assert!(make().status.success());
+    wait_until("the child shows", || child.exists());
+    let written = writer(&child);
+    assert_eq!(&read(&written), b"base");
+    written.write_all_at(b"next", 4096).unwrap();
+    written.sync_all().unwrap();
+    assert_eq!((&read(&written), &read(&reader)), (b"next", b"base"));
+
+    // What is a parent now is not written, and says why.
+    let refused = File::options().write(true).open(&parent).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EROFS), "{refused}");
+    let mut xattr = Command::new("getfattr");
+    xattr.args(["-n", "user.flatdisk.readonly", "--only-values", "--absolute-names"]);
+    let why = succeed(xattr.arg(&parent));
+    assert!(why.contains("b.vhd is made from it"), "{why}");
+    let status = ask(mount.path(), &Request::Status).status.unwrap();
+    let status = |name: &str| {
+        let mut images = status.images.iter();
+        images.find(|image| image.image.ends_with(name)).unwrap()
+    };
+    assert_eq!(status("a.vhd").read_only.as_deref(), Some(&*why));
+    assert_eq!(status("b.vhd").parents, [folder.path().join("a.vhd").canonicalize().unwrap()]);
+    drop((reader, written));
+    assert!(mount.unmount().success());
+}
+
+#[test]
+fn an_image_is_mounted_over_the_parent_that_the_user_names() {
+    if !live::can_mount() {
+        return;
+    }
+    let (folder, elsewhere) = (folder(), scratch());
+    let image = |name: &str| folder.path().join(name);
+    succeed(flatdisk().args(["create", "-q", "--parent"]).arg(image("a.vhd")).arg(image("b.vhd")));
+    let moved = elsewhere.path().join("base of b");
+    fs::rename(image("a.vhd"), &moved).unwrap();
+    let given = format!("parent={}", moved.display());
+    let point = scratch();
+    let refused = |source: &Path, options: &[&str]| {
+        let output = outcome(flatdisk().arg("mount").args(options).arg(source).arg(point.path()));
+        assert!(!output.status.success());
+        stderr(&output)
+    };
+    assert!(refused(&image("b.vhd"), &[]).contains("parent=FILE"));
+    assert!(refused(folder.path(), &["-o", &given]).contains("exactly one image"));
+    let mount = Mount::new(&image("b.vhd"), &["-o", &given]);
+    writer(&mount.flat("b.vhd")).write_all_at(b"x", 0).unwrap();
+    assert!(mount.unmount().success());
 }
 
 #[test]

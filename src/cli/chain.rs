@@ -1,6 +1,7 @@
 //! `map`, `commit` and `rebase`: images that stand on one another.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 use serde_json::json;
@@ -8,9 +9,10 @@ use serde_json::json;
 use super::output::{OutputArgs, iec, print_json, print_line};
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, Result};
-use crate::formats::{self, Image, OpenOptions, chain};
+use crate::formats::chain::{self, Merging};
+use crate::formats::{self, Image, OpenOptions};
 use crate::storage::file::HostFs;
-use crate::storage::{Access, FileIdentity, Host};
+use crate::storage::{Access, Host};
 
 /// Where parents may lie.
 #[derive(Debug, Clone, Args)]
@@ -27,6 +29,28 @@ impl ParentArgs {
     }
 }
 
+/// Where the parents of one image are.
+#[derive(Debug, Clone, Args)]
+pub struct ChainArgs {
+    /// The image's parent, instead of looking where the image says.
+    #[arg(long, value_name = "FILE")]
+    parent: Option<PathBuf>,
+    #[command(flatten)]
+    parents: ParentArgs,
+}
+
+impl ChainArgs {
+    /// Whether a parent was named.
+    pub fn named(&self) -> bool {
+        self.parent.is_some()
+    }
+
+    /// Options for opening the image and its parents.
+    pub fn options(&self, access: Access) -> OpenOptions {
+        OpenOptions { parent: self.parent.clone(), ..self.parents.options(access) }
+    }
+}
+
 /// Arguments of `flatdisk map`.
 #[derive(Debug, Args)]
 pub struct MapArgs {
@@ -39,7 +63,7 @@ pub struct MapArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    parents: ParentArgs,
+    chain: ChainArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -47,17 +71,13 @@ pub struct MapArgs {
 /// Lists what every part of a disk is, and which image of the chain holds it.
 pub fn map(args: &MapArgs) -> Result<u8> {
     let host = HostFs::shared();
-    let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek) };
+    let options = OpenOptions { force: args.force, ..args.chain.options(Access::Peek) };
     let image = formats::open(&host, &args.image, &options)?;
-    let images: Vec<&Image> =
-        std::iter::successors(Some(&image), |image| image.parent.as_deref()).collect();
+    let images: Vec<&Image> = image.chain().collect();
     let layers = match &args.since {
-        Some(ancestor) => position(&*host, &images, ancestor)?,
+        Some(ancestor) => generation(&host, &images, ancestor)?,
         None => usize::MAX,
     };
-    if layers == 0 {
-        return Err(Error::invalid("an image is not its own ancestor").in_file(&args.image));
-    }
     let mut printer = Printer { images, json: args.output.json(), lines: 0 };
     printer.begin()?;
     layers::runs(&image.disk, layers, |run| {
@@ -68,15 +88,11 @@ pub fn map(args: &MapArgs) -> Result<u8> {
     Ok(0)
 }
 
-/// Which of `images` the file `ancestor` is.
-fn position(host: &dyn Host, images: &[&Image], ancestor: &Path) -> Result<usize> {
-    let identity = |path: &Path| -> Result<FileIdentity> {
-        let file = host.open(path, Access::Peek)?;
-        file.identity().map_err(|e| Error::io("stat", &e).in_file(path))
-    };
-    let wanted = identity(ancestor)?;
-    for (index, image) in images.iter().enumerate() {
-        if identity(&image.path)? == wanted {
+/// Which ancestor of the first of `images` the file `ancestor` is: 1 for the parent.
+fn generation(host: &Arc<dyn Host>, images: &[&Image], ancestor: &Path) -> Result<usize> {
+    let wanted = chain::file_identity(host, ancestor)?;
+    for (index, image) in images.iter().enumerate().skip(1) {
+        if chain::file_identity(host, &image.path)? == wanted {
             return Ok(index);
         }
     }
@@ -137,7 +153,10 @@ impl Printer<'_> {
 pub struct CommitArgs {
     /// The image to merge into its parent; it is removed.
     child: PathBuf,
-    /// Go on although the parent has other children, which then show wrong contents.
+    /// Keep the child: empty, and showing its parent.
+    #[arg(long)]
+    keep: bool,
+    /// Go on although the parent has other children, which then do not match it any more.
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -149,7 +168,8 @@ pub struct CommitArgs {
 /// Merges a child into its parent.
 pub fn commit(args: &CommitArgs) -> Result<u8> {
     let options = args.parents.options(Access::Read);
-    let merged = chain::merge(&HostFs::shared(), &args.child, &options, args.force, &mut |_| ())?;
+    let how = Merging { over_siblings: args.force, keep: args.keep };
+    let merged = chain::merge(&HostFs::shared(), &args.child, &options, how, &mut |_| ())?;
     for sibling in &merged.siblings {
         let parent = merged.parent.display();
         eprintln!("flatdisk: {}: its parent {parent} has changed", sibling.display());

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::chain::ParentArgs;
+use super::chain::ChainArgs;
 use super::output::{OutputArgs, iec, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::repair::Change;
@@ -21,11 +21,11 @@ use crate::storage::file::HostFs;
 pub struct InfoArgs {
     /// The image.
     image: PathBuf,
-    /// Also show the image's parents, nearest first.
+    /// Also show the image's parents, nearest first; implied by --parent.
     #[arg(long)]
     chain: bool,
     #[command(flatten)]
-    parents: ParentArgs,
+    parents: ChainArgs,
     /// Read on where the image contradicts itself, or its parent is missing or another.
     #[arg(long)]
     force: bool,
@@ -50,17 +50,15 @@ pub fn info(args: &InfoArgs) -> Result<u8> {
     let host = HostFs::shared();
     let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek) };
     let mut entries = Vec::new();
-    if args.chain {
+    if args.chain || args.parents.named() {
         let image = formats::open(&host, &args.image, &options)?;
-        let mut link = Some(&image);
-        while let Some(image) = link {
+        for image in image.chain() {
             entries.push(ImageEntry {
                 filename: image.path.clone(),
                 info: image.info.clone(),
                 allocated: image.disk.allocated()?,
                 read_only: image.read_only.clone(),
             });
-            link = image.parent.as_deref();
         }
     } else {
         // A child is described even when its parent is not to be found.
@@ -168,6 +166,8 @@ pub struct CheckArgs {
     #[arg(long, requires = "repair")]
     dry_run: bool,
     #[command(flatten)]
+    parents: ChainArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -240,7 +240,7 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
 }
 
 fn checked(args: &CheckArgs) -> Result<Report> {
-    formats::check(&HostFs::shared(), &args.image, &OpenOptions::new(Access::Read))
+    formats::check(&HostFs::shared(), &args.image, &args.parents.options(Access::Read))
 }
 
 fn repaired(args: &CheckArgs, scope: RepairScope) -> Result<Repair> {
@@ -249,7 +249,7 @@ fn repaired(args: &CheckArgs, scope: RepairScope) -> Result<Repair> {
         RepairScope::Leaks => Scope::Leaks,
         RepairScope::All => Scope::All,
     };
-    let options = OpenOptions::new(access);
+    let options = args.parents.options(access);
     formats::repair(&HostFs::shared(), &args.image, &options, scope, args.dry_run)
 }
 

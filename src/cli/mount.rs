@@ -96,10 +96,10 @@ struct Words {
     /// Never let the kernel read the flat extents of a read-only mount by itself.
     #[arg(long)]
     nopassthrough: bool,
-    /// What is written to a flat file vanishes when nobody has it open any more; images stay as
-    /// they are.
-    #[arg(long)]
-    nonpersistent: bool,
+    /// Images stay as they are: what is written goes to scratch files in DIR [default: $TMPDIR or
+    /// /var/tmp], and vanishes when the mount or the image is closed.
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true)]
+    nonpersistent: Option<Option<OsString>>,
     /// Show each partition as a file of its own (not supported yet).
     #[arg(long)]
     partitions: bool,
@@ -107,6 +107,9 @@ struct Words {
     /// may be given more than once.
     #[arg(long, value_name = "DIR")]
     allow_parent: Vec<OsString>,
+    /// The parent of the image, where one image is mounted, instead of looking where it says.
+    #[arg(long, value_name = "FILE")]
+    parent: Option<OsString>,
     /// Read on where an image contradicts itself or its parent changed; such images are read-only.
     #[arg(long)]
     force: bool,
@@ -124,7 +127,6 @@ impl Words {
             ("writeback", self.writeback),
             ("nowriteback", self.nowriteback),
             ("nopassthrough", self.nopassthrough),
-            ("nonpersistent", self.nonpersistent),
             ("partitions", self.partitions),
             ("force", self.force),
         ];
@@ -141,11 +143,15 @@ impl Words {
             ("threads", &self.threads),
             ("cache", &self.cache),
             ("suffix", &self.suffix),
+            ("parent", &self.parent),
         ];
         for (word, value) in values {
             if let Some(value) = value {
                 options.set(word, Some(value))?;
             }
+        }
+        if let Some(dir) = &self.nonpersistent {
+            options.set("nonpersistent", dir.as_deref())?;
         }
         self.allow_parent.iter().try_for_each(|dir| options.set("allow_parent", Some(dir)))
     }

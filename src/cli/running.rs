@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::attach::{self, AttachmentStatus};
 use super::mount::{MOUNT_FAILURE, SYSTEM_ERROR, USAGE};
-use super::output::{OutputArgs, print_json, print_line};
+use super::output::{OutputArgs, iec, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Answer, Connection, MountStatus, Request};
 use crate::fuse::mounts::{self, MountEntry};
@@ -295,10 +295,16 @@ fn print_mount(mount: &MountStatus) -> Result<()> {
         mount.pid
     ))?;
     for image in &mount.images {
-        let unflushed = if image.unflushed { ", not flushed" } else { "" };
+        let mut state = String::new();
+        if image.unflushed && image.throw_away.is_none() {
+            state += ", not flushed";
+        }
+        if let Some(bytes) = image.throw_away {
+            state += &format!(", {} to be thrown away", iec(bytes));
+        }
         let displaced = image.displaced.iter().map(|how| format!(" ({how})")).collect::<String>();
         print_line(&format!(
-            "  {}{displaced}: {} reading, {} writing{unflushed}; \
+            "  {}{displaced}: {} reading, {} writing{state}; \
              tables: {} pages, {} dirty, {} hits, {} misses",
             image.image.display(),
             image.readers,
@@ -308,6 +314,12 @@ fn print_mount(mount: &MountStatus) -> Result<()> {
             image.cache_hits,
             image.cache_misses
         ))?;
+        for parent in &image.parents {
+            print_line(&format!("    over {}", parent.display()))?;
+        }
+        if let Some(why) = &image.read_only {
+            print_line(&format!("    {why}"))?;
+        }
     }
     mount.failures.iter().try_for_each(|failure| print_line(&format!("  failed: {failure}")))
 }

@@ -35,7 +35,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
-use locks::BlockLocks;
+use locks::{BlockLocks, Shared};
 use map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
 
 /// Largest buffer that copying up and zero filling use.
@@ -173,8 +173,13 @@ impl Disk {
         if range.is_empty() {
             return Ok(());
         }
-        let _held = self.locks.shared(&range);
+        let _held = self.shared(&range);
         self.read_held(range, buf)
+    }
+
+    /// Holds a range against changes of its mapping; of a disk that cannot be written there are none.
+    fn shared(&self, range: &DiskRange) -> Shared<'_> {
+        if self.read_only.is_some() { Shared::new() } else { self.locks.shared(range) }
     }
 
     /// [`Self::read_at`] for a caller that holds the range's locks.
@@ -528,7 +533,7 @@ impl Disk {
         let range = self.check_range(range.start, range.end.saturating_sub(range.start))?;
         let mut list = ExtentList::new();
         if !range.is_empty() {
-            let _held = self.locks.shared(&range);
+            let _held = self.shared(&range);
             self.map.lookup(sectors_around(&range), &mut list)?;
         }
         Ok(list)

@@ -13,11 +13,13 @@ use parking_lot::{Mutex, RwLock};
 
 use super::Disk;
 use super::map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::storage::Storage;
 
 /// Bytes copied up at a time.
 const UNIT: u64 = 64 << 10;
+/// By how many bytes the scratch file grows; what is not written takes no space.
+const STEP: u64 = 64 << 20;
 
 /// What the overlay holds for a run of units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,21 +94,31 @@ struct Overlay {
 struct Slots {
     /// Slots ever handed out.
     count: u64,
+    /// Slots that the scratch file is long enough for: who zeroes one by a hole does not extend it.
+    room: u64,
     free: Vec<Range<u64>>,
 }
 
 impl Slots {
-    /// Up to `want` slots in a row, at least one.
-    fn take(&mut self, want: u64) -> Range<u64> {
+    /// Up to `want` slots in a row, at least one, and whether they were never used.
+    fn take(&mut self, want: u64, scratch: &dyn Storage) -> Result<(Range<u64>, bool)> {
         if let Some(free) = self.free.pop() {
             let taken = free.start..free.end.min(free.start + want);
             if taken.end < free.end {
                 self.free.push(taken.end..free.end);
             }
-            return taken;
+            return Ok((taken, false));
         }
-        self.count += want;
-        self.count - want..self.count
+        let taken = self.count..self.count + want;
+        if taken.end > self.room {
+            let room = taken.end.next_multiple_of(STEP / UNIT);
+            scratch
+                .set_len(room * UNIT)
+                .map_err(|e| Error::io("extending", &e).in_file(scratch.path()))?;
+            self.room = room;
+        }
+        self.count = taken.end;
+        Ok((taken, true))
     }
 }
 
@@ -153,14 +165,15 @@ impl BlockMap for Overlay {
 
     fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
         let first = want.start / UNIT;
-        let slots = self.slots.lock().take(want.end.div_ceil(UNIT) - first);
+        let count = want.end.div_ceil(UNIT) - first;
+        let (slots, zeroed) = self.slots.lock().take(count, &*self.files[0])?;
         let units = first..first + (slots.end - slots.start);
         let piece = Piece {
             start: units.start * UNIT,
             len: (units.end - units.start) * UNIT,
             file: 0,
             at: slots.start * UNIT,
-            zeroed: false,
+            zeroed,
         };
         Ok(WritePlan {
             pieces: [piece].into_iter().collect(),
@@ -300,6 +313,18 @@ mod tests {
         assert_eq!(runs.put(101..103, Held::Slots(20)).first(), Some(&(9..10)));
         assert_eq!(runs.at(99).0, Some(Held::Zeroes));
         assert_eq!(runs.at(1 << 30), (None, u64::MAX));
+    }
+
+    #[test]
+    fn planned_space_is_there_to_be_read_before_it_is_written() {
+        let (_, disk) = disk();
+        let plan = disk.map.prepare_write(UNIT - 512..3 * UNIT).unwrap();
+        assert_eq!(plan.pieces.len(), 1);
+        let piece = plan.pieces[0];
+        assert_eq!((piece.start, piece.len, piece.zeroed), (0, 3 * UNIT, true));
+        assert!(piece.at + piece.len <= disk.map.files()[0].len().unwrap());
+        disk.map.abort_write(plan);
+        assert!(!disk.map.prepare_write(0..UNIT).unwrap().pieces[0].zeroed);
     }
 
     #[test]

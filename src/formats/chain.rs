@@ -8,11 +8,12 @@
 //! 1. VHDX: the child learns the identity that its parent is going to have, beside the present one.
 //!    VHD and VMDK parents keep theirs while they are written.
 //! 2. The child's data goes into the parent, which is closed: all of it is durable.
-//! 3. VMDK: the parent takes over the child's content id, which is now its own contents'.
-//! 4. The child's files are removed.
+//! 3. VMDK: the parent takes over the child's content id, which is now its own contents'. VHD: a
+//!    parent that has other children gets a new unique id, or they could not tell that it changed.
+//! 4. The child's files are removed; or its link follows what 1 and 3 did, and it is emptied.
 //!
 //! Killed before 4, the child is still there, and merging can be repeated. Only between 3 and 4 a VMDK
-//! child no longer matches its parent, which has everything by then.
+//! or VHD child no longer matches its parent, which has everything by then.
 //!
 //! # Another parent, in order
 //!
@@ -55,26 +56,29 @@ pub struct Merged {
     pub siblings: Vec<PathBuf>,
 }
 
-/// Merges the image at `path` into its parent and removes it. Other images that need the child are a
-/// reason to refuse, and other children of the parent are unless `over_siblings`. `progress` gets the
-/// bytes of the disk done.
+/// How to merge.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Merging {
+    /// Go on although the parent has other children, which then do not match it any more.
+    pub over_siblings: bool,
+    /// Keep the child, as an empty one that shows its parent.
+    pub keep: bool,
+}
+
+/// Merges the image at `path` into its parent and removes it. Other images that need the child, if it
+/// is not kept, or the parent are a reason to refuse. `progress` gets the bytes of the disk done.
 pub fn merge(
     host: &Arc<dyn Host>,
     path: &Path,
     options: &OpenOptions,
-    over_siblings: bool,
+    how: Merging,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Merged> {
-    let with = |access, next_identity| OpenOptions {
-        access,
-        next_identity,
-        force: false,
-        ..options.clone()
-    };
+    let with = |access, next_identity| opening(options, access, next_identity);
     let seen = open(host, path, &with(Access::Peek, None))?;
     let Some(seen_parent) = &seen.parent else { return Err(no_child(path)) };
     fits_into(&seen, seen_parent)?;
-    let siblings = refuse_relatives(host, &seen, seen_parent, options, over_siblings)?;
+    let siblings = refuse_relatives(host, &seen, seen_parent, options, how)?;
 
     let next = match &seen_parent.identity {
         Identity::VhdxDataWrite(_) => Identity::VhdxDataWrite(vec![Uuid::new_v4()]),
@@ -106,18 +110,38 @@ pub fn merge(
     // The child's disk holds its parent's, and with it the lock.
     drop((child, parent));
 
-    if written && matches!(seen.identity, Identity::VmdkCid(_)) {
-        let adopting = with(Access::Write, Some(seen.identity.clone()));
-        let parent = open(host, &merged, &adopting)?;
-        // The beginning of writing is what changes the content id.
+    let renewed = match &seen.identity {
+        Identity::VmdkCid(_) => Some(seen.identity.clone()),
+        Identity::VhdUniqueId(_) if !siblings.is_empty() => {
+            Some(Identity::VhdUniqueId(*Uuid::new_v4().as_bytes()))
+        }
+        _ => None,
+    };
+    if written && renewed.is_some() {
+        let parent = open(host, &merged, &with(Access::Write, renewed))?;
+        // The beginning of writing is what changes the identity.
         parent.disk.write_at(0, &[])?;
         parent.disk.close()?;
     }
-    // Without its descriptor, the rest is no disk any more.
-    host.remove(path)?;
-    seen.info.extents.iter().try_for_each(|extent| host.remove(extent))?;
-    host.sync_dir(&directory_of(path))?;
+    if how.keep {
+        let parent = open_alone(host, &merged, &with(Access::Peek, None))?.identity;
+        relink(host, path, &NewLink { identity: &parent, parent: &merged }, options)?;
+        // The contents do not change, so children of the child go on knowing it.
+        let file = host.open(path, Access::Write)?;
+        let ctx = OpenContext::new(host, path, &with(Access::Write, Some(seen.identity)));
+        recognise(&*file)?.empty(file, &ctx).in_file(path)?;
+    } else {
+        // Without its descriptor, the rest is no disk any more.
+        host.remove(path)?;
+        seen.info.extents.iter().try_for_each(|extent| host.remove(extent))?;
+        host.sync_dir(&directory_of(path))?;
+    }
     Ok(Merged { parent: merged, bytes, siblings })
+}
+
+/// Options for opening an image of the chain.
+fn opening(options: &OpenOptions, access: Access, next_identity: Option<Identity>) -> OpenOptions {
+    OpenOptions { access, next_identity, force: false, parent: None, ..options.clone() }
 }
 
 /// Gives the image at `path` the parent at `new`. Unless `link_only`, whatever would look different
@@ -131,12 +155,7 @@ pub fn rebase(
     link_only: bool,
     progress: &mut dyn FnMut(u64),
 ) -> Result<u64> {
-    let with = |access, next_identity| OpenOptions {
-        access,
-        next_identity,
-        force: false,
-        ..options.clone()
-    };
+    let with = |access, next_identity| opening(options, access, next_identity);
     // Open until the end, so that nobody writes to it.
     let new = open(host, new, &with(Access::Read, None))?;
     let alone = open_alone(host, path, &with(Access::Peek, None))?;
@@ -144,13 +163,11 @@ pub fn rebase(
         return Err(no_child(path));
     }
     let own = file_identity(host, path)?;
-    let mut ancestor = Some(&new);
-    while let Some(image) = ancestor {
+    for image in new.chain() {
         if file_identity(host, &image.path)? == own {
             let what = format!("the new parent {} needs this image itself", new.path.display());
             return Err(Error::invalid(what).in_file(path));
         }
-        ancestor = image.parent.as_deref();
     }
     if discriminant(&new.identity) != discriminant(&alone.identity) {
         let what =
@@ -191,7 +208,8 @@ fn no_child(path: &Path) -> Error {
     Error::invalid("the image has no parent").in_file(path)
 }
 
-fn file_identity(host: &Arc<dyn Host>, path: &Path) -> Result<FileIdentity> {
+/// Which file the one at `path` is.
+pub fn file_identity(host: &Arc<dyn Host>, path: &Path) -> Result<FileIdentity> {
     let file = host.open(path, Access::Peek)?;
     file.identity().map_err(|e| Error::io("stat", &e).in_file(path))
 }
@@ -229,19 +247,21 @@ fn refuse_relatives(
     child: &Image,
     parent: &Image,
     options: &OpenOptions,
-    over_siblings: bool,
+    how: Merging,
 ) -> Result<Vec<PathBuf>> {
     let mut folders = vec![directory_of(&child.path), directory_of(&parent.path)];
     folders.dedup();
     let own = file_identity(host, &child.path)?;
-    if let Some(grandchild) = children(host, child, &folders, options)?.first() {
+    let grandchildren =
+        if how.keep { Vec::new() } else { children(host, child, &folders, options)? };
+    if let Some(grandchild) = grandchildren.first() {
         let what = format!("{} is a child of this image", grandchild.0.display());
         return Err(Error::invalid(what).in_file(&child.path).hint("merge or rebase it first"));
     }
     let mut siblings = children(host, parent, &folders, options)?;
     siblings.retain(|(_, identity)| *identity != own);
     match siblings.first() {
-        Some((sibling, _)) if !over_siblings => {
+        Some((sibling, _)) if !how.over_siblings => {
             let name = parent.path.display();
             let what = format!("{} is a child of {name} too, and would lose it", sibling.display());
             Err(Error::invalid(what).in_file(&child.path).hint("rebase it first, or use --force"))
@@ -269,8 +289,8 @@ fn children(
             let Ok(opened) = open_alone(host, &path, &peek) else { continue };
             let Some(link) = &opened.parent else { continue };
             let leads_here = image.identity.satisfies(&link.identity)
-                && parent_places(&path, link, &options.allow_parent).iter().any(|(root, name)| {
-                    let file = host.open_beneath(root, name, Access::Peek);
+                && parent_places(&path, link, &options.allow_parent).iter().any(|place| {
+                    let file = place.open(host, Access::Peek);
                     file.is_ok_and(|file| file.identity().is_ok_and(|id| id == wanted))
                 });
             if leads_here {

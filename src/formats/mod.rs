@@ -15,6 +15,7 @@ pub mod vmdk;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde::Serialize;
 
@@ -89,6 +90,10 @@ pub trait Format: Sync {
     /// The child's own identity stays.
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()>;
 
+    /// Takes everything out of the child in `file`, open for writing, so that it shows nothing but
+    /// its parent. Durable on return; a crash before leaves a part in it.
+    fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()>;
+
     /// Walks every structure of the image, adding what it finds to `report`. An error only means
     /// that checking could not go on; damage is a finding. Time is linear in the file's tables.
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()>;
@@ -121,6 +126,8 @@ pub struct ParentLink {
     pub identity: Identity,
     /// Where it may be, best guess first, as written in the child (any slash, any form).
     pub candidates: Vec<String>,
+    /// When the parent's file was last changed, as far as the child says.
+    pub modified: Option<SystemTime>,
 }
 
 /// How a child is to name its parent from now on.
@@ -298,14 +305,41 @@ fn clean_up(host: &dyn Host, path: &Path, create: impl FnOnce() -> Result<()>) -
     })
 }
 
-/// Checks the image at `path`.
+/// Checks the image at `path`, and whether its parents are what they should be.
 pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Report> {
     let ctx = OpenContext::new(host, path, options);
     let file = host.open(path, options.access)?;
     let format = recognise(&*file)?;
     let mut report = Report::new(format.name());
     format.check(file, &ctx, &mut report).map_err(|e| e.in_file(path))?;
+    check_parents(host, path, options, &mut report);
     Ok(report)
+}
+
+/// Adds what is wrong between an image and its parents.
+fn check_parents(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions, report: &mut Report) {
+    let options = OpenOptions { access: Access::Peek, ..options.clone() };
+    // What does not open by itself was judged already.
+    let Ok(alone) = open::open_alone(host, path, &options) else { return };
+    if alone.parent.is_none() {
+        return;
+    }
+    match open(host, path, &options) {
+        // Opening adds its remarks to those of the image by itself.
+        Ok(image) => {
+            for warning in image.info.warnings.iter().skip(alone.info.warnings.len()) {
+                report.add(Severity::Notice, None, warning.clone());
+            }
+        }
+        Err(e) => {
+            let severity = match e.kind() {
+                ErrorKind::ParentMismatch | ErrorKind::Corrupt => Severity::Error,
+                // The image may be sound; it is not where its parents are.
+                _ => Severity::Notice,
+            };
+            report.add(severity, None, e.to_string());
+        }
+    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use crate::disk::Disk;
 use crate::disk::map::DiskRange;
@@ -14,6 +15,9 @@ use super::{Identity, ImageInfo, Opened, ParentLink, recognise, references};
 /// Longest chain of parents that is followed.
 pub const MAX_CHAIN: usize = 256;
 
+/// How far apart two times of one change may be: images tell seconds, some file systems every other.
+const TIME_STEP: Duration = Duration::from_secs(3);
+
 /// How to open an image.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
@@ -23,6 +27,9 @@ pub struct OpenOptions {
     pub force: bool,
     /// Directories besides the image's own in which parents may lie.
     pub allow_parent: Vec<PathBuf>,
+    /// The image's parent, instead of looking where the image says. It must be the right one all the
+    /// same; the parent's own parents are looked for as ever.
+    pub parent: Option<PathBuf>,
     /// What children know the image by from its first write on, instead of something new: for changes
     /// that leave the image's contents as they are, or that its child was told about. Parents of the
     /// image are not affected.
@@ -38,6 +45,7 @@ impl OpenOptions {
             access,
             force: false,
             allow_parent: Vec::new(),
+            parent: None,
             next_identity: None,
             budget: CacheBudget::new(CacheBudget::DEFAULT),
         }
@@ -108,27 +116,36 @@ pub struct Image {
     pub parent: Option<Box<Image>>,
 }
 
+impl Image {
+    /// The image and its parents, nearest first.
+    pub fn chain(&self) -> impl Iterator<Item = &Image> {
+        std::iter::successors(Some(self), |image| image.parent.as_deref())
+    }
+}
+
 /// Opens the image at `path` with all its parents.
 pub fn open(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Image> {
     let file = host.open(path, options.access)?;
     let mut links = vec![Link::open(host, file, path, options)?];
-    while let Some(wanted) = &links[links.len() - 1].opened.parent {
-        let (parent, doubt) = match find_parent(host, &links, wanted, options) {
-            Ok(Found { parent, doubt }) => (Some(parent), doubt),
-            Err(e) if options.force && e.kind() == ErrorKind::ParentMissing => (None, Some(e)),
+    while let Some(wanted) = links[links.len() - 1].opened.parent.clone() {
+        let found = match find_parent(host, &links, &wanted, options) {
+            Ok(found) => found,
+            Err(e) if options.force && e.kind() == ErrorKind::ParentMissing => {
+                Found { parent: None, doubt: Some(e) }
+            }
             Err(e) => return Err(e),
         };
-        if let Some(doubt) = doubt {
+        if let Some(doubt) = found.doubt {
             log::warn!("{doubt}; reading by force");
             let why = format!("opened by force: {}", doubt.what());
             for link in &mut links {
                 link.read_only.get_or_insert(why.clone());
             }
         }
-        match parent {
-            Some(parent) => links.push(parent),
-            None => break,
-        }
+        let Some(parent) = found.parent else { break };
+        let child = links.len() - 1;
+        links[child].compare(&parent, &wanted);
+        links.push(parent);
     }
     // From the last ancestor down; recursion would need a stack as deep as the chain.
     let mut image: Option<Box<Image>> = None;
@@ -165,6 +182,8 @@ struct Link {
     path: PathBuf,
     file: FileIdentity,
     opened: Opened,
+    /// When its file was last changed, where the host says.
+    modified: Option<SystemTime>,
     /// Why it must not be written, beside what the driver says.
     read_only: Option<String>,
 }
@@ -177,15 +196,61 @@ impl Link {
         options: &OpenOptions,
     ) -> Result<Self> {
         let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
+        let modified = file.modified();
         let format = recognise(&*file)?;
         let opened = format.open(file, &OpenContext::new(host, path, options)).in_file(path)?;
-        Ok(Self { path: path.to_owned(), file: identity, opened, read_only: None })
+        Ok(Self { path: path.to_owned(), file: identity, opened, modified, read_only: None })
+    }
+
+    fn size(&self) -> u64 {
+        self.opened.map.geometry().size
+    }
+
+    /// Why this parent cannot be what the image was made from, whatever its identity.
+    fn misfit(&self, parent: &Self) -> Option<String> {
+        let name = parent.path.display();
+        let [own, below] = [self, parent].map(|link| link.opened.map.geometry().logical_sector);
+        if own != below {
+            return Some(format!(
+                "the parent {name} has sectors of {below} bytes, the image {own}"
+            ));
+        }
+        let (own, below) = (self.size(), parent.size());
+        // Children of the other formats may have been resized.
+        let exact = matches!(self.opened.identity, Identity::VmdkCid(_));
+        (exact && own != below)
+            .then(|| format!("the parent {name} has {below} bytes, the image {own}"))
+    }
+
+    /// Notes what is odd about a parent that was accepted.
+    fn compare(&mut self, parent: &Self, wanted: &ParentLink) {
+        let name = parent.path.display();
+        let (own, below) = (self.size(), parent.size());
+        if own != below {
+            let what = format!("the parent {name} has {below} bytes, the image {own}");
+            if own < below && matches!(self.opened.identity, Identity::VhdUniqueId(_)) {
+                self.read_only.get_or_insert(what.clone());
+            }
+            self.opened.info.warnings.push(what);
+        }
+        let apart = |a: SystemTime, b: SystemTime| {
+            a.duration_since(b).or_else(|_| b.duration_since(a)).unwrap_or_default()
+        };
+        if let (Some(is), Some(was)) = (parent.modified, wanted.modified)
+            && apart(is, was) > TIME_STEP
+        {
+            self.opened.info.warnings.push(format!(
+                "the parent {name} was not last changed when the image says: it is a copy, or holds \
+                 something else by now"
+            ));
+        }
     }
 }
 
 /// A parent that was found.
 struct Found {
-    parent: Link,
+    /// `None` if it is missing, and going on without it was asked for.
+    parent: Option<Link>,
     /// Why it should not be trusted, if it is taken by force only.
     doubt: Option<Error>,
 }
@@ -202,90 +267,106 @@ fn find_parent(
         let what = format!("more than {MAX_CHAIN} generations of parents");
         return Err(Error::corrupt(what).in_file(&child.path));
     }
+    // Unique ids are never inherited, so an image that has this one can only be a copy of a
+    // descendant. Other formats' identities are of contents, which parent and child may have alike.
+    let same_id = |link: &Link| link.opened.identity == wanted.identity;
+    if let (Identity::VhdUniqueId(_), Some(index)) =
+        (&wanted.identity, links.iter().position(same_id))
+    {
+        return Err(cycle(links, index));
+    }
+    let places = match &options.parent {
+        Some(parent) if links.len() == 1 => vec![Place::Given(parent.clone())],
+        _ => parent_places(&child.path, wanted, &options.allow_parent),
+    };
     let access = if options.access == Access::Write { Access::Read } else { options.access };
     let options = OpenOptions { access, next_identity: None, ..options.clone() };
     let mut tried: Vec<PathBuf> = Vec::new();
-    let mut denied = None;
+    let mut failed = None;
     let mut other: Option<Link> = None;
-    for (root, name) in parent_places(&child.path, wanted, &options.allow_parent) {
-        let path = root.join(&name);
+    for place in places {
+        let path = place.path();
         if tried.contains(&path) {
             continue;
         }
-        match host.open_beneath(&root, &name, Access::Peek) {
-            // A file of the chain is told by its identity before its lock would say "in use".
-            Ok(file) => refuse_cycle(links, &*file, &path)?,
-            Err(e) => {
-                if e.kind() != ErrorKind::NotFound {
-                    denied.get_or_insert(e);
-                }
-                tried.push(path);
-                continue;
+        tried.push(path.clone());
+        // A file of the chain is told by its identity before its lock would say "in use".
+        let peeked = place.open(host, Access::Peek).and_then(|file| in_chain(links, &*file, &path));
+        if let Ok(Some(index)) = peeked {
+            return Err(cycle(links, index));
+        }
+        let opened = peeked
+            .and_then(|_| place.open(host, access))
+            .and_then(|file| Link::open(host, file, &path, &options));
+        match opened {
+            Ok(link) if link.opened.identity.satisfies(&wanted.identity) => {
+                return match child.misfit(&link) {
+                    None => Ok(Found { parent: Some(link), doubt: None }),
+                    Some(what) => doubtful(child, link, what, options.force),
+                };
             }
+            Ok(link) => other = other.or(Some(link)),
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) if e.kind() == ErrorKind::Busy => return Err(e),
+            Err(e) => failed = failed.or(Some(e)),
         }
-        let file = host.open_beneath(&root, &name, access)?;
-        let link = Link::open(host, file, &path, &options)?;
-        let [below, above] = [&link, child].map(|l| l.opened.map.geometry().logical_sector);
-        if below != above {
-            let what = format!("the parent has sectors of {below} bytes, the image of {above}");
-            return Err(Error::corrupt(what).in_file(&child.path));
-        }
-        if link.opened.identity.satisfies(&wanted.identity) {
-            return Ok(Found { parent: link, doubt: None });
-        }
-        tried.push(path);
-        other.get_or_insert(link);
     }
+    let tried = list(&tried);
     if let Some(link) = other {
-        let error = Error::new(
-            ErrorKind::ParentMismatch,
-            format!(
-                "the parent {} has {}, but the image was made from {}; tried {}",
-                link.path.display(),
-                link.opened.identity,
-                wanted.identity,
-                list(&tried)
-            ),
-        )
-        .in_file(&child.path);
-        if !options.force {
-            return Err(error.hint("`-o force` reads it all the same"));
-        }
-        return Ok(Found { parent: link, doubt: Some(error) });
+        let what = format!(
+            "the parent {} has {}, but the image was made from {}; tried {tried}",
+            link.path.display(),
+            link.opened.identity,
+            wanted.identity
+        );
+        return doubtful(child, link, what, options.force);
     }
-    if let Some(e) = denied {
-        return Err(e);
+    if let Some(e) = failed {
+        let what = format!("the parent with {} does not open: {e}; tried {tried}", wanted.identity);
+        return Err(Error::new(e.kind(), what).in_file(&child.path));
     }
-    let outside = outside_places(&child.path, wanted, &options.allow_parent);
-    let outside = match outside[..] {
-        [] => String::new(),
-        _ => format!("; {} lies outside the permitted directories", list(&outside)),
+    let mut what = format!("the parent with {} was not found; ", wanted.identity);
+    what += &match tried.is_empty() {
+        true => "the image does not say where it is".to_owned(),
+        false => format!("tried {tried}"),
     };
-    let what = format!(
-        "the parent with {} was not found; tried {}{outside}",
-        wanted.identity,
-        list(&tried)
-    );
+    let outside = outside_places(&child.path, wanted, &options.allow_parent);
+    if !outside.is_empty() {
+        what += &format!("; {} lies outside the permitted directories", list(&outside));
+    }
     Err(Error::new(ErrorKind::ParentMissing, what)
         .in_file(&child.path)
-        .hint("`-o allow_parent=DIR` adds a directory"))
+        .hint("`-o allow_parent=DIR` adds a directory, `-o parent=FILE` names the parent"))
 }
 
-/// Refuses a parent that is already part of the chain.
-fn refuse_cycle(links: &[Link], file: &dyn Storage, path: &Path) -> Result<()> {
+/// Takes the wrong parent if `force` says so.
+fn doubtful(child: &Link, parent: Link, what: String, force: bool) -> Result<Found> {
+    let doubt = Error::new(ErrorKind::ParentMismatch, what).in_file(&child.path);
+    if !force {
+        return Err(doubt.hint("`-o force` reads it all the same"));
+    }
+    Ok(Found { parent: Some(parent), doubt: Some(doubt) })
+}
+
+/// Which of `links` the file is, if it is one of them.
+fn in_chain(links: &[Link], file: &dyn Storage, path: &Path) -> Result<Option<usize>> {
     let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
-    let Some(index) = links.iter().position(|link| link.file == identity) else { return Ok(()) };
+    Ok(links.iter().position(|link| link.file == identity))
+}
+
+/// The last of `links` has number `index` for its parent.
+fn cycle(links: &[Link], index: usize) -> Error {
     let child = &links[links.len() - 1];
+    let own = &child.opened.identity;
     let what = if index + 1 == links.len() {
-        format!("the image names itself as its parent ({})", child.opened.identity)
+        format!("the image names itself as its parent ({own})")
     } else {
-        let (own, ancestor) = (&child.opened.identity, &links[index].opened.identity);
-        let name = path.display();
+        let (name, ancestor) = (links[index].path.display(), &links[index].opened.identity);
         format!(
             "the image with {own} names {name} with {ancestor} as its parent, which descends from it"
         )
     };
-    Err(Error::corrupt(what).in_file(&child.path))
+    Error::corrupt(what).in_file(&child.path)
 }
 
 fn list(paths: &[PathBuf]) -> String {
@@ -293,27 +374,46 @@ fn list(paths: &[PathBuf]) -> String {
     paths.join(", ")
 }
 
-/// A directory without symlinks, as far as the host can tell, for comparing by text.
-fn resolved(dir: &Path) -> PathBuf {
-    std::fs::canonicalize(dir).or_else(|_| std::path::absolute(dir)).unwrap_or(dir.to_owned())
+/// Where a parent may be.
+pub(super) enum Place {
+    /// A file that the user named.
+    Given(PathBuf),
+    /// A permitted directory, and a name beneath it that the image has given.
+    Beneath(PathBuf, PathBuf),
 }
 
-/// Where the parent of the image at `child` may be: `(permitted directory, name beneath it)`, best
-/// first.
+impl Place {
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Given(path) => path.clone(),
+            Self::Beneath(root, name) => root.join(name),
+        }
+    }
+
+    /// Opens the file there.
+    pub fn open(&self, host: &Arc<dyn Host>, access: Access) -> Result<Arc<dyn Storage>> {
+        match self {
+            Self::Given(path) => host.open(path, access),
+            Self::Beneath(root, name) => host.open_beneath(root, name, access),
+        }
+    }
+}
+
+/// Where the parent of the image at `child` may be by what the image says, best first.
 pub(super) fn parent_places(
     child: &Path,
     link: &ParentLink,
     allow_parent: &[PathBuf],
-) -> Vec<(PathBuf, PathBuf)> {
+) -> Vec<Place> {
     let dir = directory_of(child);
     let mut places = Vec::new();
     for name in &link.candidates {
         if let Ok(relative) = references::beneath(name) {
-            places.push((dir.clone(), relative));
-        } else if let Some(absolute) = references::climb(&resolved(&dir), name) {
+            places.push(Place::Beneath(dir.clone(), relative));
+        } else if let Some(absolute) = references::climb(&references::resolved(&dir), name) {
             for root in std::iter::once(&dir).chain(allow_parent) {
-                if let Ok(below) = absolute.strip_prefix(resolved(root)) {
-                    places.push((root.clone(), below.to_owned()));
+                if let Ok(below) = absolute.strip_prefix(references::resolved(root)) {
+                    places.push(Place::Beneath(root.clone(), below.to_owned()));
                 }
             }
         }
@@ -321,7 +421,7 @@ pub(super) fn parent_places(
     for name in &link.candidates {
         if let Some(last) = references::last_component(name) {
             for root in std::iter::once(&dir).chain(allow_parent) {
-                places.push((root.clone(), last.clone()));
+                places.push(Place::Beneath(root.clone(), last.clone()));
             }
         }
     }
@@ -331,10 +431,11 @@ pub(super) fn parent_places(
 /// What the image names and nothing permits to open.
 fn outside_places(child: &Path, link: &ParentLink, allow_parent: &[PathBuf]) -> Vec<PathBuf> {
     let dir = directory_of(child);
-    let roots: Vec<_> = std::iter::once(&dir).chain(allow_parent).map(|d| resolved(d)).collect();
+    let roots: Vec<_> =
+        std::iter::once(&dir).chain(allow_parent).map(|d| references::resolved(d)).collect();
     let named = link.candidates.iter().filter(|name| references::beneath(name).is_err());
     let mut outside: Vec<_> = named
-        .filter_map(|name| references::climb(&resolved(&dir), name))
+        .filter_map(|name| references::climb(&references::resolved(&dir), name))
         .filter(|path| !roots.iter().any(|root| path.starts_with(root)))
         .collect();
     outside.dedup();

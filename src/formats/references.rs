@@ -5,6 +5,8 @@
 //! and free of anything that means another machine, a device or a protocol. Opening then goes
 //! through [`Host::open_beneath`](crate::storage::Host::open_beneath), which follows no symlink and
 //! opens regular files only.
+//!
+//! The other way round, [`rooted`], [`way`] and [`backslashed`] are what names are written with.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -84,9 +86,74 @@ pub fn climb(dir: &Path, name: &str) -> Option<PathBuf> {
     Some(path)
 }
 
+/// A directory without symlinks, as far as the host can tell, for comparing by text.
+pub fn resolved(dir: &Path) -> PathBuf {
+    std::fs::canonicalize(dir).or_else(|_| std::path::absolute(dir)).unwrap_or(dir.to_owned())
+}
+
+/// A file's path from the root on, through no symlink: only so does `..` lead where its text says.
+pub fn rooted(file: &Path) -> PathBuf {
+    let file = std::path::absolute(file).unwrap_or(file.to_owned());
+    match (file.parent(), file.file_name()) {
+        (Some(dir), Some(name)) => resolved(dir).join(name),
+        _ => file,
+    }
+}
+
+/// The way from the directory of file `from` to file `to`, both [`rooted`]. It begins with `.` or `..`.
+pub fn way(from: &Path, to: &Path) -> PathBuf {
+    let dir: Vec<_> = from.parent().into_iter().flat_map(Path::components).collect();
+    let common = dir.iter().zip(to.components()).take_while(|(a, b)| **a == *b).count();
+    let climb = match dir.len() - common {
+        0 => vec![Component::CurDir],
+        up => vec![Component::ParentDir; up],
+    };
+    climb.into_iter().chain(to.components().skip(common)).collect()
+}
+
+/// A path as Windows writes it.
+pub fn backslashed(path: &Path) -> Result<String> {
+    match path.to_str() {
+        Some(text) if !text.contains('\\') => Ok(text.replace('/', "\\")),
+        _ => Err(Error::invalid(
+            "an image cannot name a parent whose path holds a backslash or is not UTF-8",
+        )
+        .in_file(path)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ways_lead_from_the_directory_of_one_file_to_another() {
+        let way = |from: &str, to: &str| {
+            let way = way(Path::new(from), Path::new(to));
+            assert_eq!(
+                climb(Path::new(from).parent().unwrap(), way.to_str().unwrap()).unwrap(),
+                Path::new(to)
+            );
+            backslashed(&way).unwrap()
+        };
+        assert_eq!(way("/vm/x", "/vm/base.vhd"), r".\base.vhd");
+        assert_eq!(way("/vm/x", "/vm/sub/base.vhd"), r".\sub\base.vhd");
+        assert_eq!(way("/vm/a/b/x", "/vm/c/base.vhd"), r"..\..\c\base.vhd");
+        assert_eq!(way("/x", "/a/y"), r".\a\y");
+        assert_eq!(way("/a/b/x", "/y"), r"..\..\y");
+        assert!(backslashed(Path::new(r"a\b")).is_err());
+    }
+
+    #[test]
+    fn a_name_through_a_symlink_is_written_as_what_it_leads_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().canonicalize().unwrap();
+        std::fs::create_dir_all(real.join("deep/er")).unwrap();
+        std::os::unix::fs::symlink("deep/er", real.join("link")).unwrap();
+        let child = rooted(&real.join("link/child"));
+        assert_eq!(child, real.join("deep/er/child"));
+        assert_eq!(way(&child, &rooted(&real.join("base"))), Path::new("../../base"));
+    }
 
     #[test]
     fn plain_names_pass_whatever_their_slashes() {

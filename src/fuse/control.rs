@@ -106,6 +106,12 @@ pub struct ImageStatus {
     pub writers: u32,
     /// Whether writes wait for a flush.
     pub unflushed: bool,
+    /// Why it cannot be written through the mount, if it cannot.
+    pub read_only: Option<String>,
+    /// The images it stands on, nearest first.
+    pub parents: Vec<PathBuf>,
+    /// Bytes that vanish when the image is closed, in a `nonpersistent` mount.
+    pub throw_away: Option<u64>,
     /// Table pages in memory.
     pub table_pages: u64,
     /// Table pages that wait for a flush.
@@ -333,6 +339,9 @@ impl Service {
             readers: image.usage.readers,
             writers: image.usage.writers,
             unflushed: image.usage.unflushed,
+            read_only: image.read_only,
+            parents: image.parents,
+            throw_away: image.usage.throw_away,
             table_pages: image.usage.cache.pages,
             dirty_tables: image.usage.cache.dirty,
             cache_hits: image.usage.cache.hits,

@@ -87,7 +87,7 @@ impl Prepared {
         };
         let look = Look {
             read_only: options.read_only,
-            nonpersistent: options.nonpersistent,
+            nonpersistent: options.nonpersistent.clone(),
             uid: options.uid,
             gid: options.gid,
             fmask: options.fmask,
@@ -108,7 +108,8 @@ impl Prepared {
             }
         }
         open_options.budget = CacheBudget::new(options.cache);
-        let opener = Box::new(HostOpener::new(HostFs::shared(), open_options));
+        let given = given_parent(request)?;
+        let opener = Box::new(HostOpener::new(HostFs::shared(), open_options, given));
         let tree = Arc::new(Tree::new(&request.sources, opener, look)?);
         let source = match (&options.fsname, &request.sources[..]) {
             (Some(name), _) => name.clone(),
@@ -200,6 +201,19 @@ fn take_over(descriptor: RawFd, request: &MountRequest) -> Result<(PathBuf, Opti
             .in_file(&request.mountpoint)
     })?;
     Ok((mount.target, Some(fuse)))
+}
+
+/// The image whose parent the options name, and that parent.
+fn given_parent(request: &MountRequest) -> Result<Option<(PathBuf, PathBuf)>> {
+    let Some(parent) = &request.options.parent else { return Ok(None) };
+    match &request.sources[..] {
+        [image] if !image.is_dir() => {
+            let real = fs::canonicalize(image).map_err(|e| Error::io("open", &e).in_file(image))?;
+            Ok(Some((real, parent.clone())))
+        }
+        _ => Err(Error::invalid("mount option `parent`: there is not exactly one image")
+            .hint("mount the image by itself")),
+    }
 }
 
 /// Unmounts the file system with this device number wherever it is mounted now.

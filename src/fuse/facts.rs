@@ -91,21 +91,31 @@ pub trait Opener: Send + Sync + 'static {
 pub struct HostOpener {
     host: Arc<dyn Host>,
     options: OpenOptions,
+    /// An image whose parent the user named, and that parent.
+    given: Option<(PathBuf, PathBuf)>,
 }
 
 impl HostOpener {
-    /// An opener with everything but the access as in `options`.
-    pub fn new(host: Arc<dyn Host>, options: OpenOptions) -> Self {
-        Self { host, options }
+    /// An opener with everything but the access as in `options`. The image `given.0` has the parent
+    /// `given.1`, wherever it says that its parent is.
+    pub fn new(
+        host: Arc<dyn Host>,
+        options: OpenOptions,
+        given: Option<(PathBuf, PathBuf)>,
+    ) -> Self {
+        Self { host, options, given }
     }
 }
 
 impl Opener for HostOpener {
     fn open(&self, place: &Place, access: Access) -> Result<Image> {
-        let options = OpenOptions { access, ..self.options.clone() };
+        let path = place.path();
+        let given = self.given.iter().find(|(image, _)| *image == path);
+        let parent = given.map(|(_, parent)| parent.clone());
+        let options = OpenOptions { access, parent, ..self.options.clone() };
         let root = place.source.root().to_owned();
         let host: Arc<dyn Host> = Arc::new(Confined { host: self.host.clone(), root });
-        formats::open(&host, &place.path(), &options)
+        formats::open(&host, &path, &options)
     }
 }
 
@@ -152,7 +162,7 @@ impl Host for Confined {
 /// See the module's documentation.
 pub struct FactsCache {
     opener: Box<dyn Opener>,
-    nonpersistent: bool,
+    scratch: Option<PathBuf>,
     known: Mutex<Known>,
 }
 
@@ -184,14 +194,14 @@ impl Entry {
 }
 
 impl FactsCache {
-    /// An empty cache over `opener`. With `nonpersistent`, images are never written.
-    pub fn new(opener: Box<dyn Opener>, nonpersistent: bool) -> Self {
-        Self { opener, nonpersistent, known: Mutex::default() }
+    /// An empty cache over `opener`. With a directory for `scratch` files, images are never written.
+    pub fn new(opener: Box<dyn Opener>, scratch: Option<PathBuf>) -> Self {
+        Self { opener, scratch, known: Mutex::default() }
     }
 
-    /// Whether what is written vanishes.
-    pub fn nonpersistent(&self) -> bool {
-        self.nonpersistent
+    /// Where what is written goes, if not to the images.
+    pub fn scratch(&self) -> Option<&Path> {
+        self.scratch.as_deref()
     }
 
     /// Opens an image for use.

@@ -58,10 +58,12 @@ pub struct Shell {
 impl Shell {
     /// Serves `tree`; `ended` hears of the end of the session.
     pub fn new(tree: Arc<Tree>, options: &MountOptions, ended: Sender<Event>) -> Self {
+        // The kernel would write to the image whatever layer is above it by then.
+        let passthrough = options.passthrough && options.nonpersistent.is_none();
         Self {
             tree,
             writeback: options.writeback,
-            passthrough: options.passthrough.then(Passthrough::default),
+            passthrough: passthrough.then(Passthrough::default),
             ended,
         }
     }

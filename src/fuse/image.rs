@@ -16,8 +16,9 @@
 //! who have it, also for readers when its last writer leaves; an open(2) that comes later finds what
 //! the name stands for now.
 //!
-//! In a `nonpersistent` mount what is written goes to a throw-away layer over the read-only disk. It
-//! lasts until nobody has the file open any more.
+//! In a `nonpersistent` mount what is written goes to a throw-away layer over the read-only disk. A
+//! layer that was written to lasts until the image or the mount is closed, and the image stays open
+//! and locked under it: `mkfs` and then `mount` are two opens of one disk.
 //!
 //! # The kernel's cache
 //!
@@ -28,7 +29,6 @@
 
 use std::fs::Metadata;
 use std::io;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -57,6 +57,8 @@ pub struct ImageFile {
     logged: Mutex<Option<Displaced>>,
     /// The host had no room for the last flush.
     full: AtomicBool,
+    /// A throw-away layer that was written to waits for the next open.
+    kept: AtomicBool,
     /// The last metadata seen, for a file that was deleted while open.
     last: Mutex<Option<Metadata>>,
 }
@@ -93,6 +95,11 @@ impl OpenImage {
     fn close(&self) -> Result<()> {
         self.flush().and(self.disk.close())
     }
+
+    /// Whether a throw-away layer was written to: what it holds is nowhere else.
+    fn holds_changes(&self) -> bool {
+        self.overlaid && self.disk.writing()
+    }
 }
 
 /// What became of the name of an image that is open.
@@ -124,6 +131,8 @@ pub struct Usage {
     pub sector_size: u32,
     /// Writes that wait for a flush.
     pub unflushed: bool,
+    /// Bytes of a throw-away layer that was written to.
+    pub throw_away: Option<u64>,
     /// The table cache.
     pub cache: CacheStats,
     /// Whether its name stands for it no more.
@@ -141,6 +150,7 @@ impl ImageFile {
             users: AtomicU32::new(0),
             logged: Mutex::default(),
             full: AtomicBool::new(false),
+            kept: AtomicBool::new(false),
             last: Mutex::default(),
         }
     }
@@ -227,18 +237,19 @@ impl ImageFile {
     fn open_disk(&self, images: &FactsCache, access: Access) -> Result<OpenImage> {
         let path = self.place.path();
         let stat = || self.place.stat().map_err(|e| Error::io("open", &e).in_file(&path));
-        let overlaid = access == Access::Write && images.nonpersistent();
-        let access = if overlaid { Access::Read } else { access };
+        let scratch = images.scratch().filter(|_| access == Access::Write);
+        let access = if scratch.is_some() { Access::Read } else { access };
         let image = images.open(&self.place, access)?;
         let meta = stat()?;
         if identity(&meta) != self.identity {
             return Err(stale().in_file(&path));
         }
         let facts = Arc::new(Facts::of(&image));
-        let disk = match overlaid {
-            true => Arc::new(overlay::nonpersistent(image.disk, file::scratch(&scratch_dir())?)),
-            false => image.disk,
+        let disk = match scratch {
+            Some(dir) => Arc::new(overlay::nonpersistent(image.disk, file::scratch(dir)?)),
+            None => image.disk,
         };
+        let overlaid = scratch.is_some();
         images.pin(&self.place, Stamp::of(&meta), facts.clone());
         let writable = overlaid || access == Access::Write;
         Ok(OpenImage { disk, facts, writable, overlaid, kernel_writes: OnceLock::new() })
@@ -280,6 +291,10 @@ impl ImageFile {
             return Ok(());
         }
         let mut current = self.current.write();
+        if current.as_ref().is_some_and(OpenImage::holds_changes) {
+            self.kept.store(true, Ordering::Relaxed);
+            return Ok(());
+        }
         let mut closed = Ok(());
         let written = |open: &OpenImage| open.writable && !open.overlaid;
         // Once closed, a displaced image could not be opened again for the readers that are left.
@@ -302,6 +317,7 @@ impl ImageFile {
         opens: &mut Opens,
     ) -> Result<()> {
         let Some(opened) = current.take() else { return Ok(()) };
+        self.kept.store(false, Ordering::Relaxed);
         let closed = opened.close();
         // What the kernel cached of a throw-away layer is nobody's contents.
         opens.cached = if opened.overlaid { None } else { opened.facts.contents() };
@@ -436,6 +452,16 @@ impl ImageFile {
         self.users.load(Ordering::Relaxed) > 0
     }
 
+    /// Whether closing the image would lose anything, or disturb anybody. Never waits.
+    pub fn needed(&self) -> bool {
+        self.in_use() || self.kept.load(Ordering::Relaxed)
+    }
+
+    /// What is known of the image while it is open.
+    pub fn known(&self) -> Option<Arc<Facts>> {
+        self.current.read().as_ref().map(|open| open.facts.clone())
+    }
+
     /// Who uses the image, and what its cache did.
     pub fn usage(&self) -> Usage {
         let opens = self.opens.lock();
@@ -447,6 +473,10 @@ impl ImageFile {
             writers: opens.writers,
             sector_size: facts.map_or(0, |facts| facts.info.logical_sector_size),
             unflushed: disk.is_some_and(|disk| disk.needs_flush()),
+            throw_away: match &*current {
+                Some(open) if open.holds_changes() => open.disk.allocated().ok(),
+                _ => None,
+            },
             cache: disk.map(|disk| disk.cache_stats()).unwrap_or_default(),
             displaced: self.displaced(),
         }
@@ -454,7 +484,7 @@ impl ImageFile {
 
     /// What is known of the image, and its file's metadata.
     pub fn look(&self, images: &FactsCache) -> Result<(Arc<Facts>, Metadata)> {
-        let open = self.current.read().as_ref().map(|open| open.facts.clone());
+        let open = self.known();
         let meta = self.place.stat().ok().filter(|meta| identity(meta) == self.identity);
         match (open, meta) {
             (Some(facts), Some(meta)) => {
@@ -477,11 +507,6 @@ impl ImageFile {
             (None, None) => Err(stale()),
         }
     }
-}
-
-/// Where throw-away layers go: not `/tmp`, which may be in memory.
-fn scratch_dir() -> PathBuf {
-    std::env::var_os("TMPDIR").map_or(PathBuf::from("/var/tmp"), PathBuf::from)
 }
 
 /// The name now stands for something else; the kernel looks it up again.

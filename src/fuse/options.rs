@@ -29,8 +29,8 @@ pub enum Allowed {
 pub struct MountOptions {
     /// Nothing is written.
     pub read_only: bool,
-    /// What is written vanishes when the flat file is closed.
-    pub nonpersistent: bool,
+    /// What is written goes to scratch files in this directory, and vanishes with the mount.
+    pub nonpersistent: Option<PathBuf>,
     /// Who may use the mount; by default everybody when root mounts, else nobody.
     pub allowed: Option<Allowed>,
     /// Whether the kernel was asked to check permissions. It always is by mounts of our own.
@@ -53,6 +53,8 @@ pub struct MountOptions {
     pub passthrough: bool,
     /// Directories in which parents may lie.
     pub allow_parent: Vec<PathBuf>,
+    /// The parent of the one image that is mounted.
+    pub parent: Option<PathBuf>,
     /// Read on where an image contradicts itself or its parent changed.
     pub force: bool,
     /// Appended to an image's name.
@@ -69,7 +71,7 @@ impl Default for MountOptions {
     fn default() -> Self {
         Self {
             read_only: false,
-            nonpersistent: false,
+            nonpersistent: None,
             allowed: None,
             default_permissions: false,
             uid: None,
@@ -81,6 +83,7 @@ impl Default for MountOptions {
             writeback: false,
             passthrough: true,
             allow_parent: Vec::new(),
+            parent: None,
             force: false,
             suffix: ".img".into(),
             fsname: None,
@@ -96,6 +99,8 @@ enum Meaning {
     Flag(fn(&mut MountOptions)),
     /// A word with a value.
     Value(fn(&mut MountOptions, &OsStr) -> Result<()>),
+    /// A word with a value or without.
+    Either(fn(&mut MountOptions, Option<&OsStr>) -> Result<()>),
     /// For the kernel; the words after it cancel it.
     Kernel(&'static [&'static str]),
     /// Somebody else's, or without meaning here.
@@ -104,7 +109,7 @@ enum Meaning {
     Refused(&'static str),
 }
 
-use Meaning::{Flag, Ignored, Kernel, Refused, Value};
+use Meaning::{Either, Flag, Ignored, Kernel, Refused, Value};
 
 /// Every known option.
 const TABLE: &[(&str, Meaning)] = &[
@@ -126,7 +131,8 @@ const TABLE: &[(&str, Meaning)] = &[
     ("allow_parent", Value(|o, v| directory(v).map(|dir| o.allow_parent.push(dir)))),
     ("force", Flag(|o| o.force = true)),
     ("suffix", Value(|o, v| suffix(v).map(|s| o.suffix = s))),
-    ("nonpersistent", Flag(|o| o.nonpersistent = true)),
+    ("nonpersistent", Either(|o, v| scratch_dir(v).map(|dir| o.nonpersistent = Some(dir)))),
+    ("parent", Value(|o, v| file(v).map(|path| o.parent = Some(path)))),
     ("partitions", Refused("not supported yet")),
     // FUSE's own. The subtype is always flatdisk.
     ("default_permissions", Flag(|o| o.default_permissions = true)),
@@ -216,8 +222,8 @@ impl MountOptions {
         };
         match (meaning, value) {
             (Flag(set), None) => set(self),
-            (Value(set), Some(value)) => set(self, value)
-                .map_err(|e| Error::invalid(format!("mount option `{key}`: {}", e.what())))?,
+            (Value(set), Some(value)) => set(self, value).map_err(|e| wrong(key, &e))?,
+            (Either(set), value) => set(self, value).map_err(|e| wrong(key, &e))?,
             (Kernel(opposites), None) => {
                 self.kernel.retain(|flag| flag != key && !opposites.contains(&flag.as_str()));
                 self.kernel.push(key.to_owned());
@@ -235,6 +241,10 @@ impl MountOptions {
         }
         Ok(true)
     }
+}
+
+fn wrong(key: &str, e: &Error) -> Error {
+    Error::invalid(format!("mount option `{key}`: {}", e.what()))
 }
 
 fn unknown(key: &str) -> Error {
@@ -325,9 +335,24 @@ fn size(value: &OsStr) -> Result<usize> {
         .ok_or_else(|| Error::invalid(format!("`{value}` is not a size such as 64M")))
 }
 
+/// A file of any kind, by its real path.
+fn file(value: &OsStr) -> Result<PathBuf> {
+    std::fs::canonicalize(value).map_err(|e| Error::io(value.display().to_string(), &e))
+}
+
 fn directory(value: &OsStr) -> Result<PathBuf> {
-    std::fs::canonicalize(value)
-        .map_err(|e| Error::invalid(Error::io(value.display().to_string(), &e).what().to_owned()))
+    let path = file(value)?;
+    if path.is_dir() {
+        Ok(path)
+    } else {
+        Err(Error::invalid(format!("`{}` is no directory", value.display())))
+    }
+}
+
+/// Where throw-away layers go unless the user says: not `/tmp`, which may be in memory.
+fn scratch_dir(value: Option<&OsStr>) -> Result<PathBuf> {
+    let usual = || std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
+    directory(&value.map_or_else(usual, OsStr::to_owned))
 }
 
 fn suffix(value: &OsStr) -> Result<OsString> {

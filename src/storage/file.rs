@@ -24,6 +24,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, OpenHow, ResolveFlag, fallocate, fcntl};
@@ -279,6 +280,10 @@ impl Storage for HostFile {
     fn identity(&self) -> io::Result<FileIdentity> {
         let meta = self.file.metadata()?;
         Ok(FileIdentity { device: meta.dev(), inode: meta.ino() })
+    }
+
+    fn modified(&self) -> Option<SystemTime> {
+        self.file.metadata().ok()?.modified().ok()
     }
 
     fn host_file(&self) -> Option<&File> {

@@ -27,6 +27,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::error::Result;
 
@@ -75,6 +76,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Which file this is, equal for two names of one file.
     fn identity(&self) -> io::Result<FileIdentity>;
+
+    /// When the file was last changed, where the host says.
+    fn modified(&self) -> Option<SystemTime> {
+        None
+    }
 
     /// The open host file itself, where there is one, for the kernel to use without us: from then on
     /// the file may change at any time.

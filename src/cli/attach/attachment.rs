@@ -100,12 +100,14 @@ impl Attachment {
     fn start_daemon(&self, options: &[OsString]) -> Result<()> {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("flatdisk").arg("mount").env_remove(DAEMON).stdin(Stdio::null());
+        let words = [("ro", self.record.read_only), ("nonpersistent", self.record.nonpersistent)];
+        for (word, _) in words.iter().filter(|(_, given)| *given) {
+            command.args(["-o", word]);
+        }
+        // Behind the words, since `nonpersistent=DIR` says more than the word alone.
         for list in options {
             command.arg("-o").arg(list);
         }
-        let flags =
-            [("--ro", self.record.read_only), ("--nonpersistent", self.record.nonpersistent)];
-        command.args(flags.iter().filter(|(_, given)| *given).map(|(flag, _)| flag));
         command.arg("--").arg(&self.record.image).arg(self.slot.mount_dir());
         let output =
             command.output().map_err(|e| Error::io("starting the background process", &e))?;

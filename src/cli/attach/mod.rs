@@ -123,7 +123,7 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
         nodes: Vec::new(),
         mountpoint: None,
         read_only: args.read_only || options.read_only,
-        nonpersistent: args.nonpersistent || options.nonpersistent,
+        nonpersistent: args.nonpersistent || options.nonpersistent.is_some(),
         complete: false,
     };
     let slot = Slot::of_image(&image)?.lock().map_err(|e| e.in_file(&image))?;

@@ -254,7 +254,7 @@ impl SparseMap {
     }
 
     /// Clears the entries of `blocks`, all in one page of the BAT.
-    fn unmap_in_page(&self, blocks: Range<u64>) -> Result<()> {
+    pub(super) fn unmap_in_page(&self, blocks: Range<u64>) -> Result<()> {
         let any = |entries: &[u8]| blocks.clone().any(|block| entry(entries, block) != UNUSED);
         if !self.bat.read(blocks.start, any)? {
             return Ok(());
@@ -382,6 +382,10 @@ impl BlockMap for SparseMap {
         let survey = self.survey()?;
         let mut footer = [0; FOOTER as usize];
         footer.copy_from_slice(self.footers.footer.as_bytes());
+        if self.footers.renewed && self.footers.trailing.intact() {
+            codec::write_all(self.file(), self.footers.data_end, &footer, "the footer")?;
+            sync_file(self.file())?;
+        }
         // From here on the copy stands in whenever the trailing footer is on the move.
         self.repair_head(&footer)?;
         let batmap = self.load_batmap()?;

@@ -1,19 +1,20 @@
 //! Making new images.
 
-use std::path::{Component, Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::Path;
+use std::time::SystemTime;
 
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
 use super::layout::{
-    BLOCK_SIZES, DiskType, DynamicHeader, EPOCH, FOOTER, Footer, HEADER, MAX_SPARSE_SIZE, SECTOR,
-    UNUSED, bitmap_size, table_size,
+    BLOCK_SIZES, DiskType, DynamicHeader, FOOTER, Footer, HEADER, MAX_SPARSE_SIZE, SECTOR, UNUSED,
+    bitmap_size, since_epoch, table_size,
 };
 use super::locators::{W2KU, W2RU};
 use crate::codec;
 use crate::disk::sync_file;
 use crate::error::{Error, Result};
+use crate::formats::references::{backslashed, rooted, way};
 use crate::formats::{CreateSpec, Identity, Image};
 use crate::storage::{Access, Host, Storage};
 
@@ -69,17 +70,11 @@ impl ParentNames {
     /// The names of `parent` for a child at `child`: from the child's directory, from the root, and
     /// without directory.
     pub(super) fn new(host: &dyn Host, child: &Path, parent: &Path) -> Result<Self> {
-        let absolute = |path: &Path| {
-            std::path::absolute(path).map_err(|e| Error::io("resolving the path", &e).in_file(path))
-        };
-        let (child, parent) = (absolute(child)?, absolute(parent)?);
-        let relative = relative_path(child.parent().unwrap_or(&child), &parent);
-        let name = windows_text(Path::new(parent.file_name().unwrap_or_default()))?;
+        let (child, parent) = (rooted(child), rooted(parent));
+        let name = backslashed(Path::new(parent.file_name().unwrap_or_default()))?;
+        let utf16 = |path: &Path| Ok(codec::to_utf16(&backslashed(path)?, false));
         Ok(Self {
-            locators: [
-                (W2RU, codec::to_utf16(&windows_text(&relative)?, false)),
-                (W2KU, codec::to_utf16(&windows_text(&parent)?, false)),
-            ],
+            locators: [(W2RU, utf16(&way(&child, &parent))?), (W2KU, utf16(&parent)?)],
             name: codec::to_utf16(&name, true),
             timestamp: modified(host, &parent),
         })
@@ -202,53 +197,9 @@ fn finish(
     host.sync_dir(path.parent().unwrap_or(Path::new(".")))
 }
 
-/// Seconds since the format's epoch.
-fn since_epoch(time: SystemTime) -> u32 {
-    let unix = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    u32::try_from(unix.saturating_sub(EPOCH)).unwrap_or(u32::MAX)
-}
-
 /// When the parent's file was last changed: what other programs compare. Zero where the host does
 /// not say.
 fn modified(host: &dyn Host, path: &Path) -> u32 {
-    let time = host.open(path, Access::Peek).ok().and_then(|file| {
-        let meta = file.host_file()?.metadata().ok()?;
-        meta.modified().ok()
-    });
-    time.map_or(0, since_epoch)
-}
-
-/// The way from directory `from` to `to`, both absolute, by text alone.
-fn relative_path(from: &Path, to: &Path) -> PathBuf {
-    let common = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
-    let up = from.components().skip(common).map(|_| Component::ParentDir);
-    let start = if common == from.components().count() { Some(Component::CurDir) } else { None };
-    start.into_iter().chain(up).chain(to.components().skip(common)).collect()
-}
-
-/// A path as locators have it, with backslashes.
-fn windows_text(path: &Path) -> Result<String> {
-    match path.to_str() {
-        Some(text) if !text.contains('\\') => Ok(text.replace('/', "\\")),
-        _ => Err(Error::invalid(
-            "a VHD cannot name a parent whose path holds a backslash or is not UTF-8",
-        )
-        .in_file(path)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parents_are_named_relative_to_the_child() {
-        let way = |from: &str, to: &str| {
-            windows_text(&relative_path(Path::new(from), Path::new(to))).unwrap()
-        };
-        assert_eq!(way("/vm", "/vm/base.vhd"), r".\base.vhd");
-        assert_eq!(way("/vm", "/vm/sub/base.vhd"), r".\sub\base.vhd");
-        assert_eq!(way("/vm/a/b", "/vm/c/base.vhd"), r"..\..\c\base.vhd");
-        assert!(windows_text(Path::new(r"a\b")).is_err());
-    }
+    let file = host.open(path, Access::Peek).ok();
+    file.and_then(|file| file.modified()).map_or(0, since_epoch)
 }

@@ -7,12 +7,12 @@
 
 use std::ops::Range;
 
-use super::bat::entry;
+use super::bat::{Bat, entry};
 use super::bitmaps::SectorBitmaps;
 use super::blocks::{Place, Reserved, SparseMap, push_stored};
 use super::space::Slot;
 use crate::codec;
-use crate::disk::map::{DiskRange, ExtentList, Piece, Source, WritePlan};
+use crate::disk::map::{BlockMap, DiskRange, ExtentList, Piece, Source, WritePlan};
 use crate::error::{Error, Result};
 
 impl SparseMap {
@@ -106,6 +106,23 @@ impl SparseMap {
                 .inspect_err(|_| self.give_back(&slots))?;
         }
         Ok(slot)
+    }
+
+    /// Makes every block the parent's again, durably. For a disk just opened: what memory holds of
+    /// bitmaps would outlive their blocks.
+    pub(super) fn forget(&self) -> Result<()> {
+        if self.bitmaps.is_none() {
+            return Err(Error::invalid("the image is no child: it has no parent"));
+        }
+        self.begin_writes()?;
+        let mut block = 0;
+        while block < self.structure.blocks {
+            let until = self.structure.blocks.min(Bat::same_page(block).end);
+            self.unmap_in_page(block..until)?;
+            block = until;
+        }
+        self.flush()?;
+        self.close()
     }
 
     /// Makes planned sectors the disk's own.

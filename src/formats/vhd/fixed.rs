@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::footers::{CopyState, Footers};
 use super::layout::SECTOR;
+use crate::codec;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source, WritePlan};
 use crate::disk::sync_file;
 use crate::error::{Error, ErrorKind, Result};
@@ -16,13 +17,12 @@ pub(super) struct FixedMap {
     geometry: Geometry,
     /// Bytes of the disk that the file holds, whole sectors.
     present: u64,
-    /// Where the footer is, if it is of the short form.
-    short_footer_at: Option<u64>,
+    footers: Footers,
 }
 
 impl FixedMap {
     /// Maps the disk. A file without any data is refused: nothing of the disk is there.
-    pub(super) fn new(file: Arc<dyn Storage>, footers: &Footers) -> Result<Self> {
+    pub(super) fn new(file: Arc<dyn Storage>, footers: Footers) -> Result<Self> {
         let size = footers.footer.size();
         let present = size.min(footers.data_end / SECTOR * SECTOR);
         if present == 0 && size > 0 {
@@ -36,9 +36,7 @@ impl FixedMap {
             physical_sector: SECTOR as u32,
             block_size: size.max(SECTOR),
         };
-        let short = footers.trailing == CopyState::Short;
-        let short_footer_at = short.then_some(footers.data_end);
-        Ok(Self { files: [file], geometry, present, short_footer_at })
+        Ok(Self { files: [file], geometry, present, footers })
     }
 
     /// The part of the disk that the file is too short for.
@@ -68,11 +66,15 @@ impl BlockMap for FixedMap {
     }
 
     fn begin_writes(&self) -> Result<()> {
+        let (file, at) = (&self.files[0], self.footers.data_end);
         // The one byte that the short form lacks is zero, and so is what extending adds.
-        if let Some(at) = self.short_footer_at {
-            let file = &self.files[0];
+        if self.footers.trailing == CopyState::Short {
             file.set_len(at + SECTOR)
                 .map_err(|e| Error::io("completing the footer", &e).in_file(file.path()).at(at))?;
+        }
+        if self.footers.renewed {
+            codec::write_all(&**file, at, self.footers.bytes(), "the footer")?;
+            sync_file(&**file)?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use super::layout::{
 };
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::formats::Identity;
 use crate::storage::Storage;
 
 /// How far before the end of the file a footer that lost its place is looked for, in bytes.
@@ -35,6 +36,8 @@ pub(super) struct Footers {
     pub trailing_garbage: u64,
     /// What had to be overlooked for the image to open at all.
     pub forced: Option<String>,
+    /// `footer` differs from what is in the file: the first write puts it there.
+    pub renewed: bool,
 }
 
 /// What one copy of the footer is worth.
@@ -169,7 +172,20 @@ impl Footers {
             file_len,
             trailing_garbage,
             forced,
+            renewed: false,
         })
+    }
+
+    /// The same with the unique id that the image gets with its first write, if it gets one.
+    pub(super) fn renewed(mut self, next: Option<&Identity>) -> Self {
+        if let Some(Identity::VhdUniqueId(id)) = next
+            && self.footer.unique_id != *id
+        {
+            self.footer.unique_id = *id;
+            self.footer.seal();
+            self.renewed = true;
+        }
+        self
     }
 
     /// The bytes that both copies should have.

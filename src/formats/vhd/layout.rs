@@ -3,6 +3,8 @@
 //! Layout only: which copy of a structure counts, and whether its values make sense together, is
 //! decided in [`super::footers`] and [`super::structure`].
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -39,6 +41,17 @@ pub(super) const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=256 << 20;
 
 /// Seconds from the Unix epoch to the format's own, 2000-01-01 00:00:00 UTC.
 pub(super) const EPOCH: u64 = 946_684_800;
+
+/// A time as images have it, in seconds.
+pub(super) fn since_epoch(time: SystemTime) -> u32 {
+    let unix = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    u32::try_from(unix.saturating_sub(EPOCH)).unwrap_or(u32::MAX)
+}
+
+/// The time that an image has as `seconds`.
+pub(super) fn time(seconds: u32) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(EPOCH + u64::from(seconds))
+}
 
 /// Our creator code.
 pub(super) const CREATOR: [u8; 4] = *b"fldk";

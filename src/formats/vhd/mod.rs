@@ -115,7 +115,7 @@ impl Format for Vhd {
         let footers = Footers::find(&*file, ctx.force)?;
         let forced = footers.forced.as_ref().map(|what| format!("opened by force: {what}"));
         let opened = match footers.disk_type {
-            DiskType::Fixed => open_fixed(file, &footers)?,
+            DiskType::Fixed => open_fixed(file, footers, ctx)?,
             DiskType::Dynamic | DiskType::Differencing => open_sparse(file, footers, ctx)?,
         };
         Ok(Opened { read_only: forced.or(opened.read_only), ..opened })
@@ -139,6 +139,12 @@ impl Format for Vhd {
         relink::relink(file, ctx, link)
     }
 
+    fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+        let footers = Footers::find(&*file, false)?;
+        let structure = Structure::read(&*file, &footers, false)?;
+        sparse_map(file, footers, structure, ctx).forget()
+    }
+
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(&*file, ctx.force, report)
     }
@@ -148,9 +154,10 @@ impl Format for Vhd {
     }
 }
 
-fn open_fixed(file: Arc<dyn Storage>, footers: &Footers) -> Result<Opened> {
-    let info = info::fixed(footers);
-    let map = FixedMap::new(file, footers)?;
+fn open_fixed(file: Arc<dyn Storage>, footers: Footers, ctx: &OpenContext) -> Result<Opened> {
+    let info = info::fixed(&footers);
+    let identity = Identity::VhdUniqueId(footers.footer.unique_id);
+    let map = FixedMap::new(file, footers.renewed(ctx.next_identity.as_ref()))?;
     let missing = map.missing();
     let read_only = match &missing {
         Some(range) => Some(format!(
@@ -163,7 +170,7 @@ fn open_fixed(file: Arc<dyn Storage>, footers: &Footers) -> Result<Opened> {
     Ok(Opened {
         map: Box::new(map),
         info,
-        identity: Identity::VhdUniqueId(footers.footer.unique_id),
+        identity,
         parent: None,
         read_only,
         damage: missing.into_iter().collect(),
@@ -184,8 +191,17 @@ fn open_sparse(file: Arc<dyn Storage>, footers: Footers, ctx: &OpenContext) -> R
         parent,
         read_only: structure.read_only.clone(),
         damage: damage.into_iter().collect(),
-        map: Box::new(SparseMap::new(file, footers, structure, &ctx.budget)),
+        map: Box::new(sparse_map(file, footers, structure, ctx)),
     })
+}
+
+fn sparse_map(
+    file: Arc<dyn Storage>,
+    footers: Footers,
+    structure: Structure,
+    ctx: &OpenContext,
+) -> SparseMap {
+    SparseMap::new(file, footers.renewed(ctx.next_identity.as_ref()), structure, &ctx.budget)
 }
 
 fn parent_link(footers: &Footers, structure: &Structure) -> Result<ParentLink> {
@@ -199,5 +215,7 @@ fn parent_link(footers: &Footers, structure: &Structure) -> Result<ParentLink> {
             Error::corrupt("a differencing disk that names no parent")
         });
     }
-    Ok(ParentLink { identity: Identity::VhdUniqueId(id), candidates })
+    let modified = structure.header.parent_timestamp.get();
+    let modified = (modified != 0).then(|| layout::time(modified));
+    Ok(ParentLink { identity: Identity::VhdUniqueId(id), candidates, modified })
 }

@@ -49,6 +49,8 @@ pub(super) struct Space {
     holes: BTreeMap<u64, Hole>,
     /// One past everything in use.
     end: u64,
+    /// One past the last structure that is no block: `end` never goes below it.
+    structures_end: u64,
     /// Where the trailing footer is; one past the space that can be handed out.
     footer_at: u64,
     /// Everything from here to the footer was gained by extending the file, and never used.
@@ -79,6 +81,7 @@ impl Space {
             alignment,
             holes: holes.collect(),
             end: end.next_multiple_of(SECTOR),
+            structures_end: structure.reserved.iter().map(|range| range.end).max().unwrap_or(0),
             footer_at: footer_at.unwrap_or(file_len),
             zeroed_from: file_len,
         };
@@ -164,6 +167,7 @@ impl Space {
     pub(super) fn trim(&mut self) -> u64 {
         while let Some((&start, hole)) = self.holes.last_key_value()
             && hole.end + self.alignment > self.end
+            && start >= self.structures_end
         {
             self.end = start;
             self.holes.pop_last();

@@ -13,11 +13,11 @@ use super::stock::Stock;
 use crate::codec::read_array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::repair::stored;
-use crate::formats::{self, OpenContext, OpenOptions, Report, Severity};
-use crate::storage::{Access, Storage};
+use crate::formats::{Report, Severity};
+use crate::storage::Storage;
 
 /// Checks a file, see [`Format::check`](crate::formats::Format::check).
-pub(super) fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
+pub(super) fn check(file: Arc<dyn Storage>, report: &mut Report) -> Result<()> {
     for (i, at) in HEADER_OFFSETS.into_iter().enumerate() {
         if Header::decode(&read_array(&*file, at, "header")?).is_none() {
             // A crash while a header is replaced leaves this; the other one is good then.
@@ -37,7 +37,7 @@ pub(super) fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Repo
     check_log(&parts, report);
     check_region_tables(&parts, report)?;
     check_blocks(&parts, report)?;
-    check_parent(&parts, ctx, report)
+    check_parent(&parts, report)
 }
 
 /// Turns damage into a finding; what kept the check from seeing anything stays an error.
@@ -201,19 +201,7 @@ impl PartialBlocks {
     }
 }
 
-fn check_parent(parts: &Parts, ctx: &OpenContext, report: &mut Report) -> Result<()> {
-    match parts.parent() {
-        Ok(None) => return Ok(()),
-        Ok(Some(_)) => {}
-        Err(e) => return finding(report, e),
-    }
-    let options = OpenOptions { budget: ctx.budget.clone(), ..OpenOptions::new(Access::Peek) };
-    if let Err(e) = formats::open(ctx.host(), parts.file.path(), &options) {
-        let severity = match e.kind() {
-            ErrorKind::ParentMismatch => Severity::Error,
-            _ => Severity::Notice,
-        };
-        report.add(severity, None, e.to_string());
-    }
-    Ok(())
+/// Whether the image names its parent. Whether that is there is for opening the chain to find out.
+fn check_parent(parts: &Parts, report: &mut Report) -> Result<()> {
+    parts.parent().map(drop).or_else(|e| finding(report, e))
 }

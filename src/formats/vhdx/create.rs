@@ -21,6 +21,7 @@ use super::regions::{self, Region};
 use crate::codec::{to_utf16, write_all};
 use crate::disk::sync_file;
 use crate::error::{Error, Result};
+use crate::formats::references::{backslashed, rooted, way};
 use crate::formats::{CreateSpec, Identity, Image};
 use crate::storage::{Host, Storage};
 
@@ -67,7 +68,7 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
         return Err(Error::invalid(what).in_file(&parent.path));
     }
     let linkage = linkage.first().copied().unwrap_or_default();
-    let locator = parent_locator(path, &parent.path, &[linkage])?;
+    let locator = parent_locator(path, &parent.path, &[linkage])?.encode()?;
     let geometry = parent.disk.geometry();
     let disk_id = parent.info.uuid.as_deref().and_then(|id| Uuid::try_parse(id).ok());
     let metadata = NewMetadata {
@@ -82,39 +83,23 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
     NewFile::new(metadata, spec.log_size)?.write(host, path)
 }
 
-/// The encoded locator of a child at `path` whose parent must have one of `accepted`, which are one
-/// or two data-write GUIDs.
-pub(super) fn parent_locator(path: &Path, parent: &Path, accepted: &[Uuid]) -> Result<Vec<u8>> {
+/// The locator of a child at `path` whose parent must have one of `accepted`, which are one or two
+/// data-write GUIDs.
+pub(super) fn parent_locator(path: &Path, parent: &Path, accepted: &[Uuid]) -> Result<Locator> {
     let (relative, absolute) = parent_names(path, parent)?;
     let mut keys = vec![(RELATIVE_PATH, relative), (ABSOLUTE_WIN32_PATH, absolute)];
     let linkages = [PARENT_LINKAGE, PARENT_LINKAGE2].into_iter().zip(accepted);
     keys.extend(linkages.map(|(key, id)| (key, braced(*id))));
-    let locator = Locator(keys.into_iter().map(|(k, v)| (k.to_owned(), v)).collect());
-    locator.encode().ok_or_else(|| Error::invalid("the parent's path is too long"))
+    Ok(Locator(keys.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()))
 }
 
 /// How the parent is named in a child at `path`, as Windows writes it: from the child's directory,
 /// and as an absolute path. The latter leads nowhere on Windows, where there is no root of all
 /// paths, but some programs insist on one for the file name in it.
 fn parent_names(path: &Path, parent: &Path) -> Result<(String, String)> {
-    let absolute = |path: &Path| {
-        std::path::absolute(path).map_err(|e| Error::io("resolving the path", &e).in_file(path))
-    };
-    let (child, parent) = (absolute(path)?, absolute(parent)?);
-    let dir: Vec<_> = child.parent().into_iter().flat_map(Path::components).collect();
-    let target: Vec<_> = parent.components().collect();
-    let common = dir.iter().zip(&target).take_while(|(a, b)| a == b).count();
-    let mut names = Vec::new();
-    for component in target.iter().skip(1) {
-        let name = component.as_os_str().to_str();
-        names.push(name.filter(|name| !name.contains('\\')).ok_or_else(|| {
-            Error::invalid("the parent's path cannot be written in the image").in_file(&parent)
-        })?);
-    }
-    let climb = if common < dir.len() { vec![".."; dir.len() - common] } else { vec!["."] };
-    let below = names.get(common.saturating_sub(1)..).unwrap_or_default();
-    let relative = [&climb, below].concat().join("\\");
-    Ok((relative, format!("\\\\?\\C:\\{}", names.join("\\"))))
+    let (child, parent) = (rooted(path), rooted(parent));
+    let relative = backslashed(&way(&child, &parent))?;
+    Ok((relative, format!("\\\\?\\C:{}", backslashed(&parent)?)))
 }
 
 fn block_size(size: u64) -> Result<u32> {

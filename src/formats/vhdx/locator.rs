@@ -67,8 +67,13 @@ impl Locator {
         Ok(Self(map))
     }
 
-    /// Encodes the item's bytes; `None` if a key or a value is too long for the format.
-    pub fn encode(&self) -> Option<Vec<u8>> {
+    /// Encodes the item's bytes.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        self.try_encode().ok_or_else(|| Error::invalid("the parent's path is too long"))
+    }
+
+    /// `None` if a key or a value is too long for the format.
+    fn try_encode(&self) -> Option<Vec<u8>> {
         let mut entries = Vec::new();
         let mut text = Vec::new();
         let base = size_of::<RawLocator>() + self.0.len() * size_of::<RawLocatorEntry>();
@@ -93,6 +98,30 @@ impl Locator {
         Some([raw.as_bytes(), &entries, &text].concat())
     }
 
+    /// Takes over from `old`, the image's locator so far, where on Windows the parent's directory is,
+    /// if it is still the same directory. Nobody here knows volumes and drives, so without that the
+    /// volume is left out rather than guessed.
+    pub fn inherit_places(&mut self, old: &Self) {
+        let split = |locator: &Self, key: &str| {
+            let path = locator.0.get(key)?;
+            let (dir, name) = path.rsplit_once('\\').unwrap_or((".", path));
+            Some((dir.to_owned(), name.to_owned()))
+        };
+        let (Some((was, _)), Some((is, name))) =
+            (split(old, RELATIVE_PATH), split(self, RELATIVE_PATH))
+        else {
+            return;
+        };
+        if was != is || !old.0.contains_key(VOLUME_PATH) {
+            return;
+        }
+        for key in [ABSOLUTE_WIN32_PATH, VOLUME_PATH] {
+            if let Some((dir, _)) = split(old, key) {
+                self.0.insert(key.to_owned(), format!("{dir}\\{name}"));
+            }
+        }
+    }
+
     /// What the parent must be and where it may be.
     pub fn link(&self) -> Result<ParentLink> {
         let mut accepted = Vec::new();
@@ -114,7 +143,8 @@ impl Locator {
         if candidates.is_empty() {
             return Err(Error::corrupt("the parent locator has no path"));
         }
-        Ok(ParentLink { identity: Identity::VhdxDataWrite(accepted), candidates })
+        let identity = Identity::VhdxDataWrite(accepted);
+        Ok(ParentLink { identity, candidates, modified: None })
     }
 }
 
@@ -151,6 +181,27 @@ mod tests {
         let Identity::VhdxDataWrite(ids) = link.identity else { panic!() };
         assert_eq!(ids.len(), 2);
         assert_eq!(link.candidates, ["..\\sub\\parent.vhdx", "\\\\?\\d:\\sub\\parent.vhdx"]);
+    }
+
+    #[test]
+    fn a_parent_in_the_same_directory_stays_on_its_volume() {
+        let volume = r"\\?\Volume{26A21BDA-A627-11D7-9931-806E6F6E6963}\sub\";
+        let mut old = sample();
+        old.0.insert(VOLUME_PATH.into(), format!("{volume}parent.vhdx"));
+        let mut new = sample();
+        new.0.insert(RELATIVE_PATH.into(), r"..\sub\new.vhdx".into());
+        new.0.insert(ABSOLUTE_WIN32_PATH.into(), r"\\?\C:\srv\sub\new.vhdx".into());
+        let elsewhere = Locator(
+            [(RELATIVE_PATH.to_owned(), r"..\other\new.vhdx".to_owned())].into_iter().collect(),
+        );
+        new.inherit_places(&old);
+        assert_eq!(new.0[VOLUME_PATH], format!("{volume}new.vhdx"));
+        assert_eq!(new.0[ABSOLUTE_WIN32_PATH], r"\\?\d:\sub\new.vhdx");
+        assert_eq!(new.link().unwrap().candidates.len(), 3);
+
+        let mut moved = elsewhere.clone();
+        moved.inherit_places(&old);
+        assert_eq!(moved, elsewhere);
     }
 
     #[test]

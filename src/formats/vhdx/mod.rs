@@ -124,8 +124,12 @@ impl Format for Vhdx {
         relink::relink(file, ctx, link)
     }
 
-    fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
-        check::check(file, ctx, report)
+    fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+        relink::empty(file, ctx)
+    }
+
+    fn check(&self, file: Arc<dyn Storage>, _: &OpenContext, report: &mut Report) -> Result<()> {
+        check::check(file, report)
     }
 
     fn repair(&self, file: Arc<dyn Storage>, _: &OpenContext, plan: &mut Plan) -> Result<()> {

@@ -18,14 +18,12 @@ pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'
     let Identity::VhdxDataWrite(accepted) = link.identity else {
         return Err(Error::invalid("the parent of a VHDX must be a VHDX"));
     };
-    let locator = parent_locator(file.path(), link.parent, accepted)?;
-    let parts = Parts::read(file, false)?;
-    if let Some(why) = &parts.read_only {
-        return Err(Error::corrupt(format!("not written: {why}")));
+    let parts = child_parts(file.clone())?;
+    let mut locator = parent_locator(file.path(), link.parent, accepted)?;
+    if let Some(Ok(old)) = &parts.metadata.locator {
+        locator.inherit_places(old);
     }
-    if !parts.metadata.has_parent {
-        return Err(Error::invalid("the image is no child: it has no parent"));
-    }
+    let locator = locator.encode()?;
     let region = parts.regions.metadata.clone();
     let items = parts.metadata.items.clone();
     let own = parts.headers.header().data_write;
@@ -49,6 +47,29 @@ pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'
         pages.pages.into_iter().map(|(page, bytes)| (page, bytes.into())).collect();
     blocks.write_logged(&images)?;
     blocks.close()
+}
+
+/// Takes everything out of the child in `file`.
+pub(super) fn empty(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+    let parts = child_parts(file)?;
+    let own = parts.headers.header().data_write;
+    let blocks = parts.into_blocks(&ctx.budget, Some(own));
+    blocks.begin_session()?;
+    blocks.forget()?;
+    blocks.flush_tables()?;
+    blocks.close()
+}
+
+/// The parts of a child that can be written.
+fn child_parts(file: Arc<dyn Storage>) -> Result<Parts> {
+    let parts = Parts::read(file, false)?;
+    if let Some(why) = &parts.read_only {
+        return Err(Error::corrupt(format!("not written: {why}")));
+    }
+    if !parts.metadata.has_parent {
+        return Err(Error::invalid("the image is no child: it has no parent"));
+    }
+    Ok(parts)
 }
 
 fn is_locator(item: &Item) -> bool {

@@ -321,6 +321,29 @@ impl Blocks {
         }
         Ok(())
     }
+
+    /// Makes every block the parent's again. Sector bitmaps stay: they mean nothing without a
+    /// partially present block, and begin anew with one.
+    pub(super) fn forget(&self) -> Result<()> {
+        for block in 0..self.shape.layout.blocks {
+            let entry = self.entry(self.shape.layout.block_entry(block))?;
+            if entry.state() == State::NotPresent {
+                continue;
+            }
+            if self.cache.dirty_pages() > MAX_DIRTY_PAGES {
+                self.flush_tables()?;
+            }
+            self.state(|state| {
+                self.set_block(block, Entry(0))?;
+                if matches!(entry.state(), State::Present | State::Partial) {
+                    let block_size = self.shape.layout.block_size;
+                    state.freed.push(entry.offset()..entry.offset() + block_size);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
 }
 
 /// Appends a piece, merging it with the last where it continues that on disk and in the file.

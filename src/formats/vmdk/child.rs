@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::formats::references::{rooted, way};
 use crate::formats::{CreateSpec, Identity, Image};
 use crate::storage::Host;
 
@@ -70,15 +71,18 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
     made.keep(path)
 }
 
-/// How the child at `path` names its parent: from its own directory on where the parent lies beneath,
-/// from the root otherwise.
+/// How the child at `path` names its parent: from its own directory on, so that both can be moved
+/// together, unless they have no directory in common.
 pub fn hint(path: &Path, parent: &Path) -> Result<String> {
-    let absolute = |path: &Path| {
-        std::path::absolute(path).map_err(|e| Error::io("resolving the path", &e).in_file(path))
+    let (child, parent) = (rooted(path), rooted(parent));
+    let common = child.components().zip(parent.components()).take_while(|(a, b)| a == b).count();
+    let way = way(&child, &parent);
+    let name = match way.strip_prefix(".") {
+        Ok(below) => below,
+        Err(_) if common > 1 => &way,
+        // Only the root is common.
+        Err(_) => &parent,
     };
-    let (path, parent) = (absolute(path)?, absolute(parent)?);
-    let dir = path.parent().unwrap_or(Path::new(""));
-    let name = parent.strip_prefix(dir).unwrap_or(&parent);
     match name.to_str() {
         Some(name) if !name.contains('"') && !name.chars().any(char::is_control) => {
             Ok(name.to_owned())

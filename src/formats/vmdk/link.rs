@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use crate::codec;
 use crate::disk::map::{DiskRange, FileIndex};
-use crate::error::{Error, ErrorKind, Result};
-use crate::formats::{OpenContext, references};
+use crate::error::{Error, Result};
+use crate::formats::{Identity, OpenContext, ParentLink, references};
 use crate::storage::{FileIdentity, Storage};
 
 use super::descriptor::{Descriptor, ExtentAccess, ExtentLine, ExtentType, MAX_BYTES};
@@ -420,14 +420,11 @@ fn is_cowd(file: &ExtentFile) -> Result<bool> {
 }
 
 /// The disk's parent as its descriptor names it.
-pub fn parent_link(descriptor: &Descriptor) -> Result<Option<(u32, Vec<String>)>> {
+pub fn parent_link(descriptor: &Descriptor) -> Result<Option<ParentLink>> {
     let hint = descriptor.get("parentFileNameHint").filter(|hint| !hint.is_empty());
-    match (descriptor.parent_cid()?, hint) {
-        (None, _) => Ok(None),
-        (Some(cid), Some(hint)) => Ok(Some((cid, vec![hint.to_owned()]))),
-        (Some(cid), None) => Err(Error::new(
-            ErrorKind::ParentMissing,
-            format!("the disk is a child of CID {cid:08x} but does not name its parent"),
-        )),
-    }
+    Ok(descriptor.parent_cid()?.map(|cid| ParentLink {
+        identity: Identity::VmdkCid(cid),
+        candidates: hint.map(str::to_owned).into_iter().collect(),
+        modified: None,
+    }))
 }

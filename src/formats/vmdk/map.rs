@@ -17,6 +17,9 @@ use super::grains::{self, Grain, GrainTables, TableCaches};
 use super::stream::{self, InflatedGrains};
 use super::write::{Writer, push_rest};
 
+/// Bytes of the disk gone through between looks at how much waits in memory.
+const STEP: usize = 1 << 30;
+
 /// What holds the bytes of an extent.
 #[derive(Debug)]
 pub enum Backing {
@@ -141,6 +144,22 @@ impl VmdkMap {
         if self.has_parent { Source::Parent } else { Source::Zero }
     }
 
+    /// Makes every grain the parent's again, durably.
+    pub fn forget(&self) -> Result<()> {
+        self.begin()?;
+        for step in (0..self.geometry.size).step_by(STEP) {
+            self.bound_dirty_pages()?;
+            let step = step..self.geometry.size.min(step + STEP as u64);
+            for (slot, part) in self.parts(step) {
+                if let Backing::Sparse(extent) = slot.backing {
+                    // What cannot be forgotten reads the same all the same.
+                    self.unmap_grains(extent, slot.start, part, true, &mut Vec::new())?;
+                }
+            }
+        }
+        self.finish()
+    }
+
     /// The extents that `want` touches, each with the touched part in bytes of the extent.
     fn parts(&self, want: DiskRange) -> impl Iterator<Item = (&Slot, Range<u64>)> {
         let first = self.slots.partition_point(|slot| slot.end <= want.start);
@@ -219,7 +238,7 @@ impl BlockMap for VmdkMap {
             match slot.backing {
                 Backing::Zero => {}
                 Backing::Sparse(extent) if self.sparse[extent].writable => {
-                    self.unmap_grains(extent, slot.start, part, rest)?;
+                    self.unmap_grains(extent, slot.start, part, false, rest)?;
                 }
                 _ => push_rest(rest, slot.start + part.start..slot.start + part.end),
             }

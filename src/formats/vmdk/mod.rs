@@ -63,11 +63,11 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::{
-    CreateSpec, Format, Identity, Image, ImageInfo, NewLink, OpenContext, Opened, ParentLink, Plan,
-    Probe, Report,
+    CreateSpec, Format, Identity, Image, ImageInfo, NewLink, OpenContext, Opened, Plan, Probe,
+    Report,
 };
 use crate::disk::map::Geometry;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
 pub use child::create_child;
 use descriptor::ExtentAccess;
@@ -103,26 +103,13 @@ impl Format for Vmdk {
 
     fn open(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> {
         let link = Link::open(file, ctx)?;
-        let parent = parent_link(&link.descriptor.descriptor)?
-            .map(|(cid, candidates)| ParentLink { identity: Identity::VmdkCid(cid), candidates });
+        let parent = parent_link(&link.descriptor.descriptor)?;
         let geometry = geometry(&link);
         let info = info(&link, &geometry);
         let identity = Identity::VmdkCid(link.descriptor.descriptor.cid().unwrap_or(0));
-        let Link { descriptor, slots, sparse, files, read_only, damage, .. } = link;
-        let map = VmdkMap::new(Parts {
-            slots,
-            sparse,
-            files,
-            descriptor,
-            has_parent: parent.is_some(),
-            geometry,
-            next_cid: match ctx.next_identity {
-                Some(Identity::VmdkCid(cid)) => Some(cid),
-                _ => None,
-            },
-            cache: TableCaches::new(&ctx.budget),
-        });
-        Ok(Opened { map: Box::new(map), info, identity, parent, read_only, damage })
+        let (read_only, damage) = (link.read_only.clone(), link.damage.clone());
+        let map = Box::new(map(link, geometry, parent.is_some(), ctx));
+        Ok(Opened { map, info, identity, parent, read_only, damage })
     }
 
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
@@ -141,6 +128,18 @@ impl Format for Vmdk {
 
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
         relink::relink(file, ctx, link)
+    }
+
+    fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+        let link = Link::open(file, ctx)?;
+        if let Some(why) = &link.read_only {
+            return Err(Error::corrupt(format!("not written: {why}")));
+        }
+        if parent_link(&link.descriptor.descriptor)?.is_none() {
+            return Err(Error::invalid("the image is no child: it has no parent"));
+        }
+        let geometry = geometry(&link);
+        map(link, geometry, true, ctx).forget()
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
@@ -163,6 +162,23 @@ pub fn is_lone_extent(probe: &Probe) -> bool {
         let descriptor = header.descriptor_at.saturating_mul(layout::SECTOR) as usize;
         // An area for a descriptor without one in it is what QEMU gives to split disks.
         header.descriptor_at == 0 || head.get(descriptor) == Some(&0)
+    })
+}
+
+/// The mapping of a disk.
+fn map(link: Link, geometry: Geometry, has_parent: bool, ctx: &OpenContext) -> VmdkMap {
+    VmdkMap::new(Parts {
+        slots: link.slots,
+        sparse: link.sparse,
+        files: link.files,
+        descriptor: link.descriptor,
+        has_parent,
+        geometry,
+        next_cid: match ctx.next_identity {
+            Some(Identity::VmdkCid(cid)) => Some(cid),
+            _ => None,
+        },
+        cache: TableCaches::new(&ctx.budget),
     })
 }
 

@@ -242,27 +242,29 @@ impl VmdkMap {
     }
 
     /// Unmaps what can be unmapped of part `part` of sparse extent `extent`, which begins at byte
-    /// `base` of the disk.
+    /// `base` of the disk: it reads as zeroes then, or with `forget` as whatever the parent has.
     pub(super) fn unmap_grains(
         &self,
         extent: usize,
         base: u64,
         part: Range<u64>,
+        forget: bool,
         rest: &mut Vec<DiskRange>,
     ) -> Result<()> {
         let tables = &self.sparse[extent].tables;
         let span = tables.entries_per_page() * tables.grain;
         // Without a parent an unallocated grain reads as zeroes in every reader; over a parent only
         // a zeroed grain does, where the extent has such.
-        let raw = u64::from(self.has_parent);
-        let can_hide = !self.has_parent || tables.zeroed_grains;
+        let hide = self.has_parent && !forget;
+        let raw = u64::from(hide);
+        let can_unmap = !hide || tables.zeroed_grains;
         let has_table =
             |page| -> Result<bool> { Ok(tables.page_place(&self.cache, page)? != Table::Absent) };
         let mut pos = part.start;
         while pos < part.end {
             let page = pos / span;
             let end = part.end.min((page + 1) * span);
-            let can_hide = can_hide && (!self.has_parent || has_table(page)?);
+            let can_unmap = can_unmap && (!hide || has_table(page)?);
             let mut change: Vec<(u64, Grain)> = Vec::new();
             tables.read_page(&self.cache, page, |view| {
                 let mut pos = pos;
@@ -273,9 +275,9 @@ impl VmdkMap {
                     let entry = view.grain(grain);
                     let whole = pos == place.start && until == place.end;
                     match entry {
-                        Grain::Zero => {}
-                        Grain::Unallocated if !self.has_parent => {}
-                        Grain::Unallocated | Grain::At(_) if whole && can_hide => {
+                        Grain::Zero if !forget => {}
+                        Grain::Unallocated if !hide => {}
+                        Grain::Unallocated | Grain::Zero | Grain::At(_) if whole && can_unmap => {
                             change.push((grain, entry));
                         }
                         _ => push_rest(rest, base + pos..base + until),

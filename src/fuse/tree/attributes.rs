@@ -143,6 +143,9 @@ impl Tree {
         if let Some(uuid) = &info.uuid {
             xattrs.push(("user.flatdisk.uuid", text(uuid)));
         }
+        if let Err(refusal) = self.may_write(image, &facts) {
+            xattrs.push(("user.flatdisk.readonly", text(refusal.what())));
+        }
         if !facts.damage.is_empty() {
             let ranges =
                 facts.damage.iter().take(1000).map(|r| format!("{:#x}-{:#x}", r.start, r.end));

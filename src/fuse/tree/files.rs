@@ -44,7 +44,7 @@ impl Tree {
         if self.look.read_only {
             return refuse("the mount is read-only".into());
         }
-        if self.look.nonpersistent {
+        if self.look.nonpersistent.is_some() {
             return Ok(());
         }
         if let Some(reason) = &facts.read_only {
@@ -63,7 +63,7 @@ impl Tree {
     /// image and in the directories above it.
     fn permit_write(&self, image: &ImageFile, facts: &Facts) -> Result<()> {
         self.may_write(image, facts)?;
-        if self.look.nonpersistent {
+        if self.look.nonpersistent.is_some() {
             return Ok(());
         }
         for folder in image.place.relative.ancestors().skip(1) {

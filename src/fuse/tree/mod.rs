@@ -56,8 +56,8 @@ const PROBLEM_SUFFIX: &str = ".error.txt";
 pub struct Look {
     /// Nothing can be written.
     pub read_only: bool,
-    /// What is written vanishes, and any image can be written so.
-    pub nonpersistent: bool,
+    /// What is written goes to scratch files here and vanishes, and any image can be written so.
+    pub nonpersistent: Option<PathBuf>,
     /// Owner of everything, instead of the host's.
     pub uid: Option<u32>,
     /// Group of everything, instead of the host's.
@@ -214,6 +214,10 @@ pub struct ImageUsage {
     pub path: PathBuf,
     /// How it is in use.
     pub usage: Usage,
+    /// Why it cannot be written through the mount, if it cannot.
+    pub read_only: Option<String>,
+    /// The files of its parents, nearest first.
+    pub parents: Vec<PathBuf>,
 }
 
 /// See the module's documentation.
@@ -237,7 +241,7 @@ const MAX_FAILURES: usize = 64;
 impl Tree {
     /// A tree over `sources`, each an image or a directory.
     pub fn new(sources: &[PathBuf], opener: Box<dyn Opener>, look: Look) -> Result<Self> {
-        let images = FactsCache::new(opener, look.nonpersistent);
+        let images = FactsCache::new(opener, look.nonpersistent.clone());
         let mut tree = Self {
             look,
             images,
@@ -307,7 +311,7 @@ impl Tree {
         let left = node.lookups.load(Ordering::Relaxed).saturating_sub(count);
         node.lookups.store(left, Ordering::Relaxed);
         // A release may still be under way; the node goes with the last one.
-        if left == 0 && !matches!(&node.what, What::Image(image) if image.in_use()) {
+        if left == 0 && !matches!(&node.what, What::Image(image) if image.needed()) {
             nodes.remove(&ino);
         }
     }
@@ -391,7 +395,14 @@ impl Tree {
             What::Image(image) => {
                 let usage = image.usage();
                 let path = image.place.path();
-                (usage.readers + usage.writers > 0).then_some(ImageUsage { path, usage })
+                let used = usage.readers + usage.writers > 0 || usage.throw_away.is_some();
+                // Readers may have lost the image, and then nothing is known.
+                let facts = image.known().filter(|_| used);
+                let refusal = facts.as_ref().and_then(|facts| self.may_write(image, facts).err());
+                let read_only = refusal.map(|e| e.what().to_owned());
+                let parents = facts.iter().flat_map(|facts| &facts.parents);
+                let parents = parents.map(|(path, _)| path.clone()).collect();
+                used.then_some(ImageUsage { path, usage, read_only, parents })
             }
             _ => None,
         });

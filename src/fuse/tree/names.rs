@@ -302,9 +302,13 @@ impl Tree {
         let key = key.map(|(key, _)| key.clone()).ok_or_else(read_only)?;
         if let Ok(node) = self.node(ino)
             && let What::Image(image) = &node.what
-            && image.in_use()
         {
-            return Err(Error::new(ErrorKind::Busy, "the file is open").in_file(&place));
+            if image.in_use() {
+                return Err(Error::new(ErrorKind::Busy, "the file is open").in_file(&place));
+            }
+            // Nothing but a throw-away layer is open without users.
+            image.shut(&self.images)?;
+            self.forget(ino, 0);
         }
         pinned.remove(&key);
         Ok(())

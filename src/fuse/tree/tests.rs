@@ -178,7 +178,7 @@ struct Setup {
 fn look() -> Look {
     Look {
         read_only: false,
-        nonpersistent: false,
+        nonpersistent: None,
         uid: None,
         gid: None,
         fmask: 0,
@@ -622,26 +622,53 @@ fn extended_attributes_tell_about_the_image() {
 }
 
 #[test]
-fn throw_away_writes_last_until_the_last_close() {
-    let look = Look { nonpersistent: true, ..look() };
+fn throw_away_writes_last_until_the_image_is_closed() {
+    let scratch = tempfile::tempdir().unwrap();
+    let look = Look { nonpersistent: Some(scratch.path().to_owned()), ..look() };
     let s = setup_with(look, &[("a.vhd", "read-only")]);
     let a = s.find("a.vhd.img");
     assert_ne!(a.mode & 0o200, 0);
-    let writer = s.tree.open(a.ino, true, false).unwrap().handle;
-    let reader = s.tree.open(a.ino, false, false).unwrap().handle;
-    s.tree.write(a.ino, 4096, b"gone").unwrap();
-    s.tree.release(a.ino, writer).unwrap();
+    let open = |write| s.tree.open(a.ino, write, false).unwrap();
     let read = |handle| {
         let mut buf = [0; 4];
         s.tree.read(a.ino, handle, 4096, &mut buf).unwrap();
         buf
     };
-    assert_eq!(&read(reader), b"gone");
+    // A layer that nobody wrote to keeps nothing open.
+    s.tree.release(a.ino, open(true).handle).unwrap();
+    assert!(s.tree.usage().is_empty());
+
+    let (writer, reader) = (open(true).handle, open(false).handle);
+    s.tree.write(a.ino, 4096, b"kept").unwrap();
+    s.tree.release(a.ino, writer).unwrap();
     s.tree.release(a.ino, reader).unwrap();
-    let again = s.tree.open(a.ino, false, false).unwrap();
-    assert!(!again.keep_cache);
-    assert_eq!(read(again.handle), [0; 4]);
+    s.tree.forget(a.ino, 1);
+    assert_eq!(s.tree.usage()[0].usage.readers, 0);
+    assert!(s.tree.usage()[0].usage.throw_away.is_some());
+
+    assert_eq!(s.find("a.vhd.img").ino, a.ino);
+    let again = open(false);
+    assert_eq!(&read(again.handle), b"kept");
+    s.tree.release(a.ino, again.handle).unwrap();
+    s.tree.close_all();
+    let after = open(false);
+    assert!(!after.keep_cache);
+    assert_eq!(read(after.handle), [0; 4]);
     assert!(!s.fake.opens().contains(&Access::Write));
+}
+
+#[test]
+fn why_an_image_cannot_be_written_can_be_read() {
+    let s = setup(&[("base.vhd", ""), ("a.vhd", "parent=base.vhd")]);
+    let base = s.find("base.vhd.img").ino;
+    let why = || s.tree.xattr(base, "user.flatdisk.readonly".as_ref()).unwrap();
+    assert_eq!(why(), None);
+    assert!(s.tree.open(base, true, false).is_err());
+    let why = String::from_utf8(why().unwrap()).unwrap();
+    assert!(why.contains("a.vhd is made from it"), "{why}");
+    let reader = s.tree.open(base, false, false).unwrap().handle;
+    assert_eq!(s.tree.usage()[0].read_only.as_deref(), Some(&*why));
+    s.tree.release(base, reader).unwrap();
 }
 
 #[test]

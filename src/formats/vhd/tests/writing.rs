@@ -138,6 +138,25 @@ fn closing_cuts_off_freed_blocks_at_the_end() {
 }
 
 #[test]
+fn a_structure_behind_freed_blocks_is_not_cut_off_with_them() {
+    let host = dynamic(4 << 20);
+    let image = open(&host);
+    image.disk.write_at(0, &[1; 512]).unwrap();
+    image.disk.close().unwrap();
+    let mut bytes = bytes(&host);
+    let end = bytes.len() - 512;
+    let header = bytes[512..1536].to_vec();
+    bytes.splice(end..end, header);
+    edit_footers(&mut bytes, |footer| footer.data_offset = (end as u64).into());
+    let host = holding(&bytes);
+    let image = open(&host);
+    image.disk.discard(0, 4 << 20).unwrap();
+    image.disk.close().unwrap();
+    assert_eq!(read(&open(&host), 0, 512), [0; 512]);
+    assert_eq!(check(&host).exit_status(), 0, "{:?}", check(&host).findings);
+}
+
+#[test]
 fn the_last_block_is_freed_although_the_disk_ends_inside_it() {
     let host = dynamic(3 * MIB);
     let image = open(&host);
