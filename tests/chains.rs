@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -672,8 +673,9 @@ fn crash_while(base: &Base, operation: &str, budget: usize) -> Result<(), String
     };
     done.map_err(|e| e.to_string())?;
     let recording = recorder.recording();
-    crash::each_state(&recording, &mut random, budget, |_| 0, &mut |point, fates, _| {
-        let state: Arc<dyn Host> = point.state(fates);
+    let mut known = HashSet::new();
+    crash::each_state(&recording, &mut random, budget, &mut known, |_| 0, &mut |_, state, _| {
+        let state: Arc<dyn Host> = state.fork();
         let holds = |path: &Path, model: &[u8]| {
             let image = try_open(&state, path, Access::Read).map_err(|e| e.to_string())?;
             match contents(&image) == model {

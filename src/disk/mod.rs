@@ -42,6 +42,8 @@ use map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
 const COPY_CHUNK: u64 = 1 << 20;
 /// How much of the disk one step of a long operation (discard, search for data) covers.
 const STEP: u64 = 1 << 30;
+/// How much the first step of a search for data covers.
+const FIRST_STEP: u64 = 1 << 20;
 
 /// An open virtual disk: byte-addressed, usable from any thread.
 pub struct Disk {
@@ -543,8 +545,11 @@ impl Disk {
     /// Looks through parents and at the holes of the host's files.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
         let mut pos = from;
+        // Data is near as a rule; a search that does not find it there takes larger and larger steps.
+        let mut reach = FIRST_STEP;
         while pos < self.size() {
-            let step = pos..self.size().min(pos + STEP);
+            let step = pos..self.size().min(pos.saturating_add(reach));
+            reach = STEP.min(reach * 4);
             let list = self.extents(step.clone())?;
             for extent in list.iter() {
                 let (part, skip) = overlap(extent, &step);

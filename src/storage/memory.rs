@@ -1,11 +1,12 @@
 //! Files in memory, for tests: a [`MemoryHost`] is a flat set of named files.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -13,13 +14,53 @@ use super::{Access, FileIdentity, Host, Storage};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Stored in chunks so that a huge sparse file costs only what was written to it.
-const CHUNK: u64 = 16 << 10;
+const CHUNK: u64 = 4 << 10;
+/// Most chunks that [`Storage::next_data`] joins into one answer.
+const MAX_JOINED: u64 = 256;
 
 /// The bytes of one file. Clones share their chunks until one of them writes.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Contents {
-    chunks: BTreeMap<u64, Arc<[u8]>>,
+    chunks: BTreeMap<u64, Arc<Chunk>>,
     len: u64,
+}
+
+/// A piece of a file, and its hash once somebody asked for it.
+#[derive(Debug)]
+struct Chunk {
+    bytes: [u8; CHUNK as usize],
+    hash: OnceLock<u64>,
+}
+
+impl Chunk {
+    fn zeroed() -> Arc<Self> {
+        Arc::new(Self { bytes: [0; CHUNK as usize], hash: OnceLock::new() })
+    }
+
+    /// The bytes of a chunk, for changing them; other holders of it keep theirs.
+    fn bytes_mut(chunk: &mut Arc<Self>) -> &mut [u8] {
+        let chunk = Arc::make_mut(chunk);
+        chunk.hash = OnceLock::new();
+        &mut chunk.bytes
+    }
+
+    /// 0 for zeroes, which are as good as no chunk.
+    fn hash(&self) -> u64 {
+        *self.hash.get_or_init(|| match self.bytes.iter().all(|byte| *byte == 0) {
+            true => 0,
+            false => {
+                let mut hasher = DefaultHasher::new();
+                hasher.write(&self.bytes);
+                hasher.finish()
+            }
+        })
+    }
+}
+
+impl Clone for Chunk {
+    fn clone(&self) -> Self {
+        Self { bytes: self.bytes, hash: OnceLock::new() }
+    }
 }
 
 /// One file in memory. Cloning the `Arc` shares it.
@@ -88,8 +129,9 @@ impl Contents {
             let pos = at + done as u64;
             let (index, skip) = (pos / CHUNK, (pos % CHUNK) as usize);
             let part = (data.len() - done).min(CHUNK as usize - skip);
-            let chunk = self.chunks.entry(index).or_insert_with(|| [0; CHUNK as usize].into());
-            Arc::make_mut(chunk)[skip..skip + part].copy_from_slice(&data[done..done + part]);
+            let chunk = self.chunks.entry(index).or_insert_with(Chunk::zeroed);
+            let bytes = Chunk::bytes_mut(chunk);
+            bytes[skip..skip + part].copy_from_slice(&data[done..done + part]);
             done += part;
         }
     }
@@ -116,7 +158,7 @@ impl Contents {
             let part = (buf.len() - done).min(CHUNK as usize - skip);
             match self.chunks.get(&index) {
                 Some(chunk) => {
-                    buf[done..done + part].copy_from_slice(&chunk[skip..skip + part]);
+                    buf[done..done + part].copy_from_slice(&chunk.bytes[skip..skip + part]);
                 }
                 None => buf[done..done + part].fill(0),
             }
@@ -138,9 +180,17 @@ impl Contents {
             if from == 0 && to == CHUNK as usize {
                 self.chunks.remove(&index);
             } else if let Some(chunk) = self.chunks.get_mut(&index) {
-                Arc::make_mut(chunk)[from..to].fill(0);
+                Chunk::bytes_mut(chunk)[from..to].fill(0);
             }
         }
+    }
+
+    /// A number that files of the same length and bytes share. What did not change since it was last
+    /// asked for is not read again.
+    fn digest(&self) -> u64 {
+        let chunks = self.chunks.iter();
+        let sum = chunks.map(|(index, chunk)| chunk.hash().wrapping_mul(2 * index + 1));
+        sum.fold(self.len, u64::wrapping_add)
     }
 }
 
@@ -185,12 +235,13 @@ impl Storage for MemoryFile {
 
     fn next_data(&self, at: u64) -> io::Result<Option<Range<u64>>> {
         let contents = self.contents.read();
-        let found = contents
-            .chunks
-            .range(at / CHUNK..)
-            .next()
-            .map(|(index, _)| (index * CHUNK).max(at)..((index + 1) * CHUNK).min(contents.len));
-        Ok(found.filter(|r| r.start < r.end))
+        let mut indices = contents.chunks.range(at / CHUNK..).map(|(index, _)| *index);
+        let Some(first) = indices.next() else { return Ok(None) };
+        let follows = |(next, index): &(u64, u64)| next == index;
+        let joined = (first + 1..first + MAX_JOINED).zip(indices).take_while(follows).count();
+        let end = first + 1 + joined as u64;
+        let found = (first * CHUNK).max(at)..(end * CHUNK).min(contents.len);
+        Ok(Some(found).filter(|r| r.start < r.end))
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -243,6 +294,15 @@ impl MemoryHost {
         Arc::new(Self { files: Mutex::new(forked) })
     }
 
+    /// A number that hosts with files of the same names and bytes share, and two others hardly ever.
+    pub fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (path, file) in &*self.files.lock() {
+            (path, file.contents.read().digest()).hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
     /// All files.
     pub fn files(&self) -> Vec<Arc<MemoryFile>> {
         self.files.lock().values().cloned().collect()
@@ -287,5 +347,59 @@ impl Host for MemoryHost {
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
         let files = self.files.lock();
         Ok(files.keys().filter(|p| p.parent() == Some(dir)).cloned().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_share_a_digest_exactly_when_they_hold_the_same_bytes() {
+        let host = MemoryHost::new();
+        let file = MemoryFile::new("/a", &[1; 3 * CHUNK as usize]);
+        host.insert(file.clone());
+        let before = host.digest();
+        let forked = host.fork();
+        assert_eq!(forked.digest(), before);
+        file.write_at(CHUNK + 5, &[2]).unwrap();
+        assert_ne!(host.digest(), before);
+        assert_eq!(forked.digest(), before);
+        file.write_at(CHUNK + 5, &[1]).unwrap();
+        assert_eq!(host.digest(), before);
+        // The same bytes in another place, at another length, under another name.
+        let digest = |name: &str, len: u64, at: u64| {
+            let file = MemoryFile::new(name, &[]);
+            file.set_len(len).unwrap();
+            file.write_at(at, &[7]).unwrap();
+            let host = MemoryHost::new();
+            host.insert(file);
+            host.digest()
+        };
+        let all = [("/a", 9000, 0), ("/a", 9001, 0), ("/a", 9000, 4096), ("/b", 9000, 0)];
+        let digests = all.map(|(name, len, at)| digest(name, len, at));
+        for (index, digest) in digests.iter().enumerate() {
+            assert!(!digests[..index].contains(digest), "{:?}", all[index]);
+        }
+    }
+
+    #[test]
+    fn zeroes_that_are_stored_count_as_zeroes_that_are_not() {
+        let host = MemoryHost::new();
+        let file = MemoryFile::new("/a", &[]);
+        file.set_len(9000).unwrap();
+        host.insert(file.clone());
+        let before = host.digest();
+        file.write_at(4096, &[0; 512]).unwrap();
+        assert_eq!(host.digest(), before);
+    }
+
+    #[test]
+    fn data_in_many_chunks_is_told_in_one_piece() {
+        let file = MemoryFile::new("/a", &[1; 20_000]);
+        file.write_at(40_000, &[1]).unwrap();
+        assert_eq!(file.next_data(5).unwrap(), Some(5..20_480));
+        assert_eq!(file.next_data(20_480).unwrap(), Some(36_864..40_001));
+        assert_eq!(file.next_data(40_001).unwrap(), None);
     }
 }

@@ -13,7 +13,8 @@
 //!   written into.
 //! - A sync covers what was recorded before it was called, not what others wrote until it returned.
 
-use std::collections::BTreeMap;
+use std::backtrace::Backtrace;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,61 @@ pub struct Op {
     pub file: FileId,
     /// What it does.
     pub change: Change,
+    /// The functions of the drivers that led to it, innermost first; empty unless
+    /// [`RecordingHost::trace`] asked for it.
+    pub origin: Vec<Caller>,
+}
+
+/// A function on the way to an operation, and the line in it that was being run.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Caller {
+    /// Path of the source file from `formats/` on, without that.
+    pub file: String,
+    /// Name of the function alone.
+    pub function: String,
+    /// Line number.
+    pub line: u32,
+}
+
+impl Caller {
+    /// The functions under `formats/` on the stack.
+    fn stack() -> Vec<Self> {
+        let text = Backtrace::force_capture().to_string();
+        let mut lines = text.lines().map(str::trim).peekable();
+        let mut callers = Vec::new();
+        while let Some(line) = lines.next() {
+            let Some((_, symbol)) = line.split_once(": ") else { continue };
+            let place = lines.next_if(|next| next.starts_with("at "));
+            let Some((_, place)) = place.and_then(|at| at.split_once("src/formats/")) else {
+                continue;
+            };
+            let mut place = place.split(':');
+            let function = function(symbol);
+            // Closures may have no name, but who made them has.
+            if !function.is_empty() {
+                callers.push(Self {
+                    file: place.next().unwrap_or_default().to_owned(),
+                    function,
+                    line: place.next().and_then(|line| line.parse().ok()).unwrap_or(0),
+                });
+            }
+        }
+        callers
+    }
+}
+
+/// The name of the function in a symbol, without path, types and closures in it.
+fn function(symbol: &str) -> String {
+    let mut depth = 0;
+    let outside = |c: &char| {
+        depth += i32::from(*c == '<');
+        let outside = depth == 0;
+        depth -= i32::from(*c == '>');
+        outside
+    };
+    let path: String = symbol.chars().filter(outside).collect();
+    let names = path.split("::").filter(|name| !name.is_empty() && !name.starts_with('{'));
+    names.last().unwrap_or_default().to_owned()
 }
 
 /// What an operation does.
@@ -86,9 +142,16 @@ pub struct Recording {
     /// How many of `seen` were there at the start.
     pub(super) at_start: usize,
     pub(super) ops: Vec<Op>,
+    /// Syncs that make nothing durable, by position.
+    pub(super) ignored: BTreeSet<usize>,
 }
 
 impl Recording {
+    /// The same operations as a program would have run them that lacks these syncs, given by position.
+    pub fn without(&self, syncs: BTreeSet<usize>) -> Self {
+        Self { ignored: syncs, ..self.clone() }
+    }
+
     /// The operations, oldest first.
     pub fn ops(&self) -> &[Op] {
         &self.ops
@@ -126,6 +189,7 @@ struct Log {
     live: Vec<Arc<MemoryFile>>,
     names: BTreeMap<PathBuf, FileId>,
     sync_time: Duration,
+    tracing: bool,
 }
 
 impl Log {
@@ -138,7 +202,8 @@ impl Log {
     }
 
     fn push(&mut self, file: FileId, change: Change) {
-        self.recording.ops.push(Op { file, change });
+        let origin = if self.tracing { Caller::stack() } else { Vec::new() };
+        self.recording.ops.push(Op { file, change, origin });
     }
 }
 
@@ -162,6 +227,11 @@ impl RecordingHost {
     /// How long each sync takes from now on, for what other threads do meanwhile.
     pub fn set_sync_time(&self, time: Duration) {
         self.log.lock().sync_time = time;
+    }
+
+    /// Notes from now on where in the drivers each operation comes from, which takes its time.
+    pub fn trace(&self) {
+        self.log.lock().tracing = true;
     }
 
     /// How many operations have been recorded.
@@ -415,6 +485,19 @@ mod tests {
         let file = recorder.open(Path::new("/a"), Access::Read).unwrap();
         assert!(!file.writable() && file.write_at(0, &[0]).is_err() && file.set_len(0).is_err());
         assert_eq!(recorder.position(), 0);
+    }
+
+    #[test]
+    fn functions_are_told_from_their_symbols() {
+        for symbol in [
+            "flatdisk::formats::vhd::blocks::SparseMap::write_out",
+            "<flatdisk::formats::vhd::Map as flatdisk::disk::map::BlockMap>::write_out",
+            "flatdisk::formats::vhd::{impl#1}::write_out::{closure#0}",
+            "flatdisk::formats::vhd::write_out<flatdisk::formats::vhd::take::{closure_env#0}>",
+            "flatdisk::formats::write_out::{{closure}}",
+        ] {
+            assert_eq!(function(symbol), "write_out");
+        }
     }
 
     #[test]

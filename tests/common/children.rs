@@ -9,7 +9,7 @@ use flatdisk::formats::{self, OpenOptions};
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::{Access, Host, Storage};
 
-use super::images::{Image, Kind, Tweak, errors, offered};
+use super::images::{Image, Kind, Tweak, errors, identity, offered};
 use super::pattern;
 
 const MIB: u64 = 1 << 20;
@@ -77,6 +77,18 @@ impl Kind for Child {
     fn errors(&self, host: &Arc<dyn Host>) -> Result<Vec<String>> {
         errors(host, &self.path())
     }
+
+    fn identity(&self, host: &Arc<dyn Host>) -> Result<Option<String>> {
+        identity(host, &self.path())
+    }
+
+    fn stride(&self) -> Option<u64> {
+        self.parent.stride
+    }
+
+    fn share(&self) -> usize {
+        self.parent.share
+    }
 }
 
 /// Children of every kind.
@@ -85,28 +97,43 @@ pub fn all() -> Vec<Box<dyn Kind>> {
     let vhdx = Image::new("vhdx", "dynamic", 5 * MIB + 4096).block(MIB);
     let vmdk = |subformat| Image::new("vmdk", subformat, 5 * MIB + 512);
     let parents = vec![
-        vhd,
+        vhd.clone(),
         vhdx.clone().sector(512),
-        vhdx.sector(4096),
+        vhdx.sector(4096).variant(),
         vmdk("monolithicSparse"),
-        vmdk("twoGbMaxExtentSparse"),
+        vmdk("twoGbMaxExtentSparse").variant(),
         // Its children are of the sparse format of ESX.
-        vmdk("vmfs"),
+        vmdk("vmfs").variant(),
     ];
+    // Each state has two images with long tables.
+    let mut wide = Image::new("vhdx", "dynamic", 0).block(MIB).sector(512).wide(512 * MIB);
+    wide.share *= 4;
     let child = |parent| Child { parent, tweak: None };
+    let tweaked = |parent: Image, tweak| Child { parent: parent.variant(), tweak: Some(tweak) };
+    let parents = parents.into_iter().chain([wide]).collect();
     let mut children: Vec<_> = offered(parents).into_iter().map(child).collect();
-    children.extend(offered(vec![vmdk("monolithicSparse")]).into_iter().map(|parent| Child {
-        parent,
-        tweak: Some(("zeroed grains", |host| {
-            zeroed_grains_at(host, Path::new("/t/child.vmdk"));
-        })),
-    }));
+    children.push(tweaked(vhd, ("stale space", leave_stale_space)));
+    children.push(tweaked(
+        vmdk("monolithicSparse"),
+        ("zeroed grains", |host| zeroed_grains_at(host, Path::new("/t/child.vmdk"))),
+    ));
     children.into_iter().map(|child| Box::new(child) as Box<dyn Kind>).collect()
 }
 
 fn put(host: &MemoryHost, path: &Path, at: u64, bytes: &[u8]) {
     let file = host.file(path).expect("the driver made the file");
     file.write_at(at, bytes).expect("memory takes all writes");
+}
+
+/// Puts unused space that is not zero between a VHD child and its footer.
+fn leave_stale_space(host: &Arc<MemoryHost>) {
+    let path = Path::new("/t/child.vhd");
+    let file = host.file(path).expect("the driver made the file");
+    let footer_at = file.len().expect("memory has lengths") - 512;
+    let mut footer = [0; 512];
+    file.read_at(footer_at, &mut footer).expect("memory takes all reads");
+    put(host, path, footer_at, &vec![0xff; 3 * MIB as usize]);
+    put(host, path, footer_at + 3 * MIB, &footer);
 }
 
 /// Changes some bytes of the test's image, which is one file.

@@ -111,7 +111,7 @@ impl Kind for Foreign {
     }
 
     fn share(&self) -> usize {
-        16
+        200
     }
 }
 

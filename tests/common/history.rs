@@ -6,6 +6,7 @@
 //! nothing was recorded between them; so calls have ticks of their own.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::pattern;
@@ -20,7 +21,7 @@ pub type Sectors = BTreeMap<u64, Sector>;
 
 /// A sector's contents as bytes would have them.
 pub fn sector(bytes: &[u8]) -> Sector {
-    if bytes.iter().all(|byte| *byte == 0) { None } else { Some(bytes.into()) }
+    if *bytes == [0; SECTOR as usize] { None } else { Some(bytes.into()) }
 }
 
 /// Tick of something still under way.
@@ -138,7 +139,12 @@ impl History {
 
     /// What a crash at `position` may leave in each touched sector.
     pub fn legal_at(&self, position: usize) -> Legal {
-        let covered = self.flushes.iter().filter(|flush| flush.1 <= position);
+        self.legal_between(position, position)
+    }
+
+    /// As [`Self::legal_at`], but only flushes that were complete at position `kept` promised anything.
+    pub fn legal_between(&self, kept: usize, position: usize) -> Legal {
+        let covered = self.flushes.iter().filter(|flush| flush.1 <= kept);
         let flushed = covered.map(|flush| flush.0).max();
         let legal = |number| (number, self.legal_values(number, position, flushed));
         Legal(self.touched().into_iter().map(legal).collect())
@@ -189,29 +195,45 @@ impl History {
 pub struct Legal(pub BTreeMap<u64, Vec<Sector>>);
 
 impl Legal {
-    /// Whether a sector may hold these bytes; if not, what it holds and what it may.
-    pub fn check(&self, number: u64, found: &[u8]) -> Result<(), String> {
+    /// What a sector holds, if it may hold these bytes; if not, what they are and what is allowed.
+    pub fn check(&self, number: u64, found: &[u8]) -> Result<Sector, String> {
         let zero = [None];
         let allowed = self.0.get(&number).map_or(&zero[..], Vec::as_slice);
-        let matches = |contents: &Sector| match contents {
-            Some(bytes) => bytes[..] == *found,
-            None => found.iter().all(|byte| *byte == 0),
-        };
-        if allowed.iter().any(matches) {
-            return Ok(());
+        match_one(number, found, allowed)
+    }
+
+    /// As [`Self::check`] for touched sectors without gaps from the first one on.
+    pub fn check_run(
+        &self,
+        run: Range<u64>,
+        bytes: &[u8],
+        found: &mut Vec<(u64, Sector)>,
+    ) -> Result<(), String> {
+        for ((&number, allowed), bytes) in self.0.range(run).zip(bytes.chunks(SECTOR as usize)) {
+            found.push((number, match_one(number, bytes, allowed)?));
         }
-        let expected: Vec<_> = allowed.iter().map(describe).collect();
-        Err(format!(
-            "sector {number} (disk offset {:#x}) holds: {}\n  expected one of: {}",
-            number * SECTOR,
-            pattern::describe(found),
-            expected.join(" | ")
-        ))
+        Ok(())
+    }
+
+    /// The parts of a range of sectors that were never touched.
+    pub fn untouched(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let mut parts = Vec::new();
+        let mut pos = range.start;
+        for (&number, _) in self.0.range(range.clone()) {
+            if pos < number {
+                parts.push(pos..number);
+            }
+            pos = number + 1;
+        }
+        if pos < range.end {
+            parts.push(pos..range.end);
+        }
+        parts
     }
 
     /// The touched sectors as runs of neighbours.
-    pub fn runs(&self) -> Vec<std::ops::Range<u64>> {
-        let mut runs: Vec<std::ops::Range<u64>> = Vec::new();
+    pub fn runs(&self) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
         for &number in self.0.keys() {
             match runs.last_mut() {
                 Some(run) if run.end == number => run.end += 1,
@@ -220,6 +242,23 @@ impl Legal {
         }
         runs
     }
+}
+
+fn match_one(number: u64, found: &[u8], allowed: &[Sector]) -> Result<Sector, String> {
+    let matches = |contents: &&Sector| match contents {
+        Some(bytes) => bytes[..] == *found,
+        None => *found == [0; SECTOR as usize],
+    };
+    if let Some(contents) = allowed.iter().find(matches) {
+        return Ok(contents.clone());
+    }
+    let expected: Vec<_> = allowed.iter().map(describe).collect();
+    Err(format!(
+        "sector {number} (disk offset {:#x}) holds: {}\n  expected one of: {}",
+        number * SECTOR,
+        pattern::describe(found),
+        expected.join(" | ")
+    ))
 }
 
 fn describe(contents: &Sector) -> String {

@@ -23,12 +23,19 @@ pub trait Kind: Send + Sync {
     /// The errors that a check of the image finds.
     fn errors(&self, host: &Arc<dyn Host>) -> Result<Vec<String>>;
 
+    /// What children of the image know it by, if it changes whenever the disk does.
+    fn identity(&self, host: &Arc<dyn Host>) -> Result<Option<String>> {
+        let _ = host;
+        Ok(None)
+    }
+
     /// For disks whose tables have many pages: writes this many bytes apart change one page each.
     fn stride(&self) -> Option<u64> {
         None
     }
 
-    /// How many times fewer states and faults than usual are worth looking at.
+    /// How many times fewer states and faults than usual are worth looking at; 1 for one kind of each
+    /// format that can be written.
     fn share(&self) -> usize {
         1
     }
@@ -46,12 +53,14 @@ pub struct Image {
     pub tweak: Option<Tweak>,
     /// See [`Kind::stride`].
     pub stride: Option<u64>,
+    /// See [`Kind::share`].
+    pub share: usize,
 }
 
 impl Image {
     pub fn new(format: &'static str, subformat: &str, size: u64) -> Self {
         let spec = CreateSpec { subformat: Some(subformat.into()), size, ..CreateSpec::default() };
-        Self { format, spec, tweak: None, stride: None }
+        Self { format, spec, tweak: None, stride: None, share: 1 }
     }
 
     pub fn block(mut self, bytes: u64) -> Self {
@@ -67,6 +76,12 @@ impl Image {
 
     pub fn tweaked(mut self, name: &'static str, tweak: fn(&Arc<MemoryHost>)) -> Self {
         self.tweak = Some((name, tweak));
+        self.variant()
+    }
+
+    /// One more layout of a format that another kind stands for.
+    pub fn variant(mut self) -> Self {
+        self.share = 16;
         self
     }
 
@@ -74,6 +89,7 @@ impl Image {
     pub fn wide(mut self, stride: u64) -> Self {
         self.spec.size = stride * 150;
         self.stride = Some(stride);
+        self.share = 160;
         self
     }
 
@@ -129,25 +145,24 @@ impl Kind for Image {
         errors(host, &self.path())
     }
 
+    fn identity(&self, host: &Arc<dyn Host>) -> Result<Option<String>> {
+        identity(host, &self.path())
+    }
+
     fn stride(&self) -> Option<u64> {
         self.stride
     }
 
     fn share(&self) -> usize {
-        if self.fixed() && self.format != "vhdx" {
-            // Nothing but payload is ever written.
-            4
-        } else if self.stride.is_some() {
-            16
-        } else if self.spec.size > 1 << 30 {
-            // Each state takes long to check.
-            8
-        } else if self.tweak.is_some() {
-            2
-        } else {
-            1
-        }
+        self.share
     }
+}
+
+/// See [`Kind::identity`]; that of a VHD is for ever.
+pub fn identity(host: &Arc<dyn Host>, path: &Path) -> Result<Option<String>> {
+    let image = formats::open(host, path, &OpenOptions::new(Access::Read))?;
+    let lasting = matches!(image.identity, formats::Identity::VhdUniqueId(_));
+    Ok((!lasting).then(|| image.identity.to_string()))
 }
 
 /// The errors, leaks and notices aside, that a check finds.
@@ -169,18 +184,18 @@ pub fn small() -> Vec<Image> {
     let mut images = vec![
         Image::new("vhd", "fixed", 3 * MIB + 5 * SECTOR),
         Image::new("vhd", "dynamic", 3 * MIB + 5 * SECTOR).block(MIB / 2),
-        Image::new("vhd", "dynamic", 7 * MIB + 5 * SECTOR).block(2 * MIB),
+        Image::new("vhd", "dynamic", 7 * MIB + 5 * SECTOR).block(2 * MIB).variant(),
         Image::new("vhdx", "dynamic", 5 * MIB + 3 * SECTOR).block(MIB).sector(512),
-        Image::new("vhdx", "dynamic", 5 * MIB + 8 * SECTOR).block(MIB).sector(4096),
-        Image::new("vhdx", "dynamic", 9 * MIB).block(2 * MIB).sector(512),
+        Image::new("vhdx", "dynamic", 5 * MIB + 8 * SECTOR).block(MIB).sector(4096).variant(),
+        Image::new("vhdx", "dynamic", 9 * MIB).block(2 * MIB).sector(512).variant(),
         Image::new("vhdx", "fixed", 4 * MIB).block(MIB).sector(512),
         Image::new("vmdk", "monolithicSparse", 40 * MIB + 5 * SECTOR),
         Image::new("vmdk", "twoGbMaxExtentSparse", 2047 * MIB + 300 * SECTOR),
         Image::new("vmdk", "monolithicFlat", MIB + SECTOR),
-        Image::new("vmdk", "twoGbMaxExtentFlat", 2047 * MIB + SECTOR),
-        Image::new("vmdk", "vmfs", MIB),
-        Image::new("vmdk", "vmfsThin", MIB),
-        Image::new("vmdk", "vmfsSparse", 5 * MIB + 3 * SECTOR),
+        Image::new("vmdk", "twoGbMaxExtentFlat", 2047 * MIB + SECTOR).variant(),
+        Image::new("vmdk", "vmfs", MIB).variant(),
+        Image::new("vmdk", "vmfsThin", MIB).variant(),
+        Image::new("vmdk", "vmfsSparse", 2 * MIB + 67 * SECTOR),
     ];
     let vhd = Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2);
     let vhdx = Image::new("vhdx", "dynamic", 3 * MIB).block(MIB).sector(512);

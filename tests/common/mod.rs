@@ -65,7 +65,7 @@ pub fn folder() -> tempfile::TempDir {
 }
 
 /// Runs `f` for every item on as many threads as there are processors; the results in order.
-pub fn in_parallel<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+pub fn in_parallel<'a, T: Sync, R: Send>(items: &'a [T], f: impl Fn(&'a T) -> R + Sync) -> Vec<R> {
     let next = std::sync::atomic::AtomicUsize::new(0);
     let results: Vec<_> = items.iter().map(|_| parking_lot::Mutex::new(None)).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);

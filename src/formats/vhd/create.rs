@@ -115,7 +115,6 @@ fn create_fixed(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
     let footer = new_footer(DiskType::Fixed, spec.size);
     let file = host.create(path)?;
     file.set_len(spec.size).map_err(|e| Error::io("extending", &e))?;
-    sync_file(&*file)?;
     finish(host, path, &*file, &footer, spec.size)
 }
 

@@ -24,6 +24,8 @@
 //!    crash leaves a clean file.
 //! 4. Headers, one after the other, with that GUID, `FileWriteGuid` and `DataWriteGuid` new. A
 //!    crash leaves one good header, whose log is empty or not to be replayed.
+//! 5. A region table that differs from the one in use, in its place, without sync. A crash leaves
+//!    the one in use.
 //!
 //! **A write** into a block that is not stored goes to space that no table names, a write into a
 //! stored block to its place; neither is durable before the next flush. BAT and sector bitmaps

@@ -80,7 +80,7 @@ impl Blocks {
             state.space.set_file_len(needed);
         }
         self.note_length(&state);
-        self.repair_region_tables(session, &state)?;
+        self.repair_region_tables()?;
         *self.state.lock() = Some(state);
         Ok(())
     }
@@ -124,24 +124,17 @@ impl Blocks {
         Ok(ring)
     }
 
-    /// Rewrites a region table that is not like the one in use.
-    fn repair_region_tables(&self, session: &mut Session, state: &WriteState) -> Result<()> {
+    /// Rewrites a region table that is not like the one in use, which stays as it is whatever a crash
+    /// leaves of the other.
+    fn repair_region_tables(&self) -> Result<()> {
         let copies = [read_copy(self.file(), 0)?, read_copy(self.file(), 1)?];
         let (good, bad) = match &copies {
             [Some(good), other] if other.as_ref() != Some(good) => (good, 1),
             [None, Some(good)] => (good, 0),
             _ => return Ok(()),
         };
-        let first = REGION_TABLE_OFFSETS[bad] / LOG_SECTOR;
-        let images: Vec<PageImage> = (first..)
-            .zip(good[..TABLE_BYTES].chunks(LOG_SECTOR as usize))
-            .map(|(page, data)| (page, data.into()))
-            .collect();
-        let Some(ring) = &mut session.ring else { return Ok(()) };
-        append(ring, &images, state.lengths())?;
-        apply(self.file(), &images)?;
-        // The next entry may be appended before any other sync.
-        sync_file(self.file())
+        let at = REGION_TABLE_OFFSETS[bad];
+        write_all(self.file(), at, &good[..TABLE_BYTES], "region table")
     }
 
     /// Writes pages outside of BAT and sector bitmaps, as one step, durable on return. The session
@@ -156,8 +149,7 @@ impl Blocks {
             return Err(Error::invalid("the log is too small for the change"));
         }
         append(ring, images, lengths)?;
-        apply(self.file(), images)?;
-        sync_file(self.file())
+        apply(self.file(), images)
     }
 
     /// Makes payload and tables durable.
@@ -245,11 +237,19 @@ impl Blocks {
 
     /// Brings everything to its place and marks the file as clean.
     pub(super) fn end_session(&self) -> Result<()> {
-        if self.session.lock().ring.is_none() {
-            return Ok(());
+        let pending = {
+            let session = self.session.lock();
+            match &session.failure {
+                Some(failure) => return Err(failure.clone()),
+                None if session.ring.is_none() => return Ok(()),
+                None => self.cache.dirty_pages() > 0 || !session.unapplied.is_empty(),
+            }
+        };
+        // As a rule everything was flushed just now.
+        if pending {
+            self.flush_tables()?;
         }
         let file = self.file();
-        self.flush_tables()?;
         sync_file(file)?;
         let mut session = self.session.lock();
         session.headers.update(|h| h.log = Uuid::nil())?;

@@ -9,8 +9,8 @@
 //!
 //! 1. Before the first change ([`begin_writes`](crate::disk::map::BlockMap::begin_writes)) every
 //!    sparse extent is walked (`walk`): damage refuses the write, and the walk leaves what is free
-//!    (`space`). Then each extent is marked unclean and the descriptor gets a new content id; one
-//!    sync of each file.
+//!    (`space`). Then each extent is marked unclean, a file that ends inside a sector gets the rest
+//!    of it, and the descriptor gets a new content id; one sync of each file.
 //! 2. A new grain lies in space that no durable table leads to: behind the end of the file, which is
 //!    extended first, or where a grain was freed by tables that are durable. The disk fills it
 //!    completely; only then its entry changes, in memory.

@@ -77,8 +77,7 @@ impl Area {
         }
         place(file, text, 1..used.start)?;
         lead_to(file, self.all.clone())?;
-        place(file, &[], used)?;
-        sync_file(file)
+        place(file, &[], used)
     }
 }
 

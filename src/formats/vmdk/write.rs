@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use smallvec::{SmallVec, smallvec};
@@ -94,6 +95,7 @@ impl VmdkMap {
         }
         for sparse in self.sparse.iter().filter(|s| s.writable) {
             self.mark_unclean(sparse, true)?;
+            complete_last_sector(sparse)?;
         }
         for sparse in torn {
             log::info!("{}: renewing redundant grain tables", sparse.file.path().display());
@@ -437,6 +439,21 @@ impl VmdkMap {
         }
         self.sync_written()
     }
+}
+
+/// Gives a file that ends inside a sector, as a crash may leave it, the rest of it: free space is
+/// counted in sectors, and nothing in use lies there.
+fn complete_last_sector(sparse: &SparseExtent) -> Result<()> {
+    let len = sparse.tables.file_len.load(Ordering::Acquire);
+    let whole = len.next_multiple_of(SECTOR);
+    if whole > len {
+        sparse
+            .file
+            .set_len(whole)
+            .map_err(|e| Error::io("extend", &e).in_file(sparse.file.path()).at(len))?;
+        sparse.tables.file_len.store(whole, Ordering::Release);
+    }
+    Ok(())
 }
 
 /// Appends a range, joined to the last one where it continues it.

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use super::corpus::tools_required;
 use super::*;
+use crate::error::ErrorKind;
 use crate::storage::file::HostFs;
 
 const MIB: u64 = 1 << 20;
@@ -30,8 +31,17 @@ fn run(tool: &str, args: &[&str]) -> String {
     text
 }
 
+/// Opens an image. A program that another test is just starting holds this one's files for a moment,
+/// and with them their locks.
 fn open(path: &Path, access: Access) -> Image {
-    formats::open(&HostFs::shared(), path, &OpenOptions::new(access)).unwrap()
+    let attempt = |_| match formats::open(&HostFs::shared(), path, &OpenOptions::new(access)) {
+        Err(e) if e.kind() == ErrorKind::Busy => {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            None
+        }
+        opened => Some(opened.unwrap()),
+    };
+    (0..100).find_map(attempt).expect("the image is unlocked after a moment")
 }
 
 /// What both sides write: `(offset, length, byte)`.
