@@ -268,7 +268,7 @@ fn find_parent(
     );
     Err(Error::new(ErrorKind::ParentMissing, what)
         .in_file(&child.path)
-        .hint("`-o allow_parent=DIR` adds a directory"))
+        .hint("--allow-parent=DIR, or `-o allow_parent=DIR`, adds a directory"))
 }
 
 /// Refuses a parent that is already part of the chain.
