@@ -53,6 +53,12 @@ impl ChainArgs {
 
 /// Arguments of `flatdisk map`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  What is stored where:
+    flatdisk map server.vhdx
+  What a backup must copy after the one of an older generation:
+    flatdisk map --since base.vhdx --json child.avhdx")]
 pub struct MapArgs {
     /// The image.
     image: PathBuf,
@@ -150,6 +156,10 @@ impl Printer<'_> {
 
 /// Arguments of `flatdisk commit`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  Keep what was written to a child, in its parent:
+    flatdisk commit child.avhdx")]
 pub struct CommitArgs {
     /// The image to merge into its parent; it is removed.
     child: PathBuf,
@@ -190,6 +200,12 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
 
 /// Arguments of `flatdisk rebase`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  Stand on another image, and still show the same:
+    flatdisk rebase child.avhdx --parent other.vhdx
+  The parent was moved, and holds what it held before:
+    flatdisk rebase --unsafe child.avhdx --parent /new/place/base.vhdx")]
 pub struct RebaseArgs {
     /// The image that gets another parent.
     child: PathBuf,

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::json;
 
 use super::chain::ParentArgs;
-use super::output::{iec, parse_size, print_line};
+use super::output::{OutputArgs, iec, parse_size, print_json, print_line};
 use crate::error::{Error, Result};
 use crate::formats::{self, CreateSpec, Format};
 use crate::storage::Access;
@@ -16,6 +17,14 @@ const CHOSEN_BY_PARENT: [&str; 4] = ["subformat", "sector_size", "physical_secto
 
 /// Arguments of `flatdisk create`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  A VHDX that grows as it is filled:
+    flatdisk create --size 64G disk.vhdx
+  A VHD for Azure, which wants fixed ones:
+    flatdisk create --size 30G --subformat fixed disk.vhd
+  A child that stores only what changes:
+    flatdisk create --parent disk.vhdx child.avhdx")]
 pub struct CreateArgs {
     /// The image to make; it must not exist.
     image: PathBuf,
@@ -51,6 +60,8 @@ pub struct CreateArgs {
     /// Print nothing on success.
     #[arg(long, short)]
     quiet: bool,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// Makes a new image.
@@ -75,15 +86,22 @@ pub fn create(args: &CreateArgs) -> Result<u8> {
         Error::invalid("the extension says no format").in_file(&args.image).hint("use --format")
     })?;
     formats::create(format, &HostFs, &args.image, &spec)?;
-    if !args.quiet {
-        let subformat = spec.subformat.as_deref().or(format.subformats().first().copied());
-        print_line(&format!(
-            "created {}: {} {}, {}",
-            args.image.display(),
-            format.name().to_uppercase(),
-            subformat.unwrap_or_default(),
-            iec(spec.size)
-        ))?;
+    let subformat = spec.subformat.as_deref().or(format.subformats().first().copied());
+    created(args, format, subformat.unwrap_or_default(), spec.size)
+}
+
+/// Says what was made; `what` is the subformat, or whose child.
+fn created(args: &CreateArgs, format: &dyn Format, what: &str, size: u64) -> Result<u8> {
+    if args.output.json() {
+        print_json(&json!({
+            "filename": args.image,
+            "format": format.name(),
+            "virtual_size": size,
+            "parent": args.parent,
+        }))?;
+    } else if !args.quiet {
+        let (image, format) = (args.image.display(), format.name().to_uppercase());
+        print_line(&format!("created {image}: {format} {what}, {}", iec(size)))?;
     }
     Ok(0)
 }
@@ -106,14 +124,5 @@ fn create_child(
         None => formats::by_name(parent.info.format)?,
     };
     formats::create_child(format, &HostFs, &args.image, &parent, spec)?;
-    if !args.quiet {
-        print_line(&format!(
-            "created {}: {} child of {}, {}",
-            args.image.display(),
-            format.name().to_uppercase(),
-            parent.path.display(),
-            iec(size)
-        ))?;
-    }
-    Ok(0)
+    created(args, format, &format!("child of {}", parent.path.display()), size)
 }

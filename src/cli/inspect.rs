@@ -18,6 +18,12 @@ use crate::storage::file::HostFs;
 
 /// Arguments of `flatdisk info`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  The virtual size in bytes, for a script:
+    flatdisk info --json server.vhdx | jq .images[0].virtual_size
+  A snapshot and all that it stands on:
+    flatdisk info --chain server_1A2B.avhdx")]
 pub struct InfoArgs {
     /// The image.
     image: PathBuf,
@@ -117,7 +123,7 @@ fn print_entry(entry: &ImageEntry) -> Result<()> {
     }
     rows.extend(entry.read_only.clone().map(|why| ("read-only", why)));
     for (name, value) in rows {
-        print_line(&format!("  {name:<14}{value}"))?;
+        print_line(&format!("  {name:<19} {value}"))?;
     }
     for (name, value) in &info.details {
         print_detail(&name.replace('_', " "), value, 2)?;
@@ -133,7 +139,7 @@ fn print_detail(name: &str, value: &Value, indent: usize) -> Result<()> {
     let pad = " ".repeat(indent);
     match value {
         Value::Null => Ok(()),
-        Value::String(text) => print_line(&format!("{pad}{name:<14}{text}")),
+        Value::String(text) => print_line(&format!("{pad}{name:<19} {text}")),
         Value::Object(fields) => {
             print_line(&format!("{pad}{name}"))?;
             fields.iter().try_for_each(|(name, value)| {
@@ -144,12 +150,25 @@ fn print_detail(name: &str, value: &Value, indent: usize) -> Result<()> {
             .iter()
             .enumerate()
             .try_for_each(|(i, item)| print_detail(&format!("{name} {}", i + 1), item, indent)),
-        other => print_line(&format!("{pad}{name:<14}{other}")),
+        other => print_line(&format!("{pad}{name:<19} {other}")),
     }
 }
 
 /// Arguments of `flatdisk check`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  What a repair would change:
+    flatdisk check --repair --dry-run server.vhdx
+  Give back the space that nothing uses, and touch nothing else:
+    flatdisk check --repair=leaks server.vhdx
+
+Exit status:
+  0   no errors
+  1   the check could not be completed
+  2   there are errors
+  3   there are no errors, but space that nothing uses
+  After a repair it tells how the image is then.")]
 pub struct CheckArgs {
     /// The image.
     image: PathBuf,

@@ -1,16 +1,19 @@
 //! The command line.
 //!
 //! The program is called by several names: `flatdisk`, and as the helpers of mount(8) and umount(8)
-//! `mount.flatdisk`, `mount.fuse.flatdisk`, `umount.flatdisk` and `umount.fuse.flatdisk`. mount.fuse3
-//! calls it `flatdisk SOURCE MOUNTPOINT -o OPTIONS`, without a command.
+//! `mount.flatdisk`, `mount.fuse.flatdisk`, `umount.flatdisk`, `umount.fuse.flatdisk` and
+//! `umount.fuse`. mount.fuse3 calls it `flatdisk SOURCE MOUNTPOINT -o OPTIONS`, without a command.
 
 pub mod attach;
+pub mod browse;
 pub mod chain;
 pub mod images;
 pub mod inspect;
+pub mod install;
 pub mod log_sink;
 pub mod mount;
 pub mod output;
+pub mod pages;
 pub mod running;
 
 use std::ffi::{OsStr, OsString};
@@ -19,8 +22,40 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+const HELP: &str = "\
+Examples:
+  Show every image of a folder as a flat file:
+    flatdisk mount /srv/images /mnt/flat
+  Mount a file system inside one of them:
+    losetup --direct-io=on -Pf --show /mnt/flat/server.vhdx.img
+    mount /dev/loop0p2 /mnt/server
+  Unmount, and wait until every image is closed:
+    flatdisk umount /mnt/flat
+
+Exit status:
+  0   success
+  1   failure, or wrong usage
+  mount, umount and check have more; their own pages list them.
+
+Environment:
+  FLATDISK_LOG     what is logged: error, warn, info or debug
+  NO_COLOR         no colours in help
+  XDG_RUNTIME_DIR  where a user's daemons have their sockets
+
+Files:
+  /run/flatdisk              sockets through which commands reach the daemons of root
+  $XDG_RUNTIME_DIR/flatdisk  the same of a user
+  /etc/flatdisk/NAME.conf    settings of the service flatdisk@NAME
+  ~/.config/flatdisk/        the same of user services
+  /etc/fuse.conf             whether users may let others into their mounts";
+
+/// Mounts VHD, VHDX and VMDK disk images as flat raw files, readable and writable.
+///
+/// A daemon mounts a directory in which every image appears as a flat raw file, for any program that
+/// works with raw disks: losetup, mount, fdisk, dd, qemu-img, file managers. Reading never changes an
+/// image. The other commands look at images, make, check and repair them, and merge chains of them.
 #[derive(Debug, Parser)]
-#[command(name = "flatdisk", version, about)]
+#[command(name = "flatdisk", version, about, after_long_help = HELP)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -29,8 +64,17 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Show images as flat files in a directory.
+    ///
+    /// Below MOUNTPOINT every image appears as a flat raw file: server.vhdx as server.vhdx.img. A
+    /// directory is mirrored with its folders, and shows only images. One that cannot be opened shows
+    /// as a text that says why. Nothing is written to an image before a program writes to its file.
+    ///
+    /// The command returns when the mount is live, and the daemon goes on in the background.
     Mount(mount::MountArgs),
     /// Unmount, and wait until every image is closed.
+    ///
+    /// umount(8) does the same where `flatdisk install-helpers` was run; the system call alone does not
+    /// wait for the daemon. The mount of a daemon that died is cleared away.
     #[command(alias = "unmount")]
     Umount(running::UmountArgs),
     /// Show more images in the root of a mount.
@@ -52,11 +96,22 @@ enum Command {
     /// Make a new image, or a child of another one.
     Create(images::CreateArgs),
     /// List what every part of a disk is, and which image holds it.
+    ///
+    /// Runs of stored data, of zeroes, and of what no image stores, in the order of the disk. With
+    /// --json they are an array, of the shape that `qemu-img map --output=json` has.
     Map(chain::MapArgs),
     /// Merge a child into its parent.
     Commit(chain::CommitArgs),
     /// Give a child another parent.
     Rebase(chain::RebaseArgs),
+    /// Mount an image for the desktop, and open its folder.
+    Browse(browse::BrowseArgs),
+    /// Install the program, its mount helpers, man pages, completions, units and desktop files.
+    InstallHelpers(install::InstallArgs),
+    /// Print completions for a shell.
+    Completions(pages::CompletionsArgs),
+    /// Write the man pages into a directory.
+    Man(pages::ManArgs),
 }
 
 /// Runs the program.
@@ -70,6 +125,7 @@ pub fn run() -> ExitCode {
         Some("umount.flatdisk" | "umount.fuse.flatdisk") => {
             parse(&arguments).map(|args| running::umount_helper(&args))
         }
+        Some("umount.fuse") => parse(&arguments).map(|args| running::umount_any_fuse(&args)),
         _ => {
             if called_by_mount_fuse(&arguments) {
                 arguments.insert(1, "mount".into());
@@ -116,6 +172,10 @@ fn run_command(command: &Command) -> u8 {
         Command::Map(args) => chain::map(args),
         Command::Commit(args) => chain::commit(args),
         Command::Rebase(args) => chain::rebase(args),
+        Command::Browse(args) => return browse::browse(args),
+        Command::InstallHelpers(args) => install::install(args),
+        Command::Completions(args) => pages::completions(args),
+        Command::Man(args) => pages::man(args),
     };
     done.unwrap_or_else(|e| {
         eprintln!("flatdisk: {e}");

@@ -33,11 +33,33 @@ pub const DAEMON: &str = "FLATDISK_DAEMON";
 /// What the serving process writes when the mount is live.
 const READY: &str = "ready";
 
+const HELP: &str = "\
+Examples:
+  Every image of a folder, readable and writable:
+    flatdisk mount /srv/images /mnt/flat
+  One image, without any danger to it:
+    flatdisk mount -o ro server.vhdx ~/flat
+  What is written is thrown away:
+    flatdisk mount --nonpersistent server.vhdx ~/flat
+
+Exit status:
+  0   the mount is live
+  1   wrong usage, or an option that is unknown or refused
+  2   in the foreground: unmounted, but not everything written reached its image
+  32  the mount failed
+
+Notes:
+  A mount point need not be empty; what is in it is hidden until the mount ends.
+
+  Users other than root mount through fusermount3, and nobody else can look in
+  unless allow_other or allow_root is given and /etc/fuse.conf permits it.";
+
 /// Arguments of `flatdisk mount`.
 #[derive(Debug, Args)]
+#[command(after_long_help = HELP)]
 pub struct MountArgs {
     /// Images, and directories to be mirrored.
-    #[arg(required = true, num_args = 1..)]
+    #[arg(required = true, num_args = 1.., value_name = "SOURCE")]
     sources: Vec<PathBuf>,
     /// An existing directory.
     mountpoint: PathBuf,
@@ -157,9 +179,34 @@ impl Words {
     }
 }
 
+const HELPER_HELP: &str = "\
+Examples:
+  By hand:
+    mount -t flatdisk /srv/images /mnt/flat -o ro
+  In /etc/fstab, a folder of images and a file system inside one of them:
+    /srv/images             /mnt/flat  fuse.flatdisk  ro,nofail,x-gvfs-show  0 0
+    /mnt/flat/win.vhdx.img  /mnt/c     ntfs3  loop,ro,nofail,x-systemd.requires-mounts-for=/mnt/flat  0 0
+
+Exit status:
+  0   the mount is live
+  1   wrong usage, or an option that is unknown or refused
+  32  the mount failed
+
+Files:
+  /etc/fstab      mounts made at boot
+  /etc/fuse.conf  whether users may let others into their mounts";
+
 /// Arguments of `mount.flatdisk`, as mount(8) calls its helpers.
 #[derive(Debug, Parser)]
-#[command(name = "mount.flatdisk", version, about = "Mounts images as flat files for mount(8)")]
+#[command(
+    name = "mount.flatdisk",
+    version,
+    about = "Mounts images as flat files for mount(8)",
+    long_about = "Shows an image, or every image of a folder, as a flat raw file below a mount point. \
+                  mount(8) runs this program for the types flatdisk and fuse.flatdisk, by hand as \
+                  well as for lines of /etc/fstab.",
+    after_long_help = HELPER_HELP
+)]
 pub struct HelperArgs {
     /// An image, or a directory to be mirrored.
     source: PathBuf,

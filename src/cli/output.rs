@@ -38,11 +38,16 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
     print_line(&text)
 }
 
-/// Prints one line to standard output. A reader that went away ends the program quietly, as it does
-/// every filter; `println!` would panic.
+/// Prints one line to standard output.
 pub fn print_line(line: &str) -> Result<()> {
+    print_text(&format!("{line}\n"))
+}
+
+/// Prints to standard output. A reader that went away ends the program quietly, as it does every
+/// filter; `print!` would panic.
+pub fn print_text(text: &str) -> Result<()> {
     use std::io::Write;
-    match writeln!(std::io::stdout(), "{line}") {
+    match std::io::stdout().write_all(text.as_bytes()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other.map_err(|e| Error::io("writing to standard output", &e)),
     }

@@ -1,7 +1,9 @@
 //! Commands that talk to running daemons: `umount`, `sync`, `status`, `open`, `close`.
 
 use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use clap::{Args, Parser};
@@ -21,6 +23,12 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Arguments of `flatdisk umount`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Exit status:
+  0   unmounted, and every image is closed
+  1   wrong usage
+  2   unmounted, but not everything written reached its image
+  32  not unmounted")]
 pub struct UmountArgs {
     /// The mount point.
     #[arg(required = true, value_name = "DIR")]
@@ -32,7 +40,20 @@ pub struct UmountArgs {
 
 /// Arguments of `umount.flatdisk`, as umount(8) calls its helpers.
 #[derive(Debug, Parser)]
-#[command(name = "umount.flatdisk", version, about = "Unmounts flat files for umount(8)")]
+#[command(
+    name = "umount.flatdisk",
+    version,
+    about = "Unmounts flat files for umount(8)",
+    long_about = "umount(8) runs this program for mounts of flatdisk. It flushes all images, unmounts, \
+                  and returns when every image is closed; the system call alone waits for neither. As \
+                  umount.fuse it is also called for other FUSE mounts, which it leaves to umount(8).",
+    after_long_help = "\
+Exit status:
+  0   unmounted, and every image is closed
+  1   wrong usage
+  2   unmounted, but not everything written reached its image
+  32  not unmounted"
+)]
 pub struct UmountHelperArgs {
     /// The mount point.
     mountpoint: PathBuf,
@@ -79,12 +100,22 @@ pub struct StatusArgs {
 
 /// Arguments of `flatdisk open`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  Show an image in a live mount, and take it out again:
+    flatdisk open /data/mail.vmdk /mnt/flat
+    flatdisk close /mnt/flat/mail.vmdk.img
+  The same with other words, and under another name:
+    ln -s /data/mail.vmdk /mnt/flat/letters.img
+    rm /mnt/flat/letters.img")]
 pub struct OpenArgs {
     /// Images to show.
-    #[arg(required = true, num_args = 1..)]
+    #[arg(required = true, num_args = 1.., value_name = "IMAGE")]
     images: Vec<PathBuf>,
-    /// Where.
+    /// The mount, or anything in it.
     mountpoint: PathBuf,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// Arguments of `flatdisk close`.
@@ -99,6 +130,32 @@ pub struct CloseArgs {
 pub fn umount(args: &UmountArgs) -> u8 {
     let statuses = args.mountpoints.iter().map(|dir| umount_one(dir, args.lazy));
     statuses.fold(0, |all, one| all | one)
+}
+
+/// `umount.fuse`. umount(8) calls it for any FUSE mount: where root names the mount by its absolute
+/// path, it asks statfs(2) for the type, which knows no more than `fuse`. What is not ours goes back to
+/// umount(8), which then does the rest by itself.
+pub fn umount_any_fuse(args: &UmountHelperArgs) -> u8 {
+    let mount = mounts::absolute(&args.mountpoint).and_then(|target| mounts::mounted_at(&target));
+    if mount.is_ok_and(|mount| mount.is_some_and(|mount| mount.is_ours())) {
+        return umount_helper(args);
+    }
+    let flags = [
+        ("--internal-only", true),
+        ("--lazy", args.lazy),
+        ("--force", args.force),
+        ("--no-mtab", args.no_mtab),
+        ("--read-only", args.read_only),
+        ("--verbose", args.verbose > 0),
+    ];
+    let mut umount = Command::new("umount");
+    umount.args(flags.iter().filter(|(_, given)| *given).map(|(flag, _)| flag));
+    if let Some(namespace) = &args.namespace {
+        umount.arg("--namespace").arg(namespace);
+    }
+    let failed = umount.arg("--").arg(&args.mountpoint).exec();
+    eprintln!("flatdisk: {}", Error::io("running umount", &failed));
+    SYSTEM_ERROR
 }
 
 /// `umount.flatdisk` and `umount.fuse.flatdisk`.
@@ -332,8 +389,10 @@ pub fn open(args: &OpenArgs) -> Result<u8> {
     };
     let images = args.images.iter().map(absolute).collect::<Result<_>>()?;
     let answer = daemon.ask(&Request::Open { images })?;
-    for name in &answer.names {
-        print_line(&name.display().to_string())?;
+    if args.output.json() {
+        print_json(&serde_json::json!({ "files": answer.names }))?;
+    } else {
+        answer.names.iter().try_for_each(|name| print_line(&name.display().to_string()))?;
     }
     Ok(complain(&answer))
 }

@@ -334,9 +334,9 @@ fn find_parent(
     if !outside.is_empty() {
         what += &format!("; {} lies outside the permitted directories", list(&outside));
     }
-    Err(Error::new(ErrorKind::ParentMissing, what)
-        .in_file(&child.path)
-        .hint("`-o allow_parent=DIR` adds a directory, `-o parent=FILE` names the parent"))
+    Err(Error::new(ErrorKind::ParentMissing, what).in_file(&child.path).hint(
+        "`--parent-dir DIR` or `-o allow_parent=DIR` adds a directory, `parent=FILE` names it",
+    ))
 }
 
 /// Takes the wrong parent if `force` says so.

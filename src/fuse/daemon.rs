@@ -236,7 +236,8 @@ pub fn check_host() -> Result<()> {
         return Err(Error::new(ErrorKind::NotFound, "there is no /dev/fuse")
             .hint("`modprobe fuse` may bring it"));
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
+    // mount(8) hands its environment on to a user's helper without PATH; execvp(3) looks here then.
+    let path = std::env::var_os("PATH").unwrap_or_else(|| "/bin:/usr/bin".into());
     let helper = || std::env::split_paths(&path).any(|dir| dir.join("fusermount3").exists());
     if !geteuid().is_root() && !helper() {
         return Err(Error::new(ErrorKind::NotFound, "there is no fusermount3")
@@ -268,7 +269,9 @@ fn check_mountpoint(path: &Path) -> Result<PathBuf> {
         _ => Error::io("mount point", &e).in_file(&path),
     })?;
     if !meta.is_dir() {
-        return Err(Error::invalid("the mount point is not a directory").in_file(&path));
+        return Err(Error::invalid("the mount point is not a directory")
+            .in_file(&path)
+            .hint("the mount point comes last, after what is mounted"));
     }
     if mounts::mounted_at(&path)?.is_some_and(|entry| entry.is_ours()) {
         return Err(Error::new(ErrorKind::Busy, "already a mount of flatdisk")

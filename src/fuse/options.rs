@@ -181,9 +181,19 @@ const TABLE: &[(&str, Meaning)] = &[
     ("nolazytime", Ignored),
     ("iversion", Ignored),
     ("noiversion", Ignored),
+    ("mand", Ignored),
+    ("nomand", Ignored),
+    // The kernel resolves no symlink here: none shows.
+    ("nosymfollow", Ignored),
+    ("symfollow", Ignored),
     ("silent", Ignored),
     ("loud", Ignored),
 ];
+
+/// Whether `-o` takes this word.
+pub fn is_known(word: &str) -> bool {
+    TABLE.iter().any(|(known, _)| *known == word)
+}
 
 impl MountOptions {
     /// Applies a comma-separated list as `-o` takes it. With `sloppy`, unknown words are skipped.
