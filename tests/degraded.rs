@@ -162,7 +162,7 @@ fn fixed_disks_that_were_cut_off_say_what_they_lost_when_opened() {
         let dynamic: Arc<dyn Host> = host;
         let options = OpenOptions::new(Access::Read);
         let image = formats::open(&dynamic, &path(format), &options).unwrap();
-        assert_eq!(image.damage[..], [lost..SIZE]);
+        assert!(image.damage.len() == 1 && image.damage[0] == (lost..SIZE));
         assert!(image.read_only.is_some());
     }
 }

@@ -115,7 +115,7 @@ pub fn seal(file: &dyn Storage) {
 /// Makes a CRC-32C at byte 4 of a structure fit, if the structure is there.
 pub fn seal_crc(file: &dyn Storage, at: u64, len: usize, signature: &[u8; 4]) {
     let mut bytes = vec![0; len];
-    if file.read_at(at, &mut bytes).is_ok() && bytes.starts_with(signature) {
+    if len >= 8 && file.read_at(at, &mut bytes).is_ok() && bytes.starts_with(signature) {
         bytes[4..8].fill(0);
         let _ = file.write_at(at + 4, &crc32c::crc32c(&bytes).to_le_bytes());
     }
