@@ -1,6 +1,6 @@
-//! Damaged images: whatever bytes a file holds, opening, reading, writing and checking it end soon,
-//! in little memory, without a panic; nothing is written unless somebody writes, and what was
-//! written is there afterwards.
+//! Damaged images: whatever bytes a file holds, opening, reading, writing, checking and repairing it
+//! end soon, in little memory, without a panic; nothing is written unless somebody writes, what was
+//! written is there afterwards, and a repair changes nothing that could be read.
 //!
 //! `FLATDISK_DAMAGE_CASES` is the number of cases; `FLATDISK_SEED` and `FLATDISK_DAMAGE_CASE` repeat
 //! one of them.
@@ -21,7 +21,7 @@ use common::{number, pattern, seed};
 use fastrand::Rng;
 use flatdisk::disk::Disk;
 use flatdisk::error::{ErrorKind, Result};
-use flatdisk::formats::{self, OpenOptions};
+use flatdisk::formats::{self, OpenOptions, Scope};
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::{Access, Host};
 use hostile::bases::{self, Base};
@@ -52,6 +52,7 @@ struct Tally {
     read_only: u64,
     written: u64,
     checked: u64,
+    repaired: u64,
     peak: usize,
 }
 
@@ -168,6 +169,46 @@ fn write(base: &Base, host: &Arc<MemoryHost>, rng: &mut Rng, before: &[Sample]) 
     Ok(fine && closed.is_ok() && !written.is_empty())
 }
 
+/// Plans a repair, carries it out, and holds the disk against what could be read `before`. Whether
+/// the image was changed and is without errors now.
+fn repair(base: &Base, host: &Arc<MemoryHost>, rng: &mut Rng, before: &[Sample]) -> bool {
+    let scope = if rng.u32(..4) == 0 { Scope::Leaks } else { Scope::All };
+    let reader = Guarded::reading(host);
+    let plan = |host: Arc<dyn Host>, access, dry_run| {
+        formats::repair(&host, &base.image, &OpenOptions::new(access), scope, dry_run)
+    };
+    let dry = plan(reader.clone(), Access::Read, true);
+    assert_eq!(reader.trespass(), None, "a dry run wrote");
+    let room = if rng.u32(..6) == 0 { rng.u64(..ROOM) } else { ROOM };
+    let repaired = plan(Guarded::writing(host, room), Access::Write, false);
+    if std::env::var_os("FLATDISK_DAMAGE_CASE").is_some() {
+        eprintln!("{scope:?}: {repaired:#?}");
+    }
+    if let (Ok(dry), Ok(repaired)) = (&dry, &repaired) {
+        let shown = dry.changes.iter().map(|c| c.to_string()).collect::<Vec<_>>();
+        let made = repaired.changes.iter().map(|c| c.to_string()).collect::<Vec<_>>();
+        assert!(made.starts_with(&shown), "the dry run showed {shown:?}, made was {made:?}");
+    }
+    let reader = Guarded::reading(host);
+    let again = open(reader, &base.image, Access::Read, false);
+    for (at, bytes) in before {
+        let Ok(bytes) = bytes else { continue };
+        let disk = &again.as_ref().expect("what could be opened can be opened later").disk;
+        let mut now = vec![0; bytes.len()];
+        disk.read_at(*at, &mut now).expect("what could be read can be read after a repair");
+        // A grain table of a VMDK that lacks a grain gets it from its copy.
+        let rebuilt = |old: &[u8]| base.format == "vmdk" && old.iter().all(|byte| *byte == 0);
+        let mut from = 0;
+        while from < bytes.len() {
+            let to = bytes.len().min(from + 512 - (*at as usize + from) % 512);
+            let (old, new) = (&bytes[from..to], &now[from..to]);
+            assert!(old == new || rebuilt(old), "a repair changed what is at {at:#x}+{from:#x}");
+            from = to;
+        }
+    }
+    repaired.is_ok_and(|r| !r.changes.is_empty() && r.after.errors == 0)
+}
+
 /// One damaged image, from opening to closing. What the image must not do panics.
 fn case(base: &Base, rng: &mut Rng, tally: &mut Tally) {
     let host = meter::uncounted(|| damaged(base, rng));
@@ -196,6 +237,9 @@ fn case(base: &Base, rng: &mut Rng, tally: &mut Tally) {
         let _ = formats::check(&dynamic, &base.image, &OpenOptions::new(access));
     }
     assert_eq!(reader.trespass(), None, "something was written by reading");
+    if rng.u32(..4) == 0 {
+        tally.repaired += u64::from(repair(base, &meter::uncounted(|| host.fork()), rng, &samples));
+    }
     if rng.u32(..3) == 0 {
         tally.written += u64::from(write(base, &host, rng, &samples).unwrap_or(false));
     }
@@ -239,7 +283,7 @@ fn watch_over(watch: &Watch, done: &AtomicBool) {
 fn damaged_images_neither_panic_nor_hang_nor_fill_the_memory() {
     let bases = bases::all();
     let only = std::env::var_os("FLATDISK_DAMAGE_CASE").map(|_| number("FLATDISK_DAMAGE_CASE", 0));
-    let cases = number("FLATDISK_DAMAGE_CASES", 60_000);
+    let cases = number("FLATDISK_DAMAGE_CASES", 300_000);
     let numbers = only.map_or(0..cases, |only| only..only + 1);
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(|l| format!("{}:{}", l.file(), l.line()));
@@ -314,6 +358,7 @@ impl Tally {
         self.read_only += other.read_only;
         self.written += other.written;
         self.checked += other.checked;
+        self.repaired += other.repaired;
         self.peak = self.peak.max(other.peak);
     }
 }

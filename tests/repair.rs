@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -12,11 +12,12 @@ use common::crash::contents;
 use common::history::Sectors;
 use common::images::{Image, Kind, offered};
 use common::{corpus, in_parallel, number, pattern, seed, tools};
-use flatdisk::formats::{self, OpenOptions, Report, Scope};
+use flatdisk::disk::Disk;
+use flatdisk::formats::{self, CreateSpec, OpenOptions, Report, Scope};
 use flatdisk::storage::crash::{Choice, CrashPoint};
 use flatdisk::storage::file::HostFs;
 use flatdisk::storage::memory::{MemoryFile, MemoryHost};
-use flatdisk::storage::recording::RecordingHost;
+use flatdisk::storage::recording::{Change, Op, RecordingHost};
 use flatdisk::storage::{Access, Host, Storage};
 
 const MIB: u64 = 1 << 20;
@@ -33,10 +34,28 @@ struct Case {
     open: bool,
     /// The damage takes data away by intent; what is left then is what counts.
     loses: bool,
+    /// The image is a child of the one that is described.
+    child: bool,
+}
+
+impl Case {
+    fn name(&self) -> String {
+        format!("{}{}: {}", if self.child { "child of " } else { "" }, self.image.name(), self.name)
+    }
+
+    fn path(&self) -> PathBuf {
+        let own = self.image.path();
+        if self.child { own.with_file_name("child").with_extension(self.image.format) } else { own }
+    }
+
+    fn open(&self, host: &Arc<dyn Host>, access: Access) -> flatdisk::Result<Arc<Disk>> {
+        Ok(formats::open(host, &self.path(), &OpenOptions::new(access))?.disk)
+    }
 }
 
 fn case(image: &Image, name: &'static str, damage: Damage) -> Case {
-    Case { name, image: image.clone(), damage, scope: Scope::All, open: false, loses: false }
+    let (image, scope) = (image.clone(), Scope::All);
+    Case { name, image, damage, scope, open: false, loses: false, child: false }
 }
 
 fn leak(image: &Image, name: &'static str, damage: Damage) -> Case {
@@ -80,13 +99,93 @@ fn vhdx_bat(file: &MemoryFile) -> u64 {
     number_at(file, entry(index) + 16)
 }
 
+/// Adds the batmap of Xen's tools to a new VHD, which is still without blocks: its header and map
+/// behind the BAT, the footer moved behind those. No bit is set, so that nothing in it is wrong.
+fn xen(host: &Arc<MemoryHost>) {
+    let file = host.file(Path::new("/t/disk.vhd")).unwrap();
+    let mut footer = get(&file, len(&file) - 512, 512);
+    footer[28..36].copy_from_slice(b"tap\0\x00\x01\x00\x03");
+    seal(&mut footer, 64);
+    let mut header = vec![0; 512];
+    header[..8].copy_from_slice(b"tdbatmap");
+    header[8..16].copy_from_slice(&2560u64.to_be_bytes());
+    header[16..20].copy_from_slice(&1u32.to_be_bytes());
+    header[20..24].copy_from_slice(&0x0001_0002u32.to_be_bytes());
+    header[24..28].copy_from_slice(&u32::MAX.to_be_bytes());
+    put(&file, 0, &footer);
+    put(&file, 2048, &header);
+    put(&file, 2560, &[0; 512]);
+    put(&file, 3072, &footer);
+}
+
+/// Makes the checksum of a VHD structure at byte `field` fit.
+fn seal(bytes: &mut [u8], field: usize) {
+    bytes[field..field + 4].fill(0);
+    let sum = !bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+    bytes[field..field + 4].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// The same damage to a child.
+fn of_child(case: Case) -> Case {
+    Case { child: true, ..case }
+}
+
 fn cases() -> Vec<Case> {
     let vhd = &Image::new("vhd", "dynamic", 3 * MIB + 512).block(MIB / 2);
     let vhdx = &Image::new("vhdx", "dynamic", 5 * MIB).block(MIB).sector(512);
     let large = &Image::new("vhdx", "dynamic", 9 * MIB).block(2 * MIB).sector(512);
     let vmdk = &Image::new("vmdk", "monolithicSparse", 70 * MIB);
     let cowd = &Image::new("vmdk", "vmfsSparse", 5 * MIB);
+    let split = &Image::new("vmdk", "twoGbMaxExtentSparse", 70 * MIB);
+    let xen = &Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2).tweaked("batmap", xen);
     vec![
+        case(xen, "the batmap calls a block full that is not", |f| {
+            let block = u64::from(u32::from_be_bytes(get(f, 1536, 4).try_into().unwrap())) * 512;
+            put(f, block, &[0xfe]);
+            put(f, 2560, &[0x80]);
+            put(f, 2048 + 24, &(!0x80u32).to_be_bytes()).map(|_| block)
+        }),
+        case(xen, "the batmap's checksum is wrong", |f| put(f, 2048 + 24, &[0; 4]).map(|_| 2048)),
+        case(split, "a grain table of an extent is gone", |f| {
+            put(f, place_at(f, directories(f).0), &[0; 512]).map(|_| place_at(f, directories(f).1))
+        }),
+        case(split, "the grain directory of an extent is damaged", |f| {
+            put(f, directories(f).0, &[0xee; 12])
+        }),
+        case(split, "an extent was not closed", |f| put(f, 72, &[1]).and(None)),
+        leak(split, "unused space at the end of an extent", |f| put(f, len(f), &[5; 100_352])),
+        case(vmdk, "a crash left a redundant table behind its primary", |f| {
+            put(f, 72, &[1]);
+            put(f, place_at(f, directories(f).1), &[0; 4])
+        }),
+        Case {
+            open: true,
+            ..case(vmdk, "a torn redundant table of an image that is open", |f| {
+                put(f, place_at(f, directories(f).1), &[0; 512])
+            })
+        },
+        case(cowd, "the extent was not closed", |f| put(f, 1648, &[1]).and(None)),
+        leak(cowd, "unused space at the end", |f| put(f, len(f), &[5; 100_352])),
+        of_child(case(vhd, "the footer copy is gone", |f| put(f, 0, &[0; 512]))),
+        of_child(case(vhd, "the footer is cut off", |f| {
+            f.set_len(len(f) - 512).unwrap();
+            Some(len(f))
+        })),
+        of_child(leak(vhd, "a block that nothing leads to", |f| {
+            let bat = u64::from_be_bytes(get(f, 512 + 16, 8).try_into().unwrap());
+            put(f, bat, &[0xff; 4]).and(None)
+        })),
+        of_child(case(vhdx, "the second header is damaged", |f| {
+            put(f, (128 << 10) + 512, &[1]).map(|_| 128 << 10)
+        })),
+        of_child(Case { open: true, ..case(vhdx, "a log is to be replayed", |_| Some(MIB)) }),
+        of_child(leak(vhdx, "a block that nothing leads to", |f| {
+            put(f, vhdx_bat(f), &[0; 8]).and(None)
+        })),
+        of_child(case(vmdk, "a grain table is gone", |f| {
+            put(f, place_at(f, directories(f).0), &[0; 512]).map(|_| place_at(f, directories(f).1))
+        })),
+        of_child(case(vmdk, "the extent was not closed", |f| put(f, 72, &[1]).and(None))),
         case(vhd, "the footer copy is gone", |f| put(f, 0, &[0; 512])),
         case(vhd, "the footer copy is damaged", |f| put(f, 20, &[1]).map(|_| 0)),
         case(vhd, "the footer is damaged", |f| put(f, len(f) - 400, &[1]).map(|at| at - 112)),
@@ -164,17 +263,27 @@ fn cases() -> Vec<Case> {
 }
 
 /// The file that holds the tables.
-fn table_file(host: &MemoryHost, image: &Image) -> Arc<MemoryFile> {
-    let path = image.path();
-    let own = host.file(&path).unwrap();
-    let delta = host.files().into_iter().find(|f| f.path() != path);
-    delta.unwrap_or(own)
+fn table_file(host: &MemoryHost, case: &Case) -> Arc<MemoryFile> {
+    let own = host.file(&case.path()).unwrap();
+    let others = || host.files().into_iter().filter(|f| f.path() != case.path());
+    if case.child { own } else { others().next().unwrap_or(own) }
 }
 
 fn write_data(case: &Case, host: &Arc<MemoryHost>) -> Arc<MemoryHost> {
     case.image.create(host).unwrap();
     let dynamic: Arc<dyn Host> = host.clone();
-    let disk = case.image.open(&dynamic, Access::Write).unwrap();
+    if case.child {
+        let parent = case.image.open(&dynamic, Access::Write).unwrap();
+        parent.write_at(MIB / 4, &pattern::bytes(99, MIB / 4, 2 * MIB)).unwrap();
+        parent.close().unwrap();
+        drop(parent);
+        let options = OpenOptions::new(Access::Read);
+        let parent = formats::open(&dynamic, &case.image.path(), &options).unwrap();
+        let format = formats::by_name(case.image.format).unwrap();
+        let spec = CreateSpec { block_size: case.image.spec.block_size, ..CreateSpec::default() };
+        formats::create_child(format, &**host, &case.path(), &parent, &spec).unwrap();
+    }
+    let disk = case.open(&dynamic, Access::Write).unwrap();
     let size = disk.size();
     for (stamp, at) in [0, MIB, 2 * MIB, size - 2048, MIB / 2 + 4096].into_iter().enumerate() {
         // Blocks end in zeroes, so that the last one can be cut short without losing anything.
@@ -188,19 +297,56 @@ fn write_data(case: &Case, host: &Arc<MemoryHost>) -> Arc<MemoryHost> {
     host.clone()
 }
 
-fn read(image: &Image, host: &Arc<dyn Host>) -> Result<Sectors, String> {
-    let disk = image.open(host, Access::Read).map_err(|e| e.to_string())?;
+fn read(case: &Case, host: &Arc<dyn Host>) -> Result<Sectors, String> {
+    let disk = case.open(host, Access::Read).map_err(|e| e.to_string())?;
     contents(&disk)
 }
 
-fn checked(image: &Image, host: &Arc<dyn Host>) -> Report {
-    formats::check(host, &image.path(), &OpenOptions::new(Access::Read)).unwrap()
+fn checked(case: &Case, host: &Arc<dyn Host>) -> Report {
+    formats::check(host, &case.path(), &OpenOptions::new(Access::Read)).unwrap()
+}
+
+/// The changes are what was recorded, one by one and in this order.
+fn assert_recorded(name: &str, changes: &[formats::repair::Change], recorder: &RecordingHost) {
+    let recording = recorder.recording();
+    let made: Vec<&Op> = recording.ops().iter().filter(|op| op.change_is_seen()).collect();
+    let told = || {
+        let ops = 0..recording.ops().len();
+        ops.map(|index| recording.describe(index)).collect::<Vec<_>>().join("\n")
+    };
+    assert_eq!(made.len(), changes.len(), "{name}: {changes:#?}\n{}", told());
+    for (op, change) in made.iter().zip(changes) {
+        assert_eq!(recording.path(op.file), change.file, "{name}: {change}");
+        let (at, end) = (change.offset, change.offset + change.length);
+        let same = match (&op.change, change.action) {
+            (Change::SetLen(len), "resize") => *len == at,
+            (Change::Punch(range), "punch") => {
+                at <= range.start && range.end <= end.next_multiple_of(512)
+            }
+            (Change::Write { at: sector, data, .. }, "write") => {
+                *sector == at / 512 * 512 && data.len() as u64 == end.next_multiple_of(512) - sector
+            }
+            _ => false,
+        };
+        assert!(same, "{name}: {change}\n{}", told());
+    }
+}
+
+trait Seen {
+    /// Whether the operation is one that a repair shows.
+    fn change_is_seen(&self) -> bool;
+}
+
+impl Seen for Op {
+    fn change_is_seen(&self) -> bool {
+        matches!(self.change, Change::Write { .. } | Change::Punch(_) | Change::SetLen(_))
+    }
 }
 
 fn mend(case: &Case, host: &Arc<dyn Host>, dry_run: bool) -> formats::Repair {
     let access = if dry_run { Access::Read } else { Access::Write };
     let options = OpenOptions::new(access);
-    formats::repair(host, &case.image.path(), &options, case.scope, dry_run).unwrap()
+    formats::repair(host, &case.path(), &options, case.scope, dry_run).unwrap()
 }
 
 fn bytes(host: &MemoryHost) -> Vec<Vec<u8>> {
@@ -208,17 +354,17 @@ fn bytes(host: &MemoryHost) -> Vec<Vec<u8>> {
 }
 
 fn run(case: &Case) {
-    let name = format!("{}: {}", case.image.name(), case.name);
+    let name = case.name();
     let host = write_data(case, &MemoryHost::new());
     let dynamic: Arc<dyn Host> = host.clone();
-    let mut whole = read(&case.image, &dynamic).unwrap();
-    let place = (case.damage)(&table_file(&host, &case.image));
+    let mut whole = read(case, &dynamic).unwrap();
+    let place = (case.damage)(&table_file(&host, case));
     if case.loses {
-        whole = read(&case.image, &dynamic).unwrap();
+        whole = read(case, &dynamic).unwrap();
     }
-    let readable = read(&case.image, &dynamic).is_ok_and(|found| found == whole);
+    let readable = read(case, &dynamic).is_ok_and(|found| found == whole);
 
-    let report = checked(&case.image, &dynamic);
+    let report = checked(case, &dynamic);
     let found = |at: u64| report.findings.iter().any(|f| f.offset == Some(at));
     assert!(!report.findings.is_empty(), "{name}: not found");
     if let Some(at) = place {
@@ -239,8 +385,9 @@ fn run(case: &Case) {
         |what: &formats::Repair| what.changes.iter().map(|c| format!("\n{c}")).collect::<String>();
     assert_eq!(repair.after.exit_status(), 0, "{name}: {:#x?}{}", repair.after, shown(&repair));
     assert!(repair.changes.starts_with(&dry.changes), "{name}: the dry run showed something else");
-    assert!(read(&case.image, &recorded).unwrap() == whole, "{name}: data changed");
+    assert!(read(case, &recorded).unwrap() == whole, "{name}: data changed");
 
+    assert_recorded(&name, &repair.changes, &recorder);
     let position = recorder.position();
     let again = mend(case, &recorded, false);
     assert!(again.changes.is_empty(), "{name}: again{}", shown(&again));
@@ -260,12 +407,12 @@ fn run(case: &Case) {
             let state: Arc<dyn Host> = point.state(&point.fates(choice));
             let told = || format!("{name}: crash after {}, {choice}{}", point.at(), shown(&repair));
             if readable {
-                let found = read(&case.image, &state).unwrap_or_else(|e| panic!("{}: {e}", told()));
+                let found = read(case, &state).unwrap_or_else(|e| panic!("{}: {e}", told()));
                 assert!(found == whole, "{}: data lost", told());
             }
             let repair = mend(case, &state, false);
             assert_eq!(repair.after.exit_status(), 0, "{}: {:#x?}", told(), repair.after);
-            let found = read(&case.image, &state).unwrap_or_else(|e| panic!("{}: {e}", told()));
+            let found = read(case, &state).unwrap_or_else(|e| panic!("{}: {e}", told()));
             assert!(found == whole, "{}: data lost by the second repair", told());
             states += 1;
         }
@@ -279,7 +426,9 @@ fn run(case: &Case) {
 /// QEMU's check agrees, where it has one.
 fn ask_qemu(case: &Case, host: &MemoryHost, name: &str) {
     let subformat = case.image.spec.subformat.as_deref();
-    if case.image.format == "vhd" || subformat == Some("vmfsSparse") || !tools::have("qemu-img") {
+    let unknown = case.image.format == "vhd" || subformat == Some("vmfsSparse");
+    // QEMU has no children of VHDX.
+    if unknown || case.child && case.image.format == "vhdx" || !tools::have("qemu-img") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -287,7 +436,7 @@ fn ask_qemu(case: &Case, host: &MemoryHost, name: &str) {
         let to = dir.path().join(file.path().file_name().unwrap());
         std::fs::write(to, file.to_vec()).unwrap();
     }
-    let image = dir.path().join(case.image.path().file_name().unwrap());
+    let image = dir.path().join(case.path().file_name().unwrap());
     let mut check = Command::new("qemu-img");
     let output = tools::output(check.args(["check", "-f", case.image.format]).arg(image));
     assert!(output.status.success(), "{name}: QEMU finds {}", tools::both(&output));
@@ -311,10 +460,45 @@ fn repairing_leaks_leaves_damage_alone() {
     let mut case = leak(&image, "", |f| put(f, 0, &[0; 512]));
     case.loses = false;
     let host = write_data(&case, &MemoryHost::new());
-    (case.damage)(&table_file(&host, &image));
+    (case.damage)(&table_file(&host, &case));
     let dynamic: Arc<dyn Host> = host.clone();
     let repair = mend(&case, &dynamic, false);
-    assert!(repair.changes.is_empty() && repair.after.exit_status() == 2, "{repair:#?}");
+    assert!(repair.changes.is_empty() && repair.after.notices == 1, "{repair:#?}");
+}
+
+/// While the directory is lost readers see the redundant tables. What is damaged behind it must not
+/// be what they see afterwards.
+#[test]
+fn a_lost_directory_comes_back_with_the_tables_in_use() {
+    let image = Image::new("vmdk", "monolithicSparse", 70 * MIB);
+    let case = case(&image, "", |f| {
+        let table = place_at(f, directories(f).0);
+        let second = get(f, table + 16 * 4, 4);
+        put(f, table, &second);
+        put(f, 56, &[0xdd; 4])
+    });
+    let host = write_data(&case, &MemoryHost::new());
+    let dynamic: Arc<dyn Host> = host.clone();
+    let before = read(&case, &dynamic).unwrap();
+    (case.damage)(&table_file(&host, &case));
+    let repair = mend(&case, &dynamic, false);
+    assert!(read(&case, &dynamic).unwrap() == before, "a repair changed data");
+    assert_eq!(repair.after.exit_status(), 0, "{:?}", repair.after.findings);
+}
+
+#[test]
+fn a_table_that_lies_over_a_grain_is_not_written() {
+    let image = Image::new("vmdk", "monolithicSparse", 70 * MIB);
+    let case = case(&image, "", |f| {
+        let grain = place_at(f, place_at(f, directories(f).0));
+        put(f, directories(f).1 + 4, &((grain / 512) as u32).to_le_bytes())
+    });
+    let host = write_data(&case, &MemoryHost::new());
+    let dynamic: Arc<dyn Host> = host.clone();
+    let before = read(&case, &dynamic).unwrap();
+    (case.damage)(&table_file(&host, &case));
+    mend(&case, &dynamic, false);
+    assert!(read(&case, &dynamic).unwrap() == before, "a repair wrote a table over a grain");
 }
 
 #[test]

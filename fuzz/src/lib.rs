@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use flatdisk::formats::{self, CreateSpec, OpenOptions};
+use flatdisk::formats::{self, CreateSpec, OpenOptions, Scope};
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::{Access, Host, Storage};
 
@@ -40,7 +40,7 @@ fn options(access: Access) -> OpenOptions {
     OpenOptions::new(access)
 }
 
-/// Opens, reads, checks, writes and closes what is at `path`.
+/// Opens, reads, checks, repairs (a copy), writes and closes what is at `path`.
 pub fn exercise(host: &Arc<MemoryHost>, path: &Path) {
     for force in [false, true] {
         let dynamic: Arc<dyn Host> = host.clone();
@@ -57,6 +57,8 @@ pub fn exercise(host: &Arc<MemoryHost>, path: &Path) {
     }
     let dynamic: Arc<dyn Host> = host.clone();
     let _ = formats::check(&dynamic, path, &options(Access::Read));
+    let copy: Arc<dyn Host> = host.fork();
+    let _ = formats::repair(&copy, path, &options(Access::Write), Scope::All, false);
     let Ok(image) = formats::open(&dynamic, path, &options(Access::Write)) else { return };
     let disk = image.disk;
     for at in [0, disk.size() / 2] {
@@ -113,7 +115,7 @@ pub fn seal(file: &dyn Storage) {
 /// Makes a CRC-32C at byte 4 of a structure fit, if the structure is there.
 pub fn seal_crc(file: &dyn Storage, at: u64, len: usize, signature: &[u8; 4]) {
     let mut bytes = vec![0; len];
-    if file.read_at(at, &mut bytes).is_ok() && bytes.starts_with(signature) {
+    if len >= 8 && file.read_at(at, &mut bytes).is_ok() && bytes.starts_with(signature) {
         bytes[4..8].fill(0);
         let _ = file.write_at(at + 4, &crc32c::crc32c(&bytes).to_le_bytes());
     }

@@ -290,6 +290,10 @@ fn print_report(image: &Path, report: &Report) -> Result<()> {
     if shown < all {
         print_line(&format!("… and {} more", all - shown))?;
     }
+    for lost in &report.damage {
+        let (start, end) = (lost.start, lost.start + lost.length);
+        print_line(&format!("unreadable: bytes {start:#x} to {end:#x} of the disk"))?;
+    }
     let found = match (report.errors, report.leaks) {
         (0, 0) => "No errors found.".to_owned(),
         (0, _) => format!("No errors found, {} leaked.", iec(report.leaked_bytes)),

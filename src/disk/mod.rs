@@ -40,10 +40,13 @@ use map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
 
 /// Largest buffer that copying up and zero filling use.
 const COPY_CHUNK: u64 = 1 << 20;
-/// How much of the disk one step of a long operation (discard, search for data) covers.
+/// How much of the disk one step of a discard covers.
 const STEP: u64 = 1 << 30;
 /// How much the first step of a search for data covers.
 const FIRST_STEP: u64 = 1 << 20;
+/// How much of the disk is looked up at once where nobody knows how finely it is divided: at most
+/// 65,536 extents, each a sector, fit in a few MiB.
+pub const LOOKUP_STEP: u64 = 32 << 20;
 
 /// An open virtual disk: byte-addressed, usable from any thread.
 pub struct Disk {
@@ -478,10 +481,16 @@ impl Disk {
     /// Writes zeroes over a range where it does not read as zeroes already.
     fn zero_held(&self, range: DiskRange) -> Result<()> {
         let mut list = ExtentList::new();
-        self.map.lookup(sectors_around(&range), &mut list)?;
-        for extent in list.iter().filter(|e| e.source != Source::Zero) {
-            let (part, _) = overlap(extent, &range);
-            self.write_held(part, Content::Zeroes)?;
+        let mut pos = range.start;
+        while pos < range.end {
+            let step = pos..range.end.min((pos / LOOKUP_STEP + 1) * LOOKUP_STEP);
+            list.clear();
+            self.map.lookup(sectors_around(&step), &mut list)?;
+            for extent in list.iter().filter(|e| e.source != Source::Zero) {
+                let (part, _) = overlap(extent, &step);
+                self.write_held(part, Content::Zeroes)?;
+            }
+            pos = step.end;
         }
         Ok(())
     }
@@ -544,24 +553,32 @@ impl Disk {
     /// The first run of data at or after `from`: everything outside such runs reads as zeroes.
     /// Looks through parents and at the holes of the host's files.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
-        let mut pos = from;
+        self.next_data_in(from..self.size())
+    }
+
+    /// How much of the disk may be looked up at once without a list of extents that knows no bounds.
+    fn longest_lookup(&self) -> u64 {
+        let coarse = self.parent.is_none() && self.geometry().block_size >= 64 << 10;
+        if coarse { STEP } else { LOOKUP_STEP }
+    }
+
+    /// [`Self::next_data`] inside a range, which may reach past the disk's end.
+    fn next_data_in(&self, range: DiskRange) -> Result<Option<Range<u64>>> {
+        let end = range.end.min(self.size());
+        let mut pos = range.start;
         // Data is near as a rule; a search that does not find it there takes larger and larger steps.
         let mut reach = FIRST_STEP;
-        while pos < self.size() {
-            let step = pos..self.size().min(pos.saturating_add(reach));
-            reach = STEP.min(reach * 4);
-            let list = self.extents(step.clone())?;
-            for extent in list.iter() {
+        while pos < end {
+            let step = pos..end.min(pos.saturating_add(reach));
+            reach = self.longest_lookup().min(reach * 4);
+            for extent in self.extents(step.clone())?.iter() {
                 let (part, skip) = overlap(extent, &step);
                 let found = match extent.source {
                     Source::Zero => None,
                     Source::Packed { .. } | Source::Bad => Some(part),
                     Source::File { file, at } => self.file_data(file, at + skip, part)?,
                     Source::Parent => match &self.parent {
-                        Some(parent) => parent
-                            .next_data(part.start)?
-                            .map(|d| d.start..d.end.min(part.end))
-                            .filter(|d| d.start < part.end),
+                        Some(parent) => parent.next_data_in(part)?,
                         None => Some(part),
                     },
                 };

@@ -19,12 +19,14 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-use crate::disk::map::{BlockMap, DiskRange};
+use crate::disk::LOOKUP_STEP;
+use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Host, Storage};
+use open::open_alone;
 pub use open::{Image, OpenContext, OpenOptions, open};
 pub use repair::{Plan, Repair, Scope, repair};
-pub use report::{Finding, Report, Severity};
+pub use report::{Finding, Lost, Report, Severity};
 
 /// Every format, in the order of probing.
 pub static FORMATS: [&dyn Format; 3] = [&vhdx::Vhdx, &vmdk::Vmdk, &vhd::Vhd];
@@ -310,21 +312,76 @@ pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result
     let ctx = OpenContext::new(host, path, options);
     let file = host.open(path, options.access)?;
     let format = recognise(&*file)?;
+    check_with(format, &file, &ctx, host, path, options)
+}
+
+/// Checks the opened `file` and its link to its parent.
+fn check_with(
+    format: &dyn Format,
+    file: &Arc<dyn Storage>,
+    ctx: &OpenContext,
+    host: &Arc<dyn Host>,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Report> {
     let mut report = Report::new(format.name());
-    format.check(file, &ctx, &mut report).map_err(|e| e.in_file(path))?;
-    check_parents(host, path, options, &mut report);
+    format.check(file.clone(), ctx, &mut report).map_err(|e| e.in_file(path))?;
+    let options = OpenOptions { access: Access::Peek, ..options.clone() };
+    // What does not open by itself was judged already.
+    let Ok(alone) = open_alone(host, path, &options) else { return Ok(report) };
+    if report.errors > 0 {
+        list_damage(&*alone.map, &mut report).map_err(|e| e.in_file(path))?;
+    }
+    if alone.parent.is_some() {
+        check_parents(host, path, &options, &alone, &mut report);
+    }
     Ok(report)
 }
 
-/// Adds what is wrong between an image and its parents.
-fn check_parents(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions, report: &mut Report) {
-    let options = OpenOptions { access: Access::Peek, ..options.clone() };
-    // What does not open by itself was judged already.
-    let Ok(alone) = open::open_alone(host, path, &options) else { return };
-    if alone.parent.is_none() {
-        return;
+/// Lists the parts of the disk that its own tables lead nowhere for. Disks larger than any format
+/// has them are looked at as far as that.
+fn list_damage(map: &dyn BlockMap, report: &mut Report) -> Result<()> {
+    const MAX_SIZE: u64 = 64 << 40;
+    let Geometry { size, block_size, .. } = *map.geometry();
+    let coarse = LOOKUP_STEP.max(block_size);
+    let size = size.min(MAX_SIZE.max(coarse));
+    let mut extents = ExtentList::new();
+    let (mut pos, mut step) = (0, coarse);
+    while pos < size {
+        let end = size.min(pos.saturating_add(step));
+        extents.clear();
+        match map.lookup(pos..end, &mut extents) {
+            Ok(()) => step = coarse,
+            // Some table in there cannot be read: which block is it for?
+            Err(e) if e.kind() == ErrorKind::Corrupt && step > block_size => {
+                step = block_size;
+                continue;
+            }
+            Err(e) if e.kind() == ErrorKind::Corrupt => {
+                extents.clear();
+                extents.push(pos, end - pos, Source::Bad);
+            }
+            Err(e) => return Err(e),
+        }
+        for extent in extents.iter().filter(|extent| extent.source == Source::Bad) {
+            if !report.lose(extent.start, extent.len) {
+                return Ok(());
+            }
+        }
+        pos = end;
     }
-    match open(host, path, &options) {
+    Ok(())
+}
+
+/// Adds what is wrong between an image, which opened `alone`, and its parents.
+fn check_parents(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    options: &OpenOptions,
+    alone: &Opened,
+    report: &mut Report,
+) {
+    match open(host, path, options) {
         // Opening adds its remarks to those of the image by itself.
         Ok(image) => {
             for warning in image.info.warnings.iter().skip(alone.info.warnings.len()) {

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{OpenContext, OpenOptions, Report, recognise};
+use super::{OpenContext, OpenOptions, Report, check_with, recognise};
 use crate::codec;
 use crate::disk::sync_file;
 use crate::error::{Error, ErrorKind, Result};
@@ -236,11 +236,7 @@ pub fn repair(
     let file = host.open(path, options.access)?;
     let in_file = |e: Error| e.in_file(path);
     let format = recognise(&*file)?;
-    let check = || {
-        let mut report = Report::new(format.name());
-        format.check(file.clone(), &ctx, &mut report).map_err(in_file)?;
-        Ok(report)
-    };
+    let check = || check_with(format, &file, &ctx, host, path, options);
     let before = check()?;
     let mut after = before.clone();
     let mut changes = Vec::new();

@@ -31,7 +31,16 @@ pub struct Finding {
     pub what: String,
 }
 
-/// The result of a check. Counts are complete; the list of findings is capped.
+/// A part of the disk that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Lost {
+    /// First byte on the disk.
+    pub start: u64,
+    /// Number of bytes.
+    pub length: u64,
+}
+
+/// The result of a check. Counts are complete; the lists are capped.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
     /// `vhd`, `vhdx`, `vmdk`.
@@ -50,6 +59,9 @@ pub struct Report {
     pub allocated_blocks: u64,
     /// The first [`Report::MAX_FINDINGS`] findings.
     pub findings: Vec<Finding>,
+    /// The first [`Report::MAX_FINDINGS`] parts of the disk that cannot be read, in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub damage: Vec<Lost>,
 }
 
 impl Report {
@@ -82,6 +94,16 @@ impl Report {
         if self.findings.len() < Self::MAX_FINDINGS {
             self.findings.push(Finding { severity, file, offset, what: what.into() });
         }
+    }
+
+    /// Adds a part of the disk that cannot be read, behind those added before; says whether there is
+    /// room for more.
+    pub fn lose(&mut self, start: u64, length: u64) -> bool {
+        match self.damage.last_mut() {
+            Some(last) if last.start + last.length == start => last.length += length,
+            _ => self.damage.push(Lost { start, length }),
+        }
+        self.damage.len() < Self::MAX_FINDINGS
     }
 
     /// Shorthand for an error at `offset`.

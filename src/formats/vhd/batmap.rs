@@ -8,13 +8,16 @@ use std::ops::Range;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::footers::Footers;
-use super::layout::{BATMAP_COOKIE, BatmapHeader, SECTOR, byte_sum};
+use super::layout::{BATMAP_COOKIE, BatmapHeader, MAX_SPARSE_SIZE, SECTOR, byte_sum};
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::storage::Storage;
 
 /// Creator version from which Xen images surely have a batmap.
 const CERTAIN: u32 = 0x0001_0002;
+/// Most blocks that a batmap is believed of, for the memory it takes: 2040 GiB in blocks of 64 KiB.
+/// Xen's own are of 2 MiB.
+const MAX_BLOCKS: u64 = MAX_SPARSE_SIZE >> 16;
 /// Batmap version whose checksum adds unsigned bytes.
 const UNSIGNED: u32 = 0x0001_0002;
 
@@ -57,7 +60,8 @@ impl Batmap {
         let map_at = header.map_offset.get();
         let map_len = u64::from(header.map_sectors.get()) * SECTOR;
         let inside = map_at.checked_add(map_len).is_some_and(|end| end <= footers.data_end);
-        if !inside || map_len < blocks.div_ceil(8) || !map_at.is_multiple_of(SECTOR) {
+        let large_enough = blocks <= MAX_BLOCKS && map_len >= blocks.div_ceil(8);
+        if !inside || !large_enough || !map_at.is_multiple_of(SECTOR) {
             let what = "the batmap's place or size makes no sense".to_owned();
             warnings.push(what.clone());
             read_only.get_or_insert(what);

@@ -15,6 +15,14 @@ use crate::storage::Storage;
 const MAX_PAGE: u64 = 4096;
 const WHAT: &str = "a sector bitmap";
 
+/// Whether the bits of a block's first `sectors` sectors are all set.
+pub(super) fn is_full(bitmap: &[u8], sectors: u64) -> bool {
+    let (whole, rest) = bitmap.split_at((sectors / 8) as usize);
+    let last = !(0xff >> (sectors % 8)) as u8;
+    let rest_full = last == 0 || rest.first().is_some_and(|byte| byte & last == last);
+    rest_full && whole.iter().all(|byte| *byte == 0xff)
+}
+
 /// The cached bitmaps of one disk.
 #[derive(Debug)]
 pub(super) struct SectorBitmaps {

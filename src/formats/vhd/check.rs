@@ -1,6 +1,7 @@
 //! Checking an image without changing it.
 
 use super::batmap::Bits;
+use super::bitmaps::is_full;
 use super::footers::{CopyState, Footers};
 use super::layout::{Chs, DiskType, FOOTER, SECTOR};
 use super::parent_link;
@@ -39,6 +40,9 @@ pub(super) fn check(file: &dyn Storage, force: bool, report: &mut Report) -> Res
     }
 }
 
+/// Whichever of the two footers is intact says all there is to say, so the loss of the other one is
+/// no loss of data, though other programs may look at that one only. Two that contradict each other
+/// are: nobody knows whose disk is right.
 fn check_footers(footers: &Footers, report: &mut Report) {
     let footer = &footers.footer;
     let end = footers.data_end;
@@ -48,22 +52,22 @@ fn check_footers(footers: &Footers, report: &mut Report) {
             report.notice(end, "the footer is of the 511-byte form that few programs know");
         }
         CopyState::Damaged(why) => {
-            report.error(footers.file_len - FOOTER, format!("the footer is damaged: {why}"));
+            report.notice(footers.file_len - FOOTER, format!("the footer is damaged: {why}"));
         }
-        CopyState::Absent => report.error(end, "the footer is missing"),
+        CopyState::Absent => report.notice(end, "the footer is missing"),
     }
     match &footers.head {
         CopyState::Differs => report.error(0, "the footer copy differs from the footer"),
-        CopyState::Damaged(why) => report.error(0, format!("the footer copy is damaged: {why}")),
+        CopyState::Damaged(why) => report.notice(0, format!("the footer copy is damaged: {why}")),
         CopyState::Absent if footers.disk_type != DiskType::Fixed => {
-            report.error(0, "the footer copy is missing");
+            report.notice(0, "the footer copy is missing");
         }
         _ => {}
     }
     if footers.trailing_garbage > 0 {
-        let at = footers.file_len - footers.trailing_garbage;
-        report
-            .error(at, format!("{} bytes of garbage follow the footer", footers.trailing_garbage));
+        let garbage = footers.trailing_garbage;
+        let what = format!("{garbage} bytes of garbage follow the footer");
+        report.notice(footers.file_len - garbage, what);
     }
     if let Some(why) = &footers.forced {
         report.error(end, why.clone());
@@ -175,7 +179,7 @@ impl BitmapCheck<'_> {
         let is_set = |s: u64| bitmap[(s / 8) as usize] & (0x80 >> (s % 8)) != 0;
         let range = self.structure.block_range(u64::from(block));
         let sectors = (range.end - range.start) / SECTOR;
-        if (0..sectors).all(is_set) {
+        if is_full(&bitmap, sectors) {
             return Ok(());
         }
         if self.batmap.as_ref().is_some_and(|bits| bits.get(u64::from(block))) {

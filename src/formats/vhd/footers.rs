@@ -280,7 +280,8 @@ fn garbage_behind_footer(file: &dyn Storage, file_len: u64, copy: &Footer) -> Re
         .at(start)?;
     let found = tail.chunks_exact(SECTOR as usize).rposition(|sector| {
         Footer::read_from_bytes(sector).is_ok_and(|f| {
-            f.cookie == FOOTER_COOKIE && f.unique_id == copy.unique_id && f.checksum_matches()
+            // One that differs is an old one: it must not come to count again.
+            f == *copy
         })
     });
     Ok(found.map_or(0, |index| file_len - start - (index as u64 + 1) * SECTOR))

@@ -34,6 +34,8 @@ pub(super) const FEATURES: u32 = 2;
 pub(super) const NO_OFFSET: u64 = u64::MAX;
 /// BAT entry of a block that is not stored.
 pub(super) const UNUSED: u32 = u32::MAX;
+/// One past the last byte of a file that a BAT entry can point at.
+pub(super) const REACH: u64 = UNUSED as u64 * SECTOR;
 /// Largest size in bytes of a disk with a BAT: 2040 GiB.
 pub(super) const MAX_SPARSE_SIZE: u64 = 2040 << 30;
 /// Block sizes in bytes that are read.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::layout::{DynamicHeader, ParentLocator, SECTOR};
+use super::layout::{DynamicHeader, ParentLocator, REACH, SECTOR};
 use crate::codec;
 use crate::storage::Storage;
 
@@ -25,24 +25,31 @@ pub(super) struct Locators {
 }
 
 impl Locators {
-    /// Reads every usable locator; others are skipped with a warning.
+    /// Reads every usable locator; others are skipped with a warning. One whose data was cut off
+    /// forbids writing: in a file that grew, a guest's data would take its place and name a parent.
     pub(super) fn read(
         file: &dyn Storage,
         header: &DynamicHeader,
         warnings: &mut Vec<String>,
+        read_only: &mut Option<String>,
     ) -> Self {
         let mut found = Vec::new();
         // Not every writer fills the entries from the first, so an unused one ends nothing.
         let used =
             header.parent_locators.iter().enumerate().filter(|l| l.1.platform_code != [0; 4]);
         for (index, locator) in used {
-            let mut data = vec![0; locator.data_length.get().min(MAX_DATA) as usize];
-            let readable = locator.data_length.get() <= MAX_DATA
-                && file.read_at(locator.data_offset.get(), &mut data).is_ok();
-            if readable {
-                found.push((*locator, decode(locator.platform_code, &data)));
-            } else {
-                warnings.push(format!("parent locator {index} cannot be read"));
+            let what = format!("parent locator {index} cannot be read");
+            if locator.data_length.get() > MAX_DATA || locator.data_offset.get() >= REACH {
+                warnings.push(what);
+                continue;
+            }
+            let mut data = vec![0; locator.data_length.get() as usize];
+            match file.read_at(locator.data_offset.get(), &mut data) {
+                Ok(()) => found.push((*locator, decode(locator.platform_code, &data))),
+                Err(_) => {
+                    warnings.push(what.clone());
+                    read_only.get_or_insert(what);
+                }
             }
         }
         Self { found, name: codec::utf16(&header.parent_unicode_name, true) }

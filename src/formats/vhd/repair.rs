@@ -10,6 +10,7 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::batmap::Batmap;
+use super::bitmaps::is_full;
 use super::footers::{CopyState, Footers};
 use super::layout::{DiskType, FOOTER, SECTOR};
 use super::structure::Structure;
@@ -35,7 +36,9 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
     } else if let (true, true, Some(batmap)) = (plan.all(), plan.is_empty(), &structure.batmap) {
         repair_batmap(file, &footers, &structure, batmap, plan)?;
     }
-    if plan.reclaims() {
+    // Moving the footer takes two good ones.
+    let both = footers.trailing == CopyState::Good && footers.head == CopyState::Good;
+    if plan.reclaims() && both {
         reclaim(file, &footers, &structure, plan)?;
     }
     Ok(())
@@ -104,8 +107,7 @@ fn repair_batmap(
             let at = u64::from(sector) * SECTOR;
             codec::read_exact(&**file, at, &mut bitmap, "a sector bitmap")?;
             let range = structure.block_range(block);
-            let sectors = (range.end - range.start) / SECTOR;
-            if (0..sectors).all(|s| bitmap[(s / 8) as usize] & (0x80 >> (s % 8)) != 0) {
+            if is_full(&bitmap, (range.end - range.start) / SECTOR) {
                 right.set(block);
             }
         }

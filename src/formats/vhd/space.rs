@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::layout::{FOOTER, SECTOR, UNUSED};
+use super::layout::{FOOTER, REACH, SECTOR};
 use super::structure::Structure;
 use super::survey::Survey;
 use crate::codec;
@@ -18,8 +18,6 @@ use crate::storage::Storage;
 const ALIGNMENT: u64 = 4096;
 /// Largest step, in bytes, by which the file grows.
 const MAX_STEP: u64 = 64 << 20;
-/// One past the last byte that a BAT entry can point at.
-const REACH: u64 = UNUSED as u64 * SECTOR;
 
 /// Room for one block: sector bitmap, then data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -99,7 +99,7 @@ impl Structure {
             &mut warnings,
             &mut read_only,
         );
-        let locators = Locators::read(file, &header, &mut warnings);
+        let locators = Locators::read(file, &header, &mut warnings, &mut read_only);
         let has_parent = header.parent_unique_id != [0; 16] || !locators.is_empty();
         if footers.disk_type == DiskType::Dynamic && has_parent {
             warnings.push("a dynamic disk that names a parent; the parent is ignored".to_owned());

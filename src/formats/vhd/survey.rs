@@ -1,14 +1,15 @@
 //! Walking the whole BAT: what is stored where, and what contradicts what.
 //!
-//! Done before the first write and by a check, never at open. Time is that of sorting the stored
-//! blocks, memory eight bytes for each of them; their number is bounded by what the file can hold.
+//! Done before the first write and by a check, never at open. Time is that of reading what is stored
+//! of the table and of sorting the stored blocks, memory eight bytes for each of them; their number
+//! is bounded by what the file can hold. A table that is a hole of the host's file is not read.
 
 use std::ops::Range;
 
-use super::layout::{SECTOR, UNUSED};
+use super::layout::{MAX_SPARSE_SIZE, SECTOR, UNUSED};
 use super::structure::{Structure, overlap};
 use crate::codec;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::Severity;
 use crate::storage::Storage;
 
@@ -34,7 +35,8 @@ pub(super) struct Problem {
 }
 
 impl Survey {
-    /// Reads all entries. `data_end` is where the trailing footer begins.
+    /// Reads all entries that a disk of any legal size can need; those behind them mean nothing.
+    /// `data_end` is where the trailing footer begins.
     pub(super) fn run(
         file: &dyn Storage,
         structure: &Structure,
@@ -44,12 +46,16 @@ impl Survey {
         let stride = structure.stride();
         // The last block may be cut off behind the end of the disk.
         let room = data_end / stride + 1;
+        let entries = structure.table_entries.min(MAX_SPARSE_SIZE / structure.block_size);
         let mut stored = Vec::new();
-        let mut chunk = vec![0; CHUNK.min(structure.table_entries * 4) as usize];
+        let mut chunk = vec![0; CHUNK.min(entries * 4) as usize];
         let mut block = 0;
-        while block < structure.table_entries {
+        while block < entries {
+            let next = next_stored(file, structure, block..entries)?;
+            report_hole(structure, block..next.start, found);
+            block = next.start;
             let at = structure.table_at + block * 4;
-            let len = CHUNK.min((structure.table_entries - block) * 4) as usize;
+            let len = CHUNK.min((next.end - block) * 4) as usize;
             codec::read_exact(file, at, &mut chunk[..len], "the BAT")?;
             for entry in chunk[..len].chunks_exact(4) {
                 let sector = u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]);
@@ -101,6 +107,37 @@ impl Survey {
             end = end.max(range.end);
         }
         (gaps, end)
+    }
+}
+
+/// The first of `blocks` whose entries do not lie in a hole of the host's file.
+fn next_stored(
+    file: &dyn Storage,
+    structure: &Structure,
+    blocks: Range<u64>,
+) -> Result<Range<u64>> {
+    let at = structure.table_at + blocks.start * 4;
+    let data = file
+        .next_data(at)
+        .map_err(|e| Error::io("looking for the BAT", &e).in_file(file.path()).at(at))?;
+    let Some(data) = data else { return Ok(blocks.end..blocks.end) };
+    let start = (blocks.start + data.start.saturating_sub(at) / 4).min(blocks.end);
+    let end = blocks.start + data.end.saturating_sub(at).div_ceil(4);
+    Ok(start..end.max(start + 1).min(blocks.end))
+}
+
+/// Entries in a hole are zeroes, and sector 0 is that of the footer copy: one problem for all of them.
+fn report_hole(structure: &Structure, blocks: Range<u64>, found: &mut dyn FnMut(Problem)) {
+    let of_disk = structure.blocks.clamp(blocks.start, blocks.end);
+    let parts = [(Severity::Error, blocks.start..of_disk), (Severity::Notice, of_disk..blocks.end)];
+    for (severity, part) in parts.into_iter().filter(|(_, part)| !part.is_empty()) {
+        let at = structure.table_at + part.start * 4;
+        let what = format!(
+            "the entries of blocks {} to {} are a hole in the file",
+            part.start,
+            part.end - 1
+        );
+        found(Problem { severity, at, what });
     }
 }
 

@@ -12,7 +12,6 @@
 //! What guests see changes only where it was an error, or where a table of an image that was closed
 //! properly lacks a grain that its copy has and nothing else uses.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::codec;
@@ -26,7 +25,7 @@ use super::grains::{Dialect, Grain, GrainTables, Table};
 use super::layout::{DESCRIPTOR_SECTORS, FLAG_REDUNDANT, GD_AT, Header, NewLayout, RGD_AT, SECTOR};
 use super::link::Link;
 use super::map::SparseExtent;
-use super::walk::{self, Kind, Usage};
+use super::walk::{self, Kind, TableReader, Usage};
 
 /// Plans the next round for the disk whose descriptor is in `file`.
 pub fn repair(file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()> {
@@ -120,6 +119,17 @@ fn repair_header(extent: &SparseExtent, file: &Arc<dyn Storage>, work: &mut Plan
         let mut found = vec![0; expected.len()];
         let there = file.read_at(sector * SECTOR, &mut found).is_ok();
         if there && found == expected {
+            if lost_gd {
+                // What the tables of the lost directory say is what readers see from then on.
+                let Some(tables) = follow_redundant(extent, file, &layout, work.part())? else {
+                    break;
+                };
+                if !tables.is_empty() {
+                    work.append(tables);
+                    work.sync(file);
+                    break;
+                }
+            }
             work.write(file, at, sector.to_le_bytes().to_vec(), what);
             work.sync(file);
             break;
@@ -128,24 +138,71 @@ fn repair_header(extent: &SparseExtent, file: &Arc<dyn Storage>, work: &mut Plan
     Ok(())
 }
 
+/// Adds to `work` what makes the tables behind a lost directory, in the places that `layout` gives
+/// them, say what those of the directory in use say; `None` if something else lies there.
+fn follow_redundant(
+    extent: &SparseExtent,
+    file: &Arc<dyn Storage>,
+    layout: &NewLayout,
+    mut work: Plan,
+) -> Result<Option<Plan>> {
+    let tables = &extent.tables;
+    let usage = walk::walk(tables, &mut |_| ())?;
+    let len = tables.table_len();
+    let first = (layout.gd + layout.gd_len) * SECTOR;
+    let (mut used, mut lost) = (vec![0; len as usize], vec![0; len as usize]);
+    let mut reader = TableReader::new(&*tables.file);
+    let mut entries = TableReader::new(&*tables.file);
+    let mut entry = [0; 4];
+    for index in 0..tables.tables().min(layout.tables) {
+        entries.read(tables.gd + index * 4, &mut entry)?;
+        match tables.decode_table(u32::from_le_bytes(entry).into()) {
+            Table::At(at) => drop(reader.read(at, &mut used)?),
+            Table::Absent => used.fill(0),
+            // Nothing can be read there now.
+            Table::Bad => continue,
+        }
+        let place = first + index * len..first + (index + 1) * len;
+        if !usage.is_free(&place) || file.read_at(place.start, &mut lost).is_err() {
+            return Ok(None);
+        }
+        if used != lost && !work.is_full() {
+            let what = format!("grain table {index}, from its copy");
+            work.write(file, place.start, used.clone(), what);
+        }
+    }
+    Ok(Some(work))
+}
+
 /// The entry for one table in each directory, and what it says.
 struct Twins {
     raw: [u64; 2],
     at: [Table; 2],
 }
 
-/// Reads both directories.
-fn read_directories(tables: &GrainTables, rgd: u64) -> Result<Vec<Twins>> {
-    let read = |at| {
-        let mut bytes = vec![0; tables.directory_len() as usize];
-        codec::read_exact(&*tables.file, at, &mut bytes, "a grain directory").map(|()| bytes)
-    };
-    let directories = [read(tables.gd)?, read(rgd)?];
-    let twins = |index| {
-        let raw = directories.each_ref().map(|bytes| tables.raw(bytes, index));
-        Twins { raw, at: raw.map(|raw| tables.decode_table(raw)) }
-    };
-    Ok((0..tables.tables().min(tables.directory_entries)).map(twins).collect())
+/// Calls `visit` for every table that one of the two directories has an entry for.
+fn each_twins(
+    tables: &GrainTables,
+    rgd: u64,
+    mut visit: impl FnMut(u64, &Twins) -> Result<()>,
+) -> Result<()> {
+    const CHUNK: u64 = 64 << 10;
+    let mut chunk = [vec![0; CHUNK as usize], vec![0; CHUNK as usize]];
+    let mut readers = [TableReader::new(&*tables.file), TableReader::new(&*tables.file)];
+    for from in (0..tables.directory_len()).step_by(CHUNK as usize) {
+        let len = (tables.directory_len() - from).min(CHUNK);
+        for ((buf, reader), at) in chunk.iter_mut().zip(&mut readers).zip([tables.gd, rgd]) {
+            reader.read(at + from, &mut buf[..len as usize])?;
+        }
+        for index in 0..len / 4 {
+            let raw = chunk.each_ref().map(|bytes| tables.raw(bytes, index));
+            if raw != [0; 2] {
+                let at = raw.map(|raw| tables.decode_table(raw));
+                visit(from / 4 + index, &Twins { raw, at })?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Rebuilds directory entries that lead to no table of their own, while the other directory's do.
@@ -159,10 +216,9 @@ fn repair_directories(
     let directories = [tables.gd, rgd];
     let names = ["a grain directory entry", "a redundant grain directory entry"];
     let mut entries = work.part();
-    for (index, twins) in read_directories(tables, rgd)?.into_iter().enumerate() {
-        let index = index as u64;
+    each_twins(tables, rgd, |index, twins| {
         if work.is_full() {
-            break;
+            return Ok(());
         }
         // In a new extent the tables follow their directory one after the other.
         let expected = directories.map(|gd| {
@@ -170,19 +226,19 @@ fn repair_directories(
                 + index * tables.table_len()
         });
         let (lost, kept) = match twins.at {
-            [Table::At(a), Table::At(b)] if a != b => continue,
+            [Table::At(a), Table::At(b)] if a != b => return Ok(()),
             [Table::At(a), Table::At(_)] if a == expected[0] => (1, a),
             [Table::At(_), Table::At(b)] if b == expected[1] => (0, b),
             [Table::At(a), Table::Absent | Table::Bad] => (1, a),
             [Table::Absent | Table::Bad, Table::At(b)] => (0, b),
-            _ => continue,
+            _ => return Ok(()),
         };
         let at = expected[lost];
         let place = at..at + tables.table_len();
         let sector = u32::try_from(at / SECTOR).unwrap_or(u32::MAX);
         let possible = tables.decode_table(u64::from(sector)) == Table::At(at);
         if !possible || twins.raw[lost] == u64::from(sector) || !usage.is_free(&place) {
-            continue;
+            return Ok(());
         }
         let mut table = vec![0; tables.table_len() as usize];
         let mut found = table.clone();
@@ -193,7 +249,8 @@ fn repair_directories(
         }
         let entry_at = directories[lost] + index * 4;
         entries.write(file, entry_at, sector.to_le_bytes().to_vec(), names[lost]);
-    }
+        Ok(())
+    })?;
     if !entries.is_empty() {
         work.sync(file);
         work.append(entries);
@@ -212,24 +269,18 @@ fn merge_tables(
     let tables = &extent.tables;
     let Some(rgd) = tables.rgd else { return Ok(()) };
     let len = tables.table_len() as usize;
-    let mut tables_of = HashMap::new();
-    let twins = read_directories(tables, rgd)?;
-    // A table that two entries lead to belongs to nobody for certain.
-    for at in twins.iter().flat_map(|twins| twins.at) {
-        if let Table::At(at) = at {
-            *tables_of.entry(at).or_insert(0u32) += 1;
-        }
-    }
-    for (index, twins) in twins.iter().enumerate() {
-        let [Table::At(first), Table::At(second)] = twins.at else { continue };
-        if work.is_full() || tables_of[&first] > 1 || tables_of[&second] > 1 {
-            continue;
+    each_twins(tables, rgd, |index, twins| {
+        let [Table::At(first), Table::At(second)] = twins.at else { return Ok(()) };
+        // What else claims a table's place may be right, and would be overwritten.
+        let contested = |at| usage.is_contested(&(at..at + len as u64));
+        if work.is_full() || contested(first) || contested(second) {
+            return Ok(());
         }
         let (mut primary, mut redundant) = (vec![0; len], vec![0; len]);
         codec::read_exact(&**file, first, &mut primary, "a grain table")?;
         codec::read_exact(&**file, second, &mut redundant, "a grain table")?;
         if primary == redundant {
-            continue;
+            return Ok(());
         }
         let (old_primary, old_redundant) = (primary.clone(), redundant.clone());
         let entries = primary.chunks_exact_mut(4).zip(redundant.chunks_exact_mut(4));
@@ -248,7 +299,8 @@ fn merge_tables(
             let what = format!("the redundant grain table {index}, from its copy");
             work.write(file, second, redundant, what);
         }
-    }
+        Ok(())
+    })?;
     if !work.is_empty() {
         work.sync(file);
     }

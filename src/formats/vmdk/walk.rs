@@ -50,8 +50,12 @@ impl Units {
         self.0.get(&(unit / 64)).is_some_and(|word| word >> (unit % 64) & 1 != 0)
     }
 
-    fn insert(&mut self, unit: u64) {
-        *self.0.entry(unit / 64).or_default() |= 1 << (unit % 64);
+    /// Whether it was not there before.
+    fn insert(&mut self, unit: u64) -> bool {
+        let (word, bit) = (self.0.entry(unit / 64).or_default(), 1 << (unit % 64));
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
     }
 
     /// The first unit of the set at or after `from`.
@@ -82,6 +86,8 @@ pub struct Usage {
     file: u64,
     grains: Units,
     metadata: Units,
+    /// One past the last of them.
+    metadata_end: u64,
     /// Bytes of the file that hold header, descriptor, directories and tables.
     places: Vec<Range<u64>>,
     /// Grains that the tables lead to.
@@ -96,6 +102,7 @@ impl Usage {
             file,
             grains: Units::default(),
             metadata: Units::default(),
+            metadata_end: 0,
             places: Vec::new(),
             allocated: 0,
         }
@@ -110,6 +117,7 @@ impl Usage {
     fn add_metadata(&mut self, place: Range<u64>) {
         for unit in self.units(&place) {
             self.metadata.insert(unit);
+            self.metadata_end = self.metadata_end.max(unit + 1);
         }
         self.places.push(place);
     }
@@ -119,11 +127,14 @@ impl Usage {
         let mut grains = Units::default();
         let mut next = self.grains.next(0);
         while let Some(unit) = next {
-            (unit * self.unit..(unit + 1) * self.unit).for_each(|sector| grains.insert(sector));
+            for sector in unit * self.unit..(unit + 1) * self.unit {
+                grains.insert(sector);
+            }
             next = self.grains.next(unit + 1);
         }
         self.grains = grains;
         self.metadata = Units::default();
+        self.metadata_end = 0;
         self.unit = 1;
         for place in std::mem::take(&mut self.places) {
             self.add_metadata(place);
@@ -138,12 +149,11 @@ impl Usage {
         let units = self.units(&(at..at + self.grain * SECTOR));
         let mut there = None;
         for unit in units {
-            if self.grains.contains(unit) {
+            if !self.grains.insert(unit) {
                 there.get_or_insert("another grain");
-            } else if self.metadata.contains(unit) {
+            } else if unit < self.metadata_end && self.metadata.contains(unit) {
                 there.get_or_insert("a table or header");
             }
-            self.grains.insert(unit);
         }
         self.allocated += 1;
         there
@@ -156,6 +166,16 @@ impl Usage {
         let before = self.places.partition_point(|other| other.start < place.end);
         let table = self.places[..before].last().is_some_and(|other| other.end > place.start);
         place.end <= self.file * SECTOR && !grains && !table
+    }
+
+    /// Whether a grain, or more than one table, uses a part of a table's place.
+    pub fn is_contested(&self, place: &Range<u64>) -> bool {
+        // All tables are of one length, and none lies over a header or directory.
+        let least = place.start.saturating_sub(place.end - place.start);
+        let from = self.places.partition_point(|other| other.start < least);
+        let until = self.places.partition_point(|other| other.start < place.end);
+        let tables = self.places[from..until].iter().filter(|other| other.end > place.start);
+        tables.count() > 1 || self.units(place).any(|unit| self.grains.contains(unit))
     }
 
     /// Runs of unused sectors at or after sector `from`.
@@ -194,7 +214,7 @@ impl Usage {
 }
 
 /// Reads tables, answering from what the host says about holes where it can.
-struct TableReader<'a> {
+pub struct TableReader<'a> {
     file: &'a dyn Storage,
     /// A part of the file that is known to be a hole.
     hole: Range<u64>,
@@ -203,12 +223,13 @@ struct TableReader<'a> {
 }
 
 impl<'a> TableReader<'a> {
-    fn new(file: &'a dyn Storage) -> Self {
+    /// A reader of `file`.
+    pub fn new(file: &'a dyn Storage) -> Self {
         Self { file, hole: 0..0, data: 0..0 }
     }
 
     /// Fills `buf` from byte `at`; `false` if that is all hole.
-    fn read(&mut self, at: u64, buf: &mut [u8]) -> Result<bool> {
+    pub fn read(&mut self, at: u64, buf: &mut [u8]) -> Result<bool> {
         let end = at + buf.len() as u64;
         if !(self.data.start <= at && end <= self.data.end) {
             if !(self.hole.start <= at && end <= self.hole.end) {
@@ -241,44 +262,56 @@ pub fn walk(tables: &GrainTables, found: &mut dyn FnMut(Problem)) -> Result<Usag
     let mut redundant = primary.clone();
     let mut primary_reader = TableReader::new(&*tables.file);
     let mut redundant_reader = TableReader::new(&*tables.file);
-    for (table, (first, second)) in places.into_iter().enumerate() {
-        let Some(at) = first else { continue };
+    for Copies { table, first: at, second } in places {
         let some = primary_reader.read(at, &mut primary)?;
         if let Some(copy) = second {
             let copy_some = redundant_reader.read(copy, &mut redundant)?;
             if (some || copy_some) && primary != redundant {
-                found(compare(tables, table as u64, copy, &redundant));
+                found(compare(tables, table, copy, &redundant));
             }
         }
         if some {
-            walk_table(tables, table as u64, at, &primary, &mut usage, found);
+            walk_table(tables, table, at, &primary, &mut usage, found);
         }
     }
     Ok(usage)
 }
 
-/// Byte offsets of a table and of its redundant copy.
-type Copies = (Option<u64>, Option<u64>);
+/// Byte offsets of a table that exists, and of its redundant copy.
+struct Copies {
+    /// Its number.
+    table: u64,
+    first: u64,
+    second: Option<u64>,
+}
 
-/// Reads the directories, and checks that every table has a place of its own.
+/// Reads the directories, and checks that every table has a place of its own. Costs what the
+/// directories store: where both are holes of the host file there are no tables.
 fn find_tables(
     tables: &GrainTables,
     usage: &mut Usage,
     found: &mut dyn FnMut(Problem),
 ) -> Result<Vec<Copies>> {
     const CHUNK: u64 = 64 << 10;
-    let width = tables.directory_len() / tables.tables().max(1);
+    let width = tables.directory_len() / tables.tables().min(tables.directory_entries).max(1);
     let mut copies = Vec::new();
     let mut chunk = [vec![0; CHUNK as usize], vec![0; CHUNK as usize]];
+    let mut readers = [TableReader::new(&*tables.file), TableReader::new(&*tables.file)];
+    let directories = [Some(tables.gd), tables.rgd];
+    let mut missing = Missing::default();
     let mut from = 0;
     while from < tables.directory_len() {
         let len = (tables.directory_len() - from).min(CHUNK);
-        let directories = [Some(tables.gd), tables.rgd];
-        for (buf, directory) in chunk.iter_mut().zip(directories) {
+        let mut some = false;
+        for ((buf, reader), directory) in chunk.iter_mut().zip(&mut readers).zip(directories) {
             if let Some(at) = directory {
-                let buf = &mut buf[..len as usize];
-                codec::read_exact(&*tables.file, at + from, buf, "a grain directory")?;
+                some |= reader.read(at + from, &mut buf[..len as usize])?;
             }
+        }
+        if !some {
+            missing.add(tables, from / width..(from + len) / width, found);
+            from += len;
+            continue;
         }
         for index in 0..len / width {
             let table = from / width + index;
@@ -299,23 +332,29 @@ fn find_tables(
             };
             let first = place(&chunk[0], directories[0]);
             let second = place(&chunk[1], directories[1]);
-            let lone = tables.rgd.is_some() && first.is_some() != second.is_some();
-            let (kind, what) = match first.or(second) {
-                Some(_) if lone => (Kind::Damage, "has only one of its two copies"),
-                Some(_) if first == second => (Kind::Damage, "is its own redundant copy"),
-                None if tables.preallocated() => (Kind::Oddity, "does not exist"),
-                _ => {
-                    copies.push((first, second));
-                    continue;
-                }
+            let Some(own) = first.or(second) else {
+                missing.add(tables, table..table + 1, found);
+                continue;
             };
-            let at = tables.gd + from + index * width;
-            found(Problem { kind, at, what: format!("grain table {table} {what}") });
-            copies.push((first.or(second), second.filter(|s| first.is_some_and(|f| f != *s))));
+            let lone = tables.rgd.is_some() && first.is_some() != second.is_some();
+            let wrong = match lone {
+                true => Some("has only one of its two copies"),
+                false if first == second => Some("is its own redundant copy"),
+                false => None,
+            };
+            if let Some(what) = wrong {
+                let at = tables.gd + table * width;
+                let what = format!("grain table {table} {what}");
+                found(Problem { kind: Kind::Damage, at, what });
+            }
+            let second = second.filter(|second| *second != own);
+            copies.push(Copies { table, first: own, second });
         }
         from += len;
     }
-    let mut places: Vec<u64> = copies.iter().flat_map(|(a, b)| [*a, *b]).flatten().collect();
+    missing.report(tables, found);
+    let mut places: Vec<u64> =
+        copies.iter().flat_map(|c| [Some(c.first), c.second]).flatten().collect();
     places.sort_unstable();
     for pair in places.windows(2) {
         if pair[1] - pair[0] < tables.table_len() {
@@ -327,6 +366,32 @@ fn find_tables(
         usage.add_metadata(place..place + tables.table_len());
     }
     Ok(copies)
+}
+
+/// A run of tables that do not exist although writers make all of them.
+#[derive(Default)]
+struct Missing(Range<u64>);
+
+impl Missing {
+    fn add(&mut self, tables: &GrainTables, run: Range<u64>, found: &mut dyn FnMut(Problem)) {
+        if self.0.end != run.start {
+            self.report(tables, found);
+            self.0.start = run.start;
+        }
+        self.0.end = run.end;
+    }
+
+    fn report(&self, tables: &GrainTables, found: &mut dyn FnMut(Problem)) {
+        if self.0.is_empty() || !tables.preallocated() {
+            return;
+        }
+        let at = tables.gd + self.0.start * 4;
+        let what = match self.0.end - self.0.start {
+            1 => format!("grain table {} does not exist", self.0.start),
+            _ => format!("grain tables {} to {} do not exist", self.0.start, self.0.end - 1),
+        };
+        found(Problem { kind: Kind::Oddity, at, what });
+    }
 }
 
 /// What it means that the redundant copy at byte `at` of table number `table` differs.
@@ -421,7 +486,7 @@ pub fn renew_redundant(tables: &GrainTables) -> Result<()> {
     let mut primary = vec![0; tables.table_len() as usize];
     let mut redundant = primary.clone();
     for copies in find_tables(tables, &mut usage, &mut |_| {})? {
-        let (Some(at), Some(copy)) = copies else { continue };
+        let Copies { first: at, second: Some(copy), .. } = copies else { continue };
         codec::read_exact(&*tables.file, at, &mut primary, "a grain table")?;
         codec::read_exact(&*tables.file, copy, &mut redundant, "a redundant grain table")?;
         if primary != redundant {

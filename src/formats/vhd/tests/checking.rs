@@ -90,15 +90,70 @@ fn a_stored_block_past_the_disks_end_is_a_notice() {
 }
 
 #[test]
-fn a_missing_footer_a_missing_copy_and_garbage_are_errors() {
+fn the_loss_of_one_footer_is_a_notice_and_two_that_differ_are_an_error() {
     let image = sample();
     let end = image.len() - 512;
-    assert_eq!(findings(&image[..end])[0].2, "the footer is missing");
+    let what = |image: &[u8]| {
+        let found = findings(image);
+        assert!(found.iter().all(|f| f.0 == Severity::Notice), "{found:?}");
+        found.into_iter().map(|f| (f.1, f.2)).collect::<Vec<_>>()
+    };
+    assert_eq!(what(&image[..end]), [(Some(end as u64), "the footer is missing".to_owned())]);
     let mut headless = image.clone();
     headless[..512].fill(0);
-    assert_eq!(findings(&headless)[0].2, "the footer copy is missing");
+    assert_eq!(what(&headless), [(Some(0), "the footer copy is missing".to_owned())]);
     let mut longer = image.clone();
     longer.extend([1; 700]);
-    let found = findings(&longer);
-    assert_eq!(found[1].1, Some(image.len() as u64), "{found:?}");
+    assert_eq!(what(&longer)[1].0, Some(image.len() as u64));
+    let mut torn = image.clone();
+    edit_footer(&mut torn, 0, |f| f.original_size = 0.into());
+    assert_eq!(findings(&torn)[0].0, Severity::Error);
+}
+
+/// A dynamic image of 2 MiB whose BAT has room for `entries` blocks, all of it a hole but the first.
+fn with_hole_for_a_bat(block: u32, entries: u32) -> Arc<MemoryHost> {
+    let image = bytes(&dynamic(2 * MIB));
+    let file = MemoryFile::new(PATH, &[]);
+    let len = 4096 + u64::from(entries) * 4;
+    file.write_at(0, &image[..1536]).unwrap();
+    let mut header = DynamicHeader::read_from_bytes(&image[512..1536]).unwrap();
+    header.table_offset = 4096.into();
+    header.max_table_entries = entries.into();
+    header.block_size = block.into();
+    header.seal();
+    file.write_at(512, header.as_bytes()).unwrap();
+    file.write_at(4096, &[0xff; 4]).unwrap();
+    file.write_at(len.next_multiple_of(512), &image[..512]).unwrap();
+    let host = MemoryHost::new();
+    host.insert(file);
+    host
+}
+
+#[test]
+fn a_bat_that_is_a_huge_hole_takes_no_time() {
+    // 4 TiB of entries would take minutes to look at one by one.
+    for (block, entries) in [(512, u32::MAX), (2 << 20, u32::MAX), (4096, 600_000_000)] {
+        let host = with_hole_for_a_bat(block, entries);
+        let report = check(&host);
+        assert_eq!(report.errors > 0, block != 2 << 20, "blocks of {block} bytes");
+        let image = open(&host);
+        let written = image.disk.write_at(0, &[1; 512]);
+        let _ = image.disk.close();
+        assert_eq!(written.is_ok(), block == 2 << 20, "blocks of {block} bytes: {written:?}");
+    }
+}
+
+#[test]
+fn a_repair_does_not_bring_back_an_old_footer_before_garbage() {
+    let mut image = sample();
+    let end = image.len() - 512;
+    edit_footer(&mut image, end, |f| f.data_offset = (4 * MIB).into());
+    image.extend([1; 700]);
+    let host = holding(&image);
+    let dynamic: Arc<dyn Host> = host.clone();
+    let options = OpenOptions::new(Access::Write);
+    let all = formats::Scope::All;
+    let repair = formats::repair(&dynamic, Path::new(PATH), &options, all, false).unwrap();
+    assert_eq!((repair.after.errors, repair.after.notices), (0, 0), "{:?}", repair.after.findings);
+    assert_eq!(read(&open(&host), 5 * MIB, 2), [9; 2]);
 }

@@ -223,3 +223,21 @@ fn a_dynamic_disk_with_a_parents_names_ignores_them() {
     assert_eq!(read(&image, MIB, 2), [0; 2]);
     assert_eq!(image.info.warnings.len(), 1, "{:?}", image.info.warnings);
 }
+
+/// A block would take the place that the locator names, and a guest's data name the parent.
+#[test]
+fn a_locator_that_was_cut_off_forbids_writing() {
+    let host = edited(&sample(), |bytes| {
+        let mut header = DynamicHeader::read_from_bytes(&bytes[512..1536]).unwrap();
+        header.parent_locators[5].platform_code = *b"Wi2r";
+        header.parent_locators[5].data_length = 40.into();
+        header.parent_locators[5].data_offset = (bytes.len() as u64 + 4096).into();
+        header.seal();
+        bytes[512..1536].copy_from_slice(header.as_bytes());
+    });
+    let image = open(&host);
+    assert_eq!(read(&image, MIB, 2), [0x11; 2]);
+    let refused = image.disk.write_at(0, &[1; 512]).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ReadOnly);
+    assert_eq!(check(&host).errors, 1);
+}
