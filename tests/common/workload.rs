@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use flatdisk::disk::Disk;
-use flatdisk::error::Result;
+use flatdisk::error::{Error, ErrorKind, Result};
 use flatdisk::storage::recording::RecordingHost;
 use flatdisk::storage::{Access, Host};
 use parking_lot::Mutex;
@@ -90,6 +90,16 @@ fn step(random: &mut fastrand::Rng, size: u64, block: u64, hot: &[u64]) -> Step 
     }
 }
 
+/// Opens a disk for writing. As for a program that opens a flat file, one that comes out read-only
+/// has failed to open.
+fn open_writable(kind: &dyn Kind, host: &Arc<dyn Host>) -> Result<Arc<Disk>> {
+    let disk = kind.open(host, Access::Write)?;
+    match disk.read_only().map(str::to_owned) {
+        Some(why) => Err(Error::new(ErrorKind::ReadOnly, why)),
+        None => Ok(disk),
+    }
+}
+
 /// A range that begins in the block at `start` and may cross into the next.
 fn extent(random: &mut fastrand::Rng, start: u64, block: u64) -> (u64, u64) {
     let sectors = block / SECTOR;
@@ -123,7 +133,7 @@ impl<'a> Runner<'a> {
         history: History,
     ) -> Result<Self> {
         let before = recorder.position();
-        let disk = kind.open(&host, Access::Write)?;
+        let disk = open_writable(kind, &host)?;
         assert_eq!(recorder.position(), before, "opening changed the image");
         let (history, stamp) = (Mutex::new(history), AtomicU32::new(1));
         Ok(Self { kind, host, recorder, disk, history, stamp })
@@ -170,7 +180,7 @@ impl<'a> Runner<'a> {
             return self.apply(step);
         }
         self.close()?;
-        self.disk = self.kind.open(&self.host, Access::Write)?;
+        self.disk = open_writable(self.kind, &self.host)?;
         Ok(())
     }
 
