@@ -501,6 +501,53 @@ fn a_table_that_lies_over_a_grain_is_not_written() {
     assert!(read(&case, &dynamic).unwrap() == before, "a repair wrote a table over a grain");
 }
 
+/// Both copies of a directory entry differ, but the one to be written is what a grain holds.
+#[test]
+fn a_directory_entry_that_lies_over_a_grain_is_not_written() {
+    let image = Image::new("vmdk", "monolithicSparse", 70 * MIB);
+    let case = case(&image, "", |f| {
+        let (directory, redundant) = directories(f);
+        for table in [place_at(f, directory), place_at(f, redundant)] {
+            put(f, table + 4, &((directory / 512 - 1) as u32).to_le_bytes());
+        }
+        put(f, directory + 4, &[0xdd; 4])
+    });
+    let host = write_data(&case, &MemoryHost::new());
+    let dynamic: Arc<dyn Host> = host.clone();
+    (case.damage)(&table_file(&host, &case));
+    let grain = |host: &Arc<dyn Host>| {
+        let mut bytes = vec![0; 64 << 10];
+        case.open(host, Access::Read).unwrap().read_at(64 << 10, &mut bytes).unwrap();
+        bytes
+    };
+    let before = grain(&dynamic);
+    mend(&case, &dynamic, false);
+    assert!(grain(&dynamic) == before, "a repair wrote a directory entry over a grain");
+}
+
+#[test]
+fn a_grain_that_is_cut_off_keeps_what_is_left() {
+    let image = Image::new("vmdk", "monolithicSparse", 70 * MIB);
+    let case = case(&image, "", |f| {
+        let (directory, redundant) = directories(f);
+        let grain = place_at(f, place_at(f, directory) + 8 * 4);
+        put(f, place_at(f, redundant) + 8 * 4, &[0; 4]);
+        f.set_len(grain + 8192).unwrap();
+        None
+    });
+    let host = write_data(&case, &MemoryHost::new());
+    let dynamic: Arc<dyn Host> = host.clone();
+    (case.damage)(&table_file(&host, &case));
+    let mut before = [0; 2048];
+    let at = MIB / 2 + 4096;
+    case.open(&dynamic, Access::Read).unwrap().read_at(at, &mut before).unwrap();
+    assert!(before[..] == pattern::bytes(5, at, 2048));
+    mend(&case, &dynamic, false);
+    let mut after = [0; 2048];
+    case.open(&dynamic, Access::Read).unwrap().read_at(at, &mut after).unwrap();
+    assert!(after == before, "a repair dropped the grain");
+}
+
 #[test]
 fn a_healthy_foreign_image_needs_no_repair() {
     let Some(folder) = corpus::folder() else { return };

@@ -237,7 +237,11 @@ fn repair_directories(
         let place = at..at + tables.table_len();
         let sector = u32::try_from(at / SECTOR).unwrap_or(u32::MAX);
         let possible = tables.decode_table(u64::from(sector)) == Table::At(at);
-        if !possible || twins.raw[lost] == u64::from(sector) || !usage.is_free(&place) {
+        let entry_at = directories[lost] + index * 4;
+        // What else claims the entry's place may be right, and would be overwritten.
+        let contested = usage.is_contested(&(entry_at..entry_at + 4));
+        let done = twins.raw[lost] == u64::from(sector);
+        if !possible || done || contested || !usage.is_free(&place) {
             return Ok(());
         }
         let mut table = vec![0; tables.table_len() as usize];
@@ -247,7 +251,6 @@ fn repair_directories(
         if table != found {
             work.write(file, at, table, format!("grain table {index}, from its copy"));
         }
-        let entry_at = directories[lost] + index * 4;
         entries.write(file, entry_at, sector.to_le_bytes().to_vec(), names[lost]);
         Ok(())
     })?;
@@ -327,6 +330,10 @@ fn choose(extent: &SparseExtent, usage: &mut Usage, [primary, redundant]: [u64; 
     // the one. Otherwise an entry that is missing was lost.
     if legal(primary) && (primary != 0 || extent.unclean) {
         return Some(primary);
+    }
+    // Of a grain that is cut off readers see the first part: neither entry says all.
+    if place(primary).is_some_and(|place| place.start < file_len) {
+        return None;
     }
     let usable = legal(redundant) && place(redundant).is_none_or(|place| usage.is_free(&place));
     if usable {

@@ -49,9 +49,10 @@ pub struct Space {
 }
 
 impl Space {
-    /// The space of a file of `len` sectors; new grains go behind its end.
-    pub fn new(len: u64) -> Self {
-        Self { free: BTreeMap::new(), next: len, len, step: FIRST_STEP }
+    /// The space of a file of `len` sectors; new grains go behind its end, and not before sector
+    /// `first`.
+    pub fn new(len: u64, first: u64) -> Self {
+        Self { free: BTreeMap::new(), next: len.max(first), len, step: FIRST_STEP }
     }
 
     /// Takes up to `wanted` sectors in one run, a multiple of `unit` and at least one unit, aligned
@@ -172,7 +173,7 @@ mod tests {
     #[test]
     fn new_space_follows_the_end_aligned_and_zeroed() {
         let file = MemoryFile::new("x", &[1; 512 * 21]);
-        let mut space = Space::new(21);
+        let mut space = Space::new(21, 0);
         assert_eq!(take(&mut space, 16, &file), (24..40, true));
         assert_eq!(take(&mut space, 8, &file), (40..48, true));
         assert_eq!(file.len().unwrap(), (21 + FIRST_STEP) * SECTOR);
@@ -182,7 +183,7 @@ mod tests {
     #[test]
     fn released_space_is_merged_and_used_first() {
         let file = MemoryFile::new("x", &[]);
-        let mut space = Space::new(64);
+        let mut space = Space::new(64, 0);
         space.release(8..16, false);
         space.release(24..32, false);
         space.release(16..24, false);
@@ -196,7 +197,7 @@ mod tests {
     #[test]
     fn runs_too_short_for_a_unit_are_left_alone() {
         let file = MemoryFile::new("x", &[]);
-        let mut space = Space::new(64);
+        let mut space = Space::new(64, 0);
         space.release(5..12, true);
         space.release(20..39, true);
         assert_eq!(take(&mut space, 80, &file), (20..36, true));
@@ -205,7 +206,7 @@ mod tests {
 
     #[test]
     fn free_space_at_the_end_is_trimmed() {
-        let mut space = Space::new(64);
+        let mut space = Space::new(64, 0);
         space.release(56..64, false);
         space.release(48..56, true);
         space.release(8..16, true);
@@ -215,7 +216,7 @@ mod tests {
     #[test]
     fn an_extent_ends_where_entries_end() {
         let file = MemoryFile::new("x", &[]);
-        let mut space = Space::new(MAX_SECTORS - 24);
+        let mut space = Space::new(MAX_SECTORS - 24, 0);
         assert_eq!(take(&mut space, 64, &file).0, MAX_SECTORS - 24..MAX_SECTORS - 8);
         let error = space.take(8, 8, &*file, &AtomicU64::new(0)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoSpace);

@@ -202,7 +202,7 @@ impl Usage {
 
     /// The free space of the file: whole grains that nothing uses, at or after sector `from`.
     fn space(&self, from: u64) -> Space {
-        let mut space = Space::new(self.file);
+        let mut space = Space::new(self.file, from);
         for run in self.unused(from) {
             let run = run.start.next_multiple_of(self.grain)..run.end / self.grain * self.grain;
             if run.start < run.end {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::disk::map::Geometry;
 use crate::formats::vmdk::layout::{Header, SECTOR};
+use crate::storage::Storage;
 
 const MIB: u64 = 1 << 20;
 const GRAIN: u64 = 65_536;
@@ -72,6 +73,21 @@ fn a_text_descriptor_gets_a_new_content_id_in_place() {
         assert!(before.len() == after.len() && before != after, "{subformat}");
         assert_ne!(open_rw(&host, "d.vmdk").info.details["cid"], "fffffffe");
     }
+}
+
+/// The header may reserve more than the file has.
+#[test]
+fn grains_keep_off_what_the_header_reserves_behind_the_end() {
+    let host = created("d.vmdk", &spec("twoGbMaxExtentSparse", MIB));
+    let extent = host.file(&at("d-s001.vmdk")).unwrap();
+    let end = extent.len().unwrap() / SECTOR;
+    extent.write_at(28, &(end - 18).to_le_bytes()).unwrap();
+    extent.write_at(36, &20u64.to_le_bytes()).unwrap();
+    let image = open_rw(&host, "d.vmdk");
+    image.disk.write_at(0, &[7; 4096]).unwrap();
+    let mut found = [0; 4096];
+    image.disk.read_at(0, &mut found).unwrap();
+    assert_eq!(found, [7; 4096]);
 }
 
 #[test]
