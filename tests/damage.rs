@@ -283,7 +283,7 @@ fn watch_over(watch: &Watch, done: &AtomicBool) {
 fn damaged_images_neither_panic_nor_hang_nor_fill_the_memory() {
     let bases = bases::all();
     let only = std::env::var_os("FLATDISK_DAMAGE_CASE").map(|_| number("FLATDISK_DAMAGE_CASE", 0));
-    let cases = number("FLATDISK_DAMAGE_CASES", 300_000);
+    let cases = number("FLATDISK_DAMAGE_CASES", 1_000_000);
     let numbers = only.map_or(0..cases, |only| only..only + 1);
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(|l| format!("{}:{}", l.file(), l.line()));

@@ -52,7 +52,7 @@ impl Space {
     /// The space of a file of `len` sectors; new grains go behind its end, and not before sector
     /// `first`.
     pub fn new(len: u64, first: u64) -> Self {
-        Self { free: BTreeMap::new(), next: len.max(first), len, step: FIRST_STEP }
+        Self { free: BTreeMap::new(), next: len.max(first.min(MAX_SECTORS)), len, step: FIRST_STEP }
     }
 
     /// Takes up to `wanted` sectors in one run, a multiple of `unit` and at least one unit, aligned
@@ -163,6 +163,15 @@ impl Space {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_first_sector_beyond_every_grain_leaves_no_space() {
+        let file = MemoryFile::new("x", &[0; 512]);
+        for first in [MAX_SECTORS, u64::MAX] {
+            let taken = Space::new(1, first).take(128, 128, &*file, &AtomicU64::new(512));
+            assert_eq!(taken.unwrap_err().kind(), ErrorKind::NoSpace);
+        }
+    }
     use crate::storage::memory::MemoryFile;
 
     fn take(space: &mut Space, wanted: u64, file: &MemoryFile) -> (Range<u64>, bool) {
