@@ -16,7 +16,7 @@ use fastrand::Rng;
 use flatdisk::disk::layers::{self, Content};
 use flatdisk::error::{Error, ErrorKind};
 use flatdisk::formats::chain::{self, Merging};
-use flatdisk::formats::{self, CreateSpec, Image, NewLink, OpenContext, OpenOptions};
+use flatdisk::formats::{self, CreateSpec, Image, NewLink, OpenContext, OpenOptions, Scope};
 use flatdisk::storage::file::HostFs;
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::RecordingHost;
@@ -640,7 +640,7 @@ fn killed_at_any_moment_a_merge_or_rebase_loses_nothing() {
     let budget = number("FLATDISK_CRASH_STATES", 240) as usize;
     let failures: Vec<String> = in_parallel(&bases, |(base, _)| {
         let mut failures = Vec::new();
-        for operation in ["merge", "rebase", "link"] {
+        for operation in ["merge", "merge and keep", "merge over siblings", "rebase", "link"] {
             if let Err(e) = crash_while(base, operation, budget) {
                 failures
                     .push(format!("{} {:?}: {operation}: {e}", base.format, base.spec.subformat));
@@ -662,12 +662,18 @@ fn crash_while(base: &Base, operation: &str, budget: usize) -> Result<(), String
     let other = Path::new("/t").join("a parent with a long name").with_extension(base.format);
     make_child(&host, &other, &a, None);
     let below = contents(&open(&host, &b, Access::Read));
+    let merges = operation.starts_with("merge");
+    let how =
+        Merging { keep: operation.contains("keep"), over_siblings: operation.contains("siblings") };
+    if how.over_siblings {
+        make_child(&host, &Path::new("/t/sibling").with_extension(base.format), &b, None);
+    }
 
     let recorder = RecordingHost::over(&memory);
     let recorded: Arc<dyn Host> = recorder.clone();
     let options = OpenOptions::new(Access::Read);
     let done = match operation {
-        "merge" => chain::merge(&recorded, &c, &options, Merging::default(), &mut |_| ()).map(drop),
+        _ if merges => chain::merge(&recorded, &c, &options, how, &mut |_| ()).map(drop),
         "rebase" => chain::rebase(&recorded, &c, &other, &options, false, &mut |_| ()).map(drop),
         _ => chain::rebase(&recorded, &c, &b, &options, true, &mut |_| ()).map(drop),
     };
@@ -685,25 +691,32 @@ fn crash_while(base: &Base, operation: &str, budget: usize) -> Result<(), String
         };
         let child = holds(&c, &model);
         // Once the parent holds everything, the child may be stale or gone.
-        let child = match operation {
-            "merge" if child.is_err() => holds(&b, &model).map_err(|e| {
+        let child = match child {
+            Err(_) if merges => holds(&b, &model).map_err(|e| {
                 format!("neither child nor parent: {}; {e}", child.clone().unwrap_err())
             }),
-            "merge" => child,
+            _ if merges => child,
             _ => child.and_then(|()| holds(&b, &below)),
         };
         child?;
         // What was interrupted can be done again.
-        if operation == "merge" && holds(&c, &model).is_ok() {
-            chain::merge(&state, &c, &options, Merging::default(), &mut |_| ())
+        if merges && holds(&c, &model).is_ok() {
+            chain::merge(&state, &c, &options, how, &mut |_| ())
                 .map_err(|e| format!("again: {e}"))?;
             holds(&b, &model)?;
-        } else if operation != "merge" {
+        } else if !merges {
             chain::rebase(&state, &c, &other, &options, false, &mut |_| ())
                 .map_err(|e| format!("again: {e}"))?;
             holds(&c, &model)?;
         }
-        let left = if operation == "merge" { &b } else { &c };
+        let left = if merges { &b } else { &c };
+        if how.over_siblings {
+            // The two footers of a VHD get the parent's new id one after the other.
+            let options = OpenOptions::new(Access::Write);
+            formats::repair(&state, left, &options, Scope::All, false)
+                .map_err(|e| format!("repair: {e}"))?;
+            holds(&b, &model)?;
+        }
         match errors(&state, left).map_err(|e| e.to_string())?.is_empty() {
             true => Ok(()),
             false => Err("the check finds errors".to_owned()),
