@@ -243,8 +243,9 @@ impl Filesystem for Shell {
                 flags.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, write);
                 match &self.passthrough {
                     Some(passthrough) => {
-                        let file =
-                            passthrough.possible().then(|| self.tree.lend(ino.0, write)).flatten();
+                        // Asked at every open: an inode that is passed through stays so, even
+                        // when the kernel has refused others since, and writes must be watched.
+                        let file = self.tree.lend(ino.0, write);
                         passthrough.reply(reply, ino.0, opened.handle, flags, file);
                     }
                     None => reply.opened(FileHandle(opened.handle), flags),

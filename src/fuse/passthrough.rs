@@ -42,11 +42,6 @@ struct Opens {
 }
 
 impl Passthrough {
-    /// Whether the kernel has not refused yet.
-    pub fn possible(&self) -> bool {
-        !self.refused.load(Ordering::Relaxed)
-    }
-
     /// Answers an open(2) of inode `ino`, letting the kernel use `file` by itself if that is possible.
     pub fn reply(
         &self,
@@ -76,7 +71,7 @@ impl Passthrough {
     }
 
     fn register(&self, reply: &ReplyOpen, file: &dyn Storage) -> Option<BackingId> {
-        let file = file.host_file().filter(|_| self.possible())?;
+        let file = file.host_file().filter(|_| !self.refused.load(Ordering::Relaxed))?;
         let Ok(own) = reopened(file).inspect_err(|e| log::debug!("no passthrough: {e}")) else {
             return None;
         };
