@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+mod live;
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -63,6 +65,8 @@ fn assert_lost(host: &Arc<MemoryHost>, format: &str, lost: &[(u64, u64)]) {
             assert!(sector == pattern::bytes(1, at, 512)[..], "{format}: other bytes at {at:#x}");
         }
     }
+    let found: Vec<_> = image.disk.damage().iter().map(|r| (r.start, r.end - r.start)).collect();
+    assert_eq!(found, lost, "{format}: found by reading");
     let report = checked(host, format);
     let listed: Vec<_> = report.damage.iter().map(|d| (d.start, d.length)).collect();
     assert_eq!(listed, lost, "{format}: {:?}", report.findings);
@@ -189,4 +193,43 @@ fn damaged_foreign_images_show_nothing_that_is_not_there() {
         let found = formats::check(&host, &unpacked.image, &options);
         assert!(found.is_err() || found.is_ok_and(|r| r.errors > 0), "{}: no finding", row.id);
     }
+}
+
+#[test]
+fn what_readers_run_into_is_listed_as_damage_of_the_flat_file() {
+    if !live::can_mount() || !live::have(&["getfattr"]) {
+        return;
+    }
+    let host = full("vhd", "dynamic", Some(MIB));
+    for block in [2, 3, 6] {
+        file(&host, "vhd").write_at(1536 + 4 * block, &0x00ff_0000u32.to_be_bytes()).unwrap();
+    }
+    let dir = common::folder();
+    std::fs::write(dir.path().join("a.vhd"), file(&host, "vhd").to_vec()).unwrap();
+    let mount = live::Mount::new(dir.path(), &[]);
+    let flat = mount.flat("a.vhd");
+    let damage = || {
+        let mut command = Command::new("getfattr");
+        command.args(["-n", "user.flatdisk.damage", "--only-values", "--absolute-names"]);
+        let output = live::outcome(command.arg(&flat));
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    };
+    assert_eq!(damage(), None);
+    // What is known of contents younger than the host's clock can tell apart is not kept.
+    let written = dir.path().join("a.vhd").metadata().unwrap().modified().unwrap();
+    live::wait_until("of an age", || written.elapsed().is_ok_and(|age| age.as_millis() > 200));
+    let disk = std::fs::File::open(&flat).unwrap();
+    let mut block = vec![0; MIB as usize];
+    for number in 0..4 {
+        let read = disk.read_exact_at(&mut block, number * MIB);
+        assert_eq!(read.is_err(), number >= 2, "block {number}: {read:?}");
+    }
+    let open = damage().unwrap();
+    assert_eq!(open, "0x200000-0x400000");
+    // It is known when nobody has the file open, until the image changes.
+    drop(disk);
+    live::wait_until("listed while closed", || damage().as_ref() == Some(&open));
+    std::fs::write(dir.path().join("a.vhd"), file(&full("vhd", "dynamic", None), "vhd").to_vec())
+        .unwrap();
+    live::wait_until("forgotten when the image changed", || damage().is_none());
 }

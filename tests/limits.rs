@@ -278,6 +278,47 @@ fn full_vmdk_of_nearly_2_tib() {
     assert_eq!(report.allocated_blocks, grains);
 }
 
+/// Gives a sparse VMDK grains of `grain` sectors, and so more capacity, in header and descriptor.
+fn stretch(file: &MemoryFile, grain: u64) {
+    let capacity = number(file, 12);
+    let stretched = capacity / 128 * grain;
+    file.write_at(12, &stretched.to_le_bytes()).unwrap();
+    file.write_at(20, &grain.to_le_bytes()).unwrap();
+    let mut text = [0; 10240];
+    file.read_at(512, &mut text).unwrap();
+    let text = String::from_utf8_lossy(&text);
+    let text = text.replace(&format!("RW {capacity} "), &format!("RW {stretched} "));
+    file.write_at(512, &text.as_bytes()[..10240]).unwrap();
+}
+
+#[test]
+fn large_grains_that_are_not_aligned_take_little_time_and_memory() {
+    const GRAIN: u64 = 4096;
+    let grains = 512 * 1954;
+    let base = made("vmdk", "monolithicSparse", grains * 65536, None).file(&path("vmdk")).unwrap();
+    stretch(&base, GRAIN);
+    let gd_len = (grains / 512 * 4u64).next_multiple_of(512);
+    let places = [56, 48].map(|field| {
+        let first = number(&base, field) * 512 + gd_len;
+        first..first + grains * 4
+    });
+    let first = number(&base, 64) + 1;
+    for (distance, errors) in [(GRAIN, 0), (GRAIN + 1, 0), (GRAIN - 1, grains - 1)] {
+        let places = places.clone();
+        let fill = move |at: u64, buf: &mut [u8]| {
+            for table in &places {
+                put_entries(at, buf, table, 4, |n| Some(first + n * distance), false);
+            }
+        };
+        let base = base.clone();
+        let len = (first + (grains - 1) * distance + GRAIN) * 512;
+        let name = format!("VMDK, a grain each {distance} sectors");
+        let report = check(&name, Computed { base, len, fill: Box::new(fill) }, false);
+        assert_eq!((report.errors, report.leaks), (errors, 0), "{:?}", report.findings);
+        assert_eq!(report.allocated_blocks, grains);
+    }
+}
+
 #[test]
 fn a_grain_directory_that_is_a_huge_hole_takes_no_memory() {
     let file = made("vmdk", "monolithicSparse", 40 * MIB, None).file(&path("vmdk")).unwrap();

@@ -168,7 +168,7 @@ Exit status:
   1   the check could not be completed
   2   there are errors
   3   there are no errors, but space that nothing uses
-  After a repair it tells how the image is then.")]
+  After a repair it tells how the image is then, of a dry run how the image is now.")]
 pub struct CheckArgs {
     /// The image.
     image: PathBuf,
@@ -214,6 +214,9 @@ struct RepairAnswer<'a> {
     /// What the check found before.
     errors_before: u64,
     leaks_before: u64,
+    /// What it finds after the changes, or would find.
+    errors_after: u64,
+    leaks_after: u64,
     changes: &'a [Change],
 }
 
@@ -225,7 +228,10 @@ const NOT_COMPLETED: u8 = 1;
 pub fn check(args: &CheckArgs) -> Result<u8> {
     let done = match args.repair {
         None => checked(args).map(|report| (report, None)),
-        Some(scope) => repaired(args, scope).map(|repair| (repair.after.clone(), Some(repair))),
+        Some(scope) => repaired(args, scope).map(|repair| {
+            let now = if args.dry_run { &repair.before } else { &repair.after };
+            (now.clone(), Some(repair))
+        }),
     };
     let (report, repair) = match done {
         Ok(done) => done,
@@ -246,6 +252,8 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
             dry_run: args.dry_run,
             errors_before: repair.before.errors,
             leaks_before: repair.before.leaks,
+            errors_after: repair.after.errors,
+            leaks_after: repair.after.leaks,
             changes: &repair.changes,
         });
         print_json(&CheckAnswer { report: &report, repair })?;
@@ -263,12 +271,11 @@ fn checked(args: &CheckArgs) -> Result<Report> {
 }
 
 fn repaired(args: &CheckArgs, scope: RepairScope) -> Result<Repair> {
-    let access = if args.dry_run { Access::Read } else { Access::Write };
     let scope = match scope {
         RepairScope::Leaks => Scope::Leaks,
         RepairScope::All => Scope::All,
     };
-    let options = args.parents.options(access);
+    let options = args.parents.options(Access::Write);
     formats::repair(&HostFs::shared(), &args.image, &options, scope, args.dry_run)
 }
 
@@ -278,7 +285,12 @@ fn print_repair(args: &CheckArgs, repair: &Repair) -> Result<()> {
     if repair.changes.is_empty() {
         return print_line("nothing to repair");
     }
-    repair.changes.iter().try_for_each(|change| print_line(&format!("{done}: {change}")))
+    repair.changes.iter().try_for_each(|change| print_line(&format!("{done}: {change}")))?;
+    if !args.dry_run {
+        return Ok(());
+    }
+    let left = &repair.after;
+    print_line(&format!("would leave: {} errors, {} leaks; as it is now:", left.errors, left.leaks))
 }
 
 fn print_report(image: &Path, report: &Report) -> Result<()> {

@@ -10,7 +10,10 @@ use crate::error::Result;
 /// Bytes of the disk that the first step covers; later ones adapt to how finely the disk is cut.
 const FIRST_STEP: u64 = 64 << 20;
 const MIN_STEP: u64 = 1 << 20;
-const MAX_STEP: u64 = 64 << 30;
+/// Longest steps where the disk is divided into blocks only, and where it may be into sectors: some
+/// hundred thousand extents fit in a few ten MiB, whatever the image says.
+const MAX_STEP: u64 = 16 << 30;
+const MAX_FINE_STEP: u64 = 256 << 20;
 /// Extents of one step above which the next one is shorter, and below an eighth of which longer.
 const MANY: usize = 4096;
 
@@ -46,6 +49,7 @@ pub fn runs(disk: &Disk, layers: usize, mut found: impl FnMut(Run) -> Result<()>
     let mut joined: Option<Run> = None;
     let mut list = Vec::new();
     let mut step = FIRST_STEP;
+    let longest = if disk.is_coarse() { MAX_STEP } else { MAX_FINE_STEP };
     let mut pos = 0;
     while pos < disk.size() {
         let end = disk.size().min(pos.saturating_add(step));
@@ -53,7 +57,7 @@ pub fn runs(disk: &Disk, layers: usize, mut found: impl FnMut(Run) -> Result<()>
         layer_runs(disk, 0, layers, pos..end, &mut list)?;
         step = match list.len() {
             MANY.. => (step / 4).max(MIN_STEP),
-            n if n < MANY / 8 => (step * 4).min(MAX_STEP),
+            n if n < MANY / 8 => (step * 4).min(longest),
             _ => step,
         };
         for run in &list {

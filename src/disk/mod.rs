@@ -19,6 +19,7 @@
 //!
 //! A flush takes 2–4 and never 1, so it never waits for a writer.
 
+pub mod damage;
 pub mod layers;
 mod locks;
 pub mod map;
@@ -65,6 +66,8 @@ pub struct Disk {
     /// Number, in order of beginning, of the last flush that succeeded.
     last_flush: Mutex<u64>,
     failure: OnceLock<Error>,
+    /// What could not be read because the image is damaged.
+    damage: damage::Found,
 }
 
 impl std::fmt::Debug for Disk {
@@ -92,6 +95,7 @@ impl Disk {
             flushes_begun: AtomicU64::new(0),
             last_flush: Mutex::new(0),
             failure: OnceLock::new(),
+            damage: damage::Found::default(),
         }
     }
 
@@ -190,27 +194,45 @@ impl Disk {
     /// [`Self::read_at`] for a caller that holds the range's locks.
     fn read_held(&self, range: DiskRange, buf: &mut [u8]) -> Result<()> {
         let mut list = ExtentList::new();
-        self.map.lookup(sectors_around(&range), &mut list)?;
+        self.map
+            .lookup(sectors_around(&range), &mut list)
+            .inspect_err(|e| self.note_damage(e, &range))?;
         for extent in list.iter() {
             let (part, skip) = overlap(extent, &range);
             let buf = &mut buf[(part.start - range.start) as usize..][..len(&part)];
+            let note = |e: &Error| self.note_damage(e, &part);
             match extent.source {
                 Source::File { file, at } => {
                     let file = &self.map.files()[file];
-                    file.read_at(at + skip, buf).map_err(|e| read_failed(file, at + skip, &e))?;
+                    let read = file.read_at(at + skip, buf);
+                    read.map_err(|e| read_failed(file, at + skip, &e)).inspect_err(note)?;
                 }
                 Source::Zero => buf.fill(0),
-                Source::Parent => self.read_parent(part, buf)?,
+                Source::Parent => self.read_parent(part.clone(), buf).inspect_err(note)?,
                 Source::Packed { unit, skip: inner } => {
-                    self.map.read_packed(unit, inner + skip as u32, buf)?;
+                    self.map.read_packed(unit, inner + skip as u32, buf).inspect_err(note)?;
                 }
                 Source::Bad => {
                     let what = format!("the image is damaged at disk offset {:#x}", part.start);
-                    return Err(Error::corrupt(what).hint("flatdisk check lists the damage"));
+                    let e = Error::corrupt(what).hint("flatdisk check lists the damage");
+                    note(&e);
+                    return Err(e);
                 }
             }
         }
         Ok(())
+    }
+
+    /// Remembers a range that could not be read, if the reason is damage.
+    fn note_damage(&self, e: &Error, range: &DiskRange) {
+        if e.kind() == ErrorKind::Corrupt {
+            self.damage.add(range.clone());
+        }
+    }
+
+    /// Ranges that reading has found damaged so far, ascending. A check finds all of them.
+    pub fn damage(&self) -> Vec<DiskRange> {
+        self.damage.ranges()
     }
 
     /// Reads from the parent; bytes past its end are zeroes.
@@ -558,8 +580,12 @@ impl Disk {
 
     /// How much of the disk may be looked up at once without a list of extents that knows no bounds.
     fn longest_lookup(&self) -> u64 {
-        let coarse = self.parent.is_none() && self.geometry().block_size >= 64 << 10;
-        if coarse { STEP } else { LOOKUP_STEP }
+        if self.is_coarse() { STEP } else { LOOKUP_STEP }
+    }
+
+    /// Whether nothing divides the disk more finely than into blocks of 64 KiB.
+    fn is_coarse(&self) -> bool {
+        self.parent.is_none() && self.geometry().block_size >= 64 << 10
     }
 
     /// [`Self::next_data`] inside a range, which may reach past the disk's end.

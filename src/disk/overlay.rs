@@ -5,7 +5,6 @@
 //! reclaims it however the process ends. Memory is a few words per run of units; nothing is durable, and
 //! nothing below is changed.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -15,77 +14,18 @@ use super::Disk;
 use super::map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
 use crate::error::{Error, Result};
 use crate::storage::Storage;
+use crate::storage::runs::{Held, Runs};
 
 /// Bytes copied up at a time.
 const UNIT: u64 = 64 << 10;
 /// By how many bytes the scratch file grows; what is not written takes no space.
 const STEP: u64 = 64 << 20;
 
-/// What the overlay holds for a run of units.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Held {
-    /// Slots of the scratch file, from this one on.
-    Slots(u64),
-    Zeroes,
-}
-
-impl Held {
-    /// The same run seen from `units` further on.
-    fn skip(self, units: u64) -> Self {
-        match self {
-            Self::Slots(first) => Self::Slots(first + units),
-            Self::Zeroes => Self::Zeroes,
-        }
-    }
-}
-
-/// Runs of units by first unit, as `(one past the last unit, contents)`, without overlap. A discard
-/// of a whole huge disk is one entry.
-#[derive(Debug, Default)]
-struct Runs(BTreeMap<u64, (u64, Held)>);
-
-impl Runs {
-    /// The run that holds `unit`, and where it ends; or where the next one begins.
-    fn at(&self, unit: u64) -> (Option<Held>, u64) {
-        if let Some((&first, &(end, held))) = self.0.range(..=unit).next_back()
-            && unit < end
-        {
-            return (Some(held.skip(unit - first)), end);
-        }
-        let next = self.0.range(unit..).next();
-        (None, next.map_or(u64::MAX, |(&first, _)| first))
-    }
-
-    /// Puts `held` over `range`; runs of slots that it covered are returned as slot ranges.
-    fn put(&mut self, range: Range<u64>, held: Held) -> Vec<Range<u64>> {
-        let first = self.0.range(..=range.start).next_back().map_or(range.start, |(&k, _)| k);
-        let touched: Vec<_> = self.0.range(first..range.end).map(|(&k, &v)| (k, v)).collect();
-        let mut covered = Vec::new();
-        for (start, (end, old)) in touched {
-            if end <= range.start {
-                continue;
-            }
-            self.0.remove(&start);
-            if start < range.start {
-                self.0.insert(start, (range.start, old));
-            }
-            if end > range.end {
-                self.0.insert(range.end, (end, old.skip(range.end - start)));
-            }
-            let (from, to) = (start.max(range.start), end.min(range.end));
-            if let Held::Slots(slot) = old.skip(from - start) {
-                covered.push(slot..slot + (to - from));
-            }
-        }
-        self.0.insert(range.start, (range.end, held));
-        covered
-    }
-}
-
 #[derive(Debug)]
 struct Overlay {
     geometry: Geometry,
     files: [Arc<dyn Storage>; 1],
+    /// By unit; slots of the scratch file hold what was written.
     runs: RwLock<Runs>,
     slots: Mutex<Slots>,
 }
@@ -300,19 +240,6 @@ mod tests {
         disk.read_at(0, &mut found).unwrap();
         assert!(found == model);
         assert!(below.to_vec().iter().all(|b| *b == 0x11));
-    }
-
-    #[test]
-    fn discarding_a_huge_disk_costs_one_entry() {
-        let mut runs = Runs::default();
-        runs.put(5..7, Held::Slots(0));
-        assert_eq!(runs.put(0..1 << 30, Held::Zeroes).first(), Some(&(0..2)));
-        assert_eq!(runs.put(100..102, Held::Slots(8)), []);
-        assert_eq!(runs.0.len(), 3);
-        assert_eq!(runs.at(101), (Some(Held::Slots(9)), 102));
-        assert_eq!(runs.put(101..103, Held::Slots(20)).first(), Some(&(9..10)));
-        assert_eq!(runs.at(99).0, Some(Held::Zeroes));
-        assert_eq!(runs.at(1 << 30), (None, u64::MAX));
     }
 
     #[test]

@@ -25,7 +25,8 @@ use super::{OpenContext, OpenOptions, Report, check_with, recognise};
 use crate::codec;
 use crate::disk::sync_file;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Host, Storage};
+use crate::storage::draft::Draft;
+use crate::storage::{Access, Host, Storage};
 
 /// Bytes of memory beyond which a plan takes no more, but for what has to happen at once.
 const MAX_BYTES: usize = 32 << 20;
@@ -217,14 +218,14 @@ impl fmt::Display for Change {
 pub struct Repair {
     /// What a check found before.
     pub before: Report,
-    /// What a check finds now.
+    /// What a check finds now, or would find.
     pub after: Report,
     /// The changes, in order.
     pub changes: Vec<Change>,
 }
 
-/// Repairs the image at `path`, opening it with the access of `options`. A `dry_run` writes nothing
-/// and shows only the first round: what the others do depends on it.
+/// Repairs the image at `path`. A `dry_run` repairs a draft of it, and so tells every change and what
+/// a check would find then, while the image is only read.
 pub fn repair(
     host: &Arc<dyn Host>,
     path: &Path,
@@ -232,6 +233,11 @@ pub fn repair(
     scope: Scope,
     dry_run: bool,
 ) -> Result<Repair> {
+    let host: &Arc<dyn Host> = &match dry_run {
+        true => Draft::over(host)?,
+        false => host.clone(),
+    };
+    let options = &OpenOptions { access: Access::Write, ..options.clone() };
     let ctx = OpenContext::new(host, path, options);
     let file = host.open(path, options.access)?;
     let in_file = |e: Error| e.in_file(path);
@@ -254,9 +260,6 @@ pub fn repair(
             break;
         }
         changes.extend(planned);
-        if dry_run {
-            break;
-        }
         plan.carry_out().map_err(in_file)?;
         drop(plan);
         after = check()?;

@@ -37,6 +37,8 @@ use parking_lot::{Mutex, RwLock};
 use super::facts::{Facts, FactsCache};
 use super::passthrough::KernelWrites;
 use super::source::{Place, Stamp, identity};
+use crate::disk::damage::merge;
+use crate::disk::map::DiskRange;
 use crate::disk::tables::CacheStats;
 use crate::disk::{Disk, overlay};
 use crate::error::{Error, ErrorKind, Result};
@@ -59,6 +61,8 @@ pub struct ImageFile {
     full: AtomicBool,
     /// A throw-away layer that was written to waits for the next open.
     kept: AtomicBool,
+    /// What readers found damaged, and of which contents.
+    damaged: Mutex<Option<(Vec<Stamp>, Vec<DiskRange>)>>,
     /// The last metadata seen, for a file that was deleted while open.
     last: Mutex<Option<Metadata>>,
 }
@@ -151,6 +155,7 @@ impl ImageFile {
             logged: Mutex::default(),
             full: AtomicBool::new(false),
             kept: AtomicBool::new(false),
+            damaged: Mutex::default(),
             last: Mutex::default(),
         }
     }
@@ -257,6 +262,10 @@ impl ImageFile {
 
     fn discard(&self, images: &FactsCache, opened: OpenImage) {
         images.unpin(&self.place, self.identity);
+        let damage = opened.disk.damage();
+        if !damage.is_empty() {
+            *self.damaged.lock() = opened.facts.contents().map(|stamps| (stamps, damage));
+        }
         drop(opened);
     }
 
@@ -460,6 +469,22 @@ impl ImageFile {
     /// What is known of the image while it is open.
     pub fn known(&self) -> Option<Arc<Facts>> {
         self.current.read().as_ref().map(|open| open.facts.clone())
+    }
+
+    /// Parts of the disk known to be lost, ascending: what opening told, and what readers have run into
+    /// since the image last changed.
+    pub fn damage(&self, facts: &Facts) -> Vec<DiskRange> {
+        let mut ranges = facts.damage.clone();
+        if let Some(open) = &*self.current.read() {
+            ranges.extend(open.disk.damage());
+        }
+        if let Some((stamps, damage)) = &*self.damaged.lock()
+            && facts.contents().as_ref() == Some(stamps)
+        {
+            ranges.extend(damage.iter().cloned());
+        }
+        merge(&mut ranges);
+        ranges
     }
 
     /// Who uses the image, and what its cache did.

@@ -2,8 +2,8 @@
 //!
 //! [`Storage`] is one host file; [`Host`] is where files come from. Everything above works on these
 //! two traits only, so that the same drivers run on real files ([`mod@file`]), in memory ([`memory`]),
-//! on a recorder ([`recording`]) whose every crash can be built ([`crash`]), and on storage that
-//! fails on demand ([`faulty`]).
+//! on a recorder ([`recording`]) whose every crash can be built ([`crash`]), on storage that fails on
+//! demand ([`faulty`]), and on a [`draft`] that changes nothing.
 //!
 //! # Contract of [`Storage`]
 //!
@@ -15,12 +15,14 @@
 
 #[doc(hidden)]
 pub mod crash;
+pub mod draft;
 #[doc(hidden)]
 pub mod faulty;
 pub mod file;
 pub mod memory;
 #[doc(hidden)]
 pub mod recording;
+pub mod runs;
 
 use std::fmt;
 use std::io;

@@ -3,11 +3,13 @@
 
 use std::sync::Arc;
 
-use super::bat::{self, BatLayout, ENTRY_BYTES, Entry, Slot, State};
+use super::bat::{self, ENTRY_BYTES, Entry, Slot, State};
+use super::bitmap;
+use super::blocks::Shape;
 use super::headers::Header;
-use super::layout::{HEADER_OFFSETS, REGION_TABLE_OFFSETS};
+use super::layout::{HEADER_OFFSETS, LOG_SECTOR, MIB, REGION_TABLE_OFFSETS};
 use super::open::Parts;
-use super::regions::read_copy;
+use super::regions::{Region, read_copy};
 use super::space::Space;
 use super::stock::Stock;
 use crate::codec::read_array;
@@ -99,6 +101,8 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
         Err(e) => return finding(report, e),
     };
     let mut partial = PartialBlocks::default();
+    let mut complete = 0;
+    let mut failed = None;
     let mut stale = 0u64;
     let mut before = (0, Entry(0));
     bat::scan(&*parts.file, region, &layout, |index, slot, entry| {
@@ -131,17 +135,33 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
             }
             _ => {}
         }
-        if shape.has_parent {
-            partial.take(&layout, index, slot, entry, |block, index| {
-                let what = format!("block {block} is partially present, but has no sector bitmap");
-                report.error(region.offset + index * ENTRY_BYTES, what);
-            });
+        if !shape.has_parent {
+            return;
+        }
+        for (block, index) in partial.begin(index / (layout.chunk_ratio + 1)) {
+            no_bitmap(report, region, block, index);
+        }
+        match (slot, entry.state()) {
+            (Slot::Block(block), State::Partial) => partial.blocks.push((block, index)),
+            (Slot::Bitmap(_), State::Present | State::Partial) => {
+                for (block, _) in partial.blocks.drain(..) {
+                    match complete_bitmap(parts, &shape, block, entry.offset()) {
+                        Ok(full) => complete += u64::from(full),
+                        Err(e) => failed = Some(e),
+                    }
+                }
+            }
+            _ => {}
         }
     })?;
-    partial.finish(|block, index| {
-        let what = format!("block {block} is partially present, but has no sector bitmap");
-        report.error(region.offset + index * ENTRY_BYTES, what);
-    });
+    for (block, index) in partial.blocks {
+        no_bitmap(report, region, block, index);
+    }
+    failed.map_or(Ok(()), |e| finding(report, e))?;
+    if complete > 0 {
+        let what = format!("{complete} blocks hide all of the parent, but are marked as partial");
+        report.notice(region.offset, what);
+    }
     if stale > 0 {
         let what = format!("{stale} blocks that are not stored name a place in the file");
         report.notice(region.offset, what);
@@ -161,44 +181,43 @@ fn report_leaks(parts: &Parts, space: &Space, report: &mut Report) -> Result<()>
     Ok(())
 }
 
-/// Looks for partially present blocks whose chunk has no sector bitmap. The bitmap's entry comes
-/// after those of its blocks.
+/// The partially present blocks of one chunk. The entry of its sector bitmap comes after theirs.
 #[derive(Default)]
 struct PartialBlocks {
-    /// A partially present block of the chunk being read: chunk, block, index of its entry.
-    waiting: Option<(u64, u64, u64)>,
+    chunk: u64,
+    /// Blocks, and the indices of their entries.
+    blocks: Vec<(u64, u64)>,
 }
 
 impl PartialBlocks {
-    fn take(
-        &mut self,
-        layout: &BatLayout,
-        index: u64,
-        slot: Slot,
-        entry: Entry,
-        mut missing: impl FnMut(u64, u64),
-    ) {
-        let chunk = index / (layout.chunk_ratio + 1);
-        if let Some((waiting, block, at)) = self.waiting
-            && waiting != chunk
-        {
-            missing(block, at);
-            self.waiting = None;
-        }
-        match (slot, entry.state()) {
-            (Slot::Block(block), State::Partial) => {
-                self.waiting.get_or_insert((chunk, block, index));
-            }
-            (Slot::Bitmap(_), State::Present | State::Partial) => self.waiting = None,
-            _ => {}
-        }
+    /// Comes to an entry of `chunk`. Says which blocks of the chunk before have no bitmap.
+    fn begin(&mut self, chunk: u64) -> Vec<(u64, u64)> {
+        let left = if chunk == self.chunk { Vec::new() } else { std::mem::take(&mut self.blocks) };
+        self.chunk = chunk;
+        left
     }
+}
 
-    fn finish(self, mut missing: impl FnMut(u64, u64)) {
-        if let Some((_, block, index)) = self.waiting {
-            missing(block, index);
+fn no_bitmap(report: &mut Report, bat: &Region, block: u64, index: u64) {
+    let what = format!("block {block} is partially present, but has no sector bitmap");
+    report.error(bat.offset + index * ENTRY_BYTES, what);
+}
+
+/// Whether the bitmap at byte `at` of the file says that all sectors of `block` are in the file.
+fn complete_bitmap(parts: &Parts, shape: &Shape, block: u64, at: u64) -> Result<bool> {
+    // Where the bitmap may not lie its entry is reported already.
+    if !shape.may_hold(at, MIB, parts.file_len) {
+        return Ok(false);
+    }
+    let (first, count) = shape.block_bits(block);
+    for (page, bits) in bitmap::pages(at, &(first..first + count)) {
+        let bytes: [u8; LOG_SECTOR as usize] =
+            read_array(&*parts.file, page * LOG_SECTOR, "sector bitmap")?;
+        if !bitmap::full(&bytes, bits) {
+            return Ok(false);
         }
     }
+    Ok(true)
 }
 
 /// Whether the image names its parent. Whether that is there is for opening the chain to find out.

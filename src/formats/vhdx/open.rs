@@ -264,10 +264,17 @@ fn replay(
             )));
         }
         let overlay = overlay(raw, &place, &sequence, raw_len.next_multiple_of(MIB))?;
-        Ok((overlay, sequence.entries.len()))
+        let stated = sequence.newest.last_file_offset;
+        Ok((overlay, sequence.entries.len(), raw_len.max(stated) - raw_len))
     };
     match found() {
-        Ok(found) => Ok(Some(found)),
+        Ok((overlay, entries, missing)) => {
+            if missing > 0 {
+                let what = format!("the file is {missing} bytes shorter than its log states");
+                doubts.warnings.push(format!("{what}; replaying the log extends it"));
+            }
+            Ok(Some((overlay, entries)))
+        }
         Err(e) => {
             doubts.tolerate(e)?;
             Ok(None)

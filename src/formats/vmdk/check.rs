@@ -8,7 +8,7 @@ use crate::formats::{OpenContext, Report, Severity, repair};
 use crate::storage::Storage;
 
 use super::grains::{Dialect, TableCaches};
-use super::layout::SECTOR;
+use super::layout::{Header, SECTOR};
 use super::link::Link;
 use super::map::SparseExtent;
 use super::stream;
@@ -33,17 +33,36 @@ pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> 
     for extent in &link.sparse {
         let own = extent.file.path() == link.descriptor.file.path();
         let name = (!own).then(|| extent.file.path().to_owned());
-        if matches!(extent.tables.dialect, Dialect::Packed { .. }) {
-            report.blocks += extent.tables.grains();
-            let cache = TableCaches::new(&ctx.budget);
-            report.allocated_blocks += stream::check(&extent.tables, &cache, &mut |at, what| {
-                report.add_in(name.clone(), Severity::Error, Some(at), what);
-            })?;
-        } else {
-            check_extent(extent, name, report)?;
+        match extent.tables.dialect {
+            Dialect::Packed { markers } => check_stream(extent, markers, name, ctx, report)?,
+            _ => check_extent(extent, name, report)?,
         }
     }
     Ok(())
+}
+
+/// Checks one extent of compressed grains, called `name` where it is not the image itself.
+fn check_stream(
+    extent: &SparseExtent,
+    markers: bool,
+    name: Option<PathBuf>,
+    ctx: &OpenContext,
+    report: &mut Report,
+) -> Result<()> {
+    let tables = &extent.tables;
+    let cache = TableCaches::new(&ctx.budget);
+    report.blocks += tables.grains();
+    report.allocated_blocks += stream::check_grains(tables, &cache, &mut |at, what| {
+        report.add_in(name.clone(), Severity::Error, Some(at), what);
+    })?;
+    if !markers || tables.salvage.is_some() {
+        return Ok(());
+    }
+    // Where tables lie is told by the last header; where the stream begins, by the first.
+    let first = Header::read(&*extent.file, 0)?.overhead;
+    stream::check_order(tables, &cache, first, &mut |at, what| {
+        report.add_in(name.clone(), Severity::Notice, Some(at), what);
+    })
 }
 
 /// Checks one sparse extent, called `name` where it is not the image itself.

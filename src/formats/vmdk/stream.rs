@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use flate2::{Decompress, FlushDecompress, Status};
 use parking_lot::Mutex;
@@ -15,6 +16,7 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
+use crate::formats::repair::stored;
 use crate::storage::Storage;
 
 use super::grains::{Dialect, Grain, GrainTables, TableCaches};
@@ -242,9 +244,9 @@ impl InflatedGrains {
     }
 }
 
-/// Checks a stream: inflates every grain, calling `found` with the place and the fault of each bad
-/// one. Says how many grains there are.
-pub fn check(
+/// Checks the grains of a stream: inflates every one, calling `found` with the place and the fault of
+/// each bad one. Says how many grains there are.
+pub fn check_grains(
     tables: &GrainTables,
     cache: &TableCaches,
     found: &mut dyn FnMut(u64, String),
@@ -273,4 +275,49 @@ pub fn check(
         }
     }
     Ok(stored)
+}
+
+/// Follows a stream with markers from sector `first` to its end, calling `found` with what lies there
+/// and nothing leads to: grains that were stored twice, and bytes behind the end of the stream.
+pub fn check_order(
+    tables: &GrainTables,
+    cache: &TableCaches,
+    first: u64,
+    found: &mut dyn FnMut(u64, String),
+) -> Result<()> {
+    let file = &*tables.file;
+    let file_len = tables.file_len.load(Ordering::Relaxed);
+    let mut sector = first.max(1);
+    while let Some(at) = layout::bytes(sector).filter(|at| at + SECTOR <= file_len) {
+        let marker = Marker::read(file, at)?;
+        let (value, size) = (marker.head.lba.get(), marker.head.size.get());
+        if size > 0 {
+            let grain = value / (tables.grain / SECTOR);
+            let legal = value.is_multiple_of(tables.grain / SECTOR) && grain < tables.grains();
+            if !legal || u64::from(size) > largest(tables.grain) {
+                return Ok(());
+            }
+            let page = grain / tables.entries_per_page();
+            let named = tables.read_page(cache, page, |view| view.grain(grain))?;
+            if named != Grain::At(at) {
+                found(
+                    at,
+                    format!("compressed grain {grain} is stored here, but not looked for here"),
+                );
+            }
+            sector = (at + size_of::<GrainHead>() as u64 + u64::from(size)).div_ceil(SECTOR);
+        } else if marker.kind.get() == END_OF_STREAM {
+            let end = at + SECTOR;
+            let stored = stored(file, end..file_len)?;
+            if stored > 0 {
+                found(end, format!("{stored} bytes lie behind the end of the stream"));
+            }
+            return Ok(());
+        } else if value <= MAX_SKIPPED || marker.kind.get() == GRAIN_DIRECTORY {
+            sector = sector.saturating_add(1).saturating_add(value);
+        } else {
+            return Ok(());
+        }
+    }
+    Ok(())
 }

@@ -40,16 +40,12 @@ pub struct Problem {
     pub what: String,
 }
 
-/// A set of units of the file. Takes memory for what is in it, not for the file's length: a file
-/// that is all hole may be of any length.
+/// A set of units of the file, as bits. Takes memory for what is in it, not for the file's length: a
+/// file that is all hole may be of any length.
 #[derive(Debug, Default)]
-struct Units(BTreeMap<u64, u64>);
+struct Bits(BTreeMap<u64, u64>);
 
-impl Units {
-    fn contains(&self, unit: u64) -> bool {
-        self.0.get(&(unit / 64)).is_some_and(|word| word >> (unit % 64) & 1 != 0)
-    }
-
+impl Bits {
     /// Whether it was not there before.
     fn insert(&mut self, unit: u64) -> bool {
         let (word, bit) = (self.0.entry(unit / 64).or_default(), 1 << (unit % 64));
@@ -68,11 +64,130 @@ impl Units {
         Some(index * 64 + u64::from(word.trailing_zeros()))
     }
 
+    /// The first unit at or after `from` that is not in the set.
+    fn next_free(&self, from: u64) -> u64 {
+        let mut unit = from;
+        loop {
+            let word = self.0.get(&(unit / 64)).copied().unwrap_or(0);
+            let taken = u64::from((word >> (unit % 64)).trailing_ones());
+            unit += taken;
+            if taken == 0 || !unit.is_multiple_of(64) {
+                return unit;
+            }
+        }
+    }
+
     fn last(&self) -> Option<u64> {
         let (index, word) = self.0.last_key_value()?;
         Some(index * 64 + u64::from(63 - word.leading_zeros()))
     }
 }
+
+/// A set of units of the file, as runs: `start -> end`, neither overlapping nor touching. A run costs
+/// the same however long it is.
+#[derive(Debug, Default)]
+struct Spans(BTreeMap<u64, u64>);
+
+impl Spans {
+    /// The run at or before `unit`.
+    fn before(&self, unit: u64) -> Option<(u64, u64)> {
+        self.0.range(..=unit).next_back().map(|(start, end)| (*start, *end))
+    }
+
+    fn contains(&self, unit: u64) -> bool {
+        self.before(unit).is_some_and(|(_, end)| unit < end)
+    }
+
+    /// Whether nothing of a range was there before.
+    fn insert(&mut self, range: Range<u64>) -> bool {
+        let mut whole = range.clone();
+        let mut new = true;
+        while let Some((start, end)) = self.before(whole.end).filter(|(_, end)| *end >= whole.start)
+        {
+            new &= start >= range.end || end <= range.start;
+            whole = whole.start.min(start)..whole.end.max(end);
+            self.0.remove(&start);
+        }
+        self.0.insert(whole.start, whole.end);
+        new
+    }
+
+    /// The first unit of the set at or after `from`.
+    fn next(&self, from: u64) -> Option<u64> {
+        match self.contains(from) {
+            true => Some(from),
+            false => self.0.range(from..).next().map(|(start, _)| *start),
+        }
+    }
+
+    /// The first unit at or after `from` that is not in the set.
+    fn next_free(&self, from: u64) -> u64 {
+        self.before(from).map_or(from, |(_, end)| end.max(from))
+    }
+
+    fn last(&self) -> Option<u64> {
+        self.0.last_key_value().map(|(_, end)| end - 1)
+    }
+}
+
+/// Units in use. Grains come in any order, so that runs of them would be many where bits are few;
+/// sectors are many where runs are few.
+#[derive(Debug)]
+enum Taken {
+    Bits(Bits),
+    Spans(Spans),
+}
+
+impl Taken {
+    /// Whether nothing of a range was there before.
+    fn insert(&mut self, range: Range<u64>) -> bool {
+        match self {
+            Self::Bits(bits) => range.filter(|unit| !bits.insert(*unit)).count() == 0,
+            Self::Spans(spans) => range.is_empty() || spans.insert(range),
+        }
+    }
+
+    fn next(&self, from: u64) -> Option<u64> {
+        match self {
+            Self::Bits(bits) => bits.next(from),
+            Self::Spans(spans) => spans.next(from),
+        }
+    }
+
+    fn next_free(&self, from: u64) -> u64 {
+        match self {
+            Self::Bits(bits) => bits.next_free(from),
+            Self::Spans(spans) => spans.next_free(from),
+        }
+    }
+
+    /// Whether any of a range is in the set.
+    fn meets(&self, range: &Range<u64>) -> bool {
+        self.next(range.start).is_some_and(|unit| unit < range.end)
+    }
+
+    fn last(&self) -> Option<u64> {
+        match self {
+            Self::Bits(bits) => bits.last(),
+            Self::Spans(spans) => spans.last(),
+        }
+    }
+
+    /// The same in units of which each has `factor` of the new ones.
+    fn refined(&self, factor: u64) -> Self {
+        let mut spans = Spans::default();
+        let mut next = self.next(0);
+        while let Some(start) = next {
+            let end = self.next_free(start);
+            spans.insert(start * factor..end * factor);
+            next = self.next(end);
+        }
+        Self::Spans(spans)
+    }
+}
+
+/// Most runs of sectors that are looked after, some tens of MiB of memory.
+const MAX_SPANS: usize = 1 << 20;
 
 /// Which parts of an extent file are in use. Kept in units of a grain as long as all grains are
 /// aligned to their size, as all known writers have them, and in sectors otherwise.
@@ -84,10 +199,8 @@ pub struct Usage {
     grain: u64,
     /// Sectors of the file, a partial one counted.
     file: u64,
-    grains: Units,
-    metadata: Units,
-    /// One past the last of them.
-    metadata_end: u64,
+    grains: Taken,
+    metadata: Taken,
     /// Bytes of the file that hold header, descriptor, directories and tables.
     places: Vec<Range<u64>>,
     /// Grains that the tables lead to.
@@ -100,9 +213,8 @@ impl Usage {
             unit: grain,
             grain,
             file,
-            grains: Units::default(),
-            metadata: Units::default(),
-            metadata_end: 0,
+            grains: Taken::Bits(Bits::default()),
+            metadata: Taken::Bits(Bits::default()),
             places: Vec::new(),
             allocated: 0,
         }
@@ -115,26 +227,15 @@ impl Usage {
     }
 
     fn add_metadata(&mut self, place: Range<u64>) {
-        for unit in self.units(&place) {
-            self.metadata.insert(unit);
-            self.metadata_end = self.metadata_end.max(unit + 1);
-        }
+        let units = self.units(&place);
+        self.metadata.insert(units);
         self.places.push(place);
     }
 
     /// Goes on in sectors.
     fn refine(&mut self) {
-        let mut grains = Units::default();
-        let mut next = self.grains.next(0);
-        while let Some(unit) = next {
-            for sector in unit * self.unit..(unit + 1) * self.unit {
-                grains.insert(sector);
-            }
-            next = self.grains.next(unit + 1);
-        }
-        self.grains = grains;
-        self.metadata = Units::default();
-        self.metadata_end = 0;
+        self.grains = self.grains.refined(self.unit);
+        self.metadata = Taken::Spans(Spans::default());
         self.unit = 1;
         for place in std::mem::take(&mut self.places) {
             self.add_metadata(place);
@@ -147,21 +248,21 @@ impl Usage {
             self.refine();
         }
         let units = self.units(&(at..at + self.grain * SECTOR));
-        let mut there = None;
-        for unit in units {
-            if !self.grains.insert(unit) {
-                there.get_or_insert("another grain");
-            } else if unit < self.metadata_end && self.metadata.contains(unit) {
-                there.get_or_insert("a table or header");
-            }
-        }
         self.allocated += 1;
-        there
+        if !self.grains.insert(units.clone()) {
+            return Some("another grain");
+        }
+        self.metadata.meets(&units).then_some("a table or header")
+    }
+
+    /// Whether the grains lie too scattered to be looked after in bounded memory.
+    fn is_too_much(&self) -> bool {
+        matches!(&self.grains, Taken::Spans(spans) if spans.0.len() > MAX_SPANS)
     }
 
     /// Whether a range of bytes lies inside the file and no grain and no table uses any of it.
     pub fn is_free(&self, place: &Range<u64>) -> bool {
-        let grains = self.units(place).any(|unit| self.grains.contains(unit));
+        let grains = self.grains.meets(&self.units(place));
         // Tables are all of one length, so only the last that begins before the end can reach in.
         let before = self.places.partition_point(|other| other.start < place.end);
         let table = self.places[..before].last().is_some_and(|other| other.end > place.start);
@@ -175,28 +276,27 @@ impl Usage {
         let from = self.places.partition_point(|other| other.start < least);
         let until = self.places.partition_point(|other| other.start < place.end);
         let tables = self.places[from..until].iter().filter(|other| other.end > place.start);
-        tables.count() > 1 || self.units(place).any(|unit| self.grains.contains(unit))
+        tables.count() > 1 || self.grains.meets(&self.units(place))
     }
 
-    /// Runs of unused sectors at or after sector `from`.
+    /// Spans of unused sectors at or after sector `from`.
     pub fn unused(&self, from: u64) -> impl Iterator<Item = Range<u64>> {
         let mut unit = from.div_ceil(self.unit);
         let end = self.file.div_ceil(self.unit);
-        let taken = |unit| self.grains.contains(unit) || self.metadata.contains(unit);
+        let sets = [&self.grains, &self.metadata];
         std::iter::from_fn(move || {
-            while unit < end && taken(unit) {
-                unit += 1;
+            while let Some(set) = sets.iter().find(|set| set.meets(&(unit..unit + 1))) {
+                unit = set.next_free(unit);
             }
             let start = unit;
-            let next = [&self.grains, &self.metadata].map(|units| units.next(unit).unwrap_or(end));
-            unit = next[0].min(next[1]).min(end).max(unit);
-            (start < unit).then(|| start * self.unit..(unit * self.unit).min(self.file))
+            unit = sets.iter().filter_map(|set| set.next(unit)).fold(end, u64::min);
+            (start < end).then(|| start * self.unit..(unit * self.unit).min(self.file))
         })
     }
 
     /// One past the last sector in use.
     pub fn end(&self) -> u64 {
-        let last = |units: &Units| Some((units.last()? + 1) * self.unit);
+        let last = |units: &Taken| Some((units.last()? + 1) * self.unit);
         last(&self.grains).max(last(&self.metadata)).unwrap_or(0)
     }
 
@@ -272,6 +372,11 @@ pub fn walk(tables: &GrainTables, found: &mut dyn FnMut(Problem)) -> Result<Usag
         }
         if some {
             walk_table(tables, table, at, &primary, &mut usage, found);
+        }
+        if usage.is_too_much() {
+            let what =
+                "its grains are neither aligned nor in order, and too many to be kept track of";
+            return Err(Error::unsupported(what).in_file(tables.file.path()));
         }
     }
     Ok(usage)
@@ -508,7 +613,7 @@ mod tests {
         assert_eq!(usage.add_grain(128 * SECTOR), None);
         assert_eq!(usage.add_grain(128 * SECTOR), Some("another grain"));
         assert!(usage.unused(0).eq(std::iter::once(256..file)));
-        // A grain in no place for grains: from here on sectors count.
+        // A grain in no place for grains: from here on sectors count, and cost as little.
         assert_eq!(usage.add_grain((1 << 40) * SECTOR + SECTOR), None);
         // Over the last sector of the header and the first ones of a grain.
         assert!(usage.add_grain(2 * SECTOR).is_some());
@@ -516,5 +621,37 @@ mod tests {
         let unused = [256..(1 << 40) + 1, end..file];
         assert_eq!(usage.unused(130).collect::<Vec<_>>(), unused);
         assert_eq!(usage.end(), end);
+        for grain in 0..1000 {
+            assert_eq!(usage.add_grain((1 << 30) * SECTOR + grain * 128 * SECTOR), None);
+        }
+        let Taken::Spans(spans) = &usage.grains else { panic!("not in sectors") };
+        assert!(spans.0.len() <= 4, "{spans:?}");
+    }
+
+    #[test]
+    fn spans_and_bits_hold_the_same() {
+        let mut random = fastrand::Rng::with_seed(3);
+        for _ in 0..50 {
+            let mut sets = [Taken::Bits(Bits::default()), Taken::Spans(Spans::default())];
+            let mut model = [false; 600];
+            for _ in 0..60 {
+                let start = random.u64(0..500);
+                let range = start..start + random.u64(0..90);
+                let part = &mut model[range.start as usize..range.end as usize];
+                let new = part.iter().all(|taken| !taken);
+                part.fill(true);
+                for set in &mut sets {
+                    assert_eq!(set.insert(range.clone()), new);
+                    let next = |from: usize, is: bool| {
+                        (from..600).find(|unit| model[*unit] == is).map(|unit| unit as u64)
+                    };
+                    let from = random.usize(0..500);
+                    assert_eq!(set.next(from as u64), next(from, true));
+                    assert_eq!(Some(set.next_free(from as u64)), next(from, false));
+                    let last = model.iter().rposition(|taken| *taken).map(|unit| unit as u64);
+                    assert_eq!(set.last(), last);
+                }
+            }
+        }
     }
 }

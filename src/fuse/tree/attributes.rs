@@ -146,9 +146,9 @@ impl Tree {
         if let Err(refusal) = self.may_write(image, &facts) {
             xattrs.push(("user.flatdisk.readonly", text(refusal.what())));
         }
-        if !facts.damage.is_empty() {
-            let ranges =
-                facts.damage.iter().take(1000).map(|r| format!("{:#x}-{:#x}", r.start, r.end));
+        let damage = image.damage(&facts);
+        if !damage.is_empty() {
+            let ranges = damage.iter().take(1000).map(|r| format!("{:#x}-{:#x}", r.start, r.end));
             xattrs.push(("user.flatdisk.damage", text(&ranges.collect::<Vec<_>>().join(" "))));
         }
         Ok(xattrs)

@@ -257,3 +257,28 @@ fn children_elsewhere_name_their_parent_from_where_they_are() {
         assert_eq!(image.info.uuid, image.parent.unwrap().info.uuid);
     }
 }
+
+#[test]
+fn a_check_tells_of_partial_blocks_that_hide_all_of_the_parent() {
+    let spec = CreateSpec { block_size: Some(MIB), ..spec(4 * MIB) };
+    let (memory, host) = family(&spec, &[1; 4096]);
+    let image = open(&host, PATH);
+    // The last sectors are missing, one in each block; then the tables say that they are there.
+    for block in 0..2 {
+        image.disk.write_at(block * MIB, &[2; (1 << 20) - 512]).unwrap();
+    }
+    image.disk.close().unwrap();
+    drop(image);
+    no_errors(&host, PATH);
+    let file = memory.file(Path::new(PATH)).unwrap();
+    let bytes = file.to_vec();
+    let bitmap = (0..bytes.len()).step_by(1 << 20).find(|at| {
+        let page = &bytes[*at..at + 512];
+        page[..255] == [0xff; 255] && page[255] == 0x7f && page[256..511] == [0xff; 255]
+    });
+    file.write_at(bitmap.unwrap() as u64 + 255, &[0xff]).unwrap();
+    let options = OpenOptions::new(Access::Read);
+    let report = formats::check(&host, Path::new(PATH), &options).unwrap();
+    assert_eq!((report.errors, report.notices), (0, 1), "{:?}", report.findings);
+    assert!(report.findings[0].what.starts_with("1 blocks hide all"), "{:?}", report.findings);
+}

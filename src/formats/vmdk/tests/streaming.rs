@@ -289,3 +289,43 @@ fn grains_without_markers_have_their_size_alone_before_them() {
     bytes.copy_within(head + 8.., head);
     assert!(contents(&opened(&bytes).unwrap().disk) == data);
 }
+
+#[test]
+fn a_check_tells_of_grains_stored_twice_and_of_bytes_behind_the_end() {
+    let notices = |bytes: &[u8]| {
+        let report = check(&host(&[("d.vmdk", bytes)]), "d.vmdk");
+        assert_eq!((report.errors, report.leaks), (0, 0), "{:?}", report.findings);
+        report.findings
+    };
+    let data = sample();
+    for layout in [Layout::Footer, Layout::FooterAndHeader, Layout::Front] {
+        let sound = stream(&data, layout);
+        assert_eq!(notices(&sound).len(), 0);
+        // The search for a footer is over where something else lies behind it.
+        if layout != Layout::Footer {
+            let mut longer = sound.clone();
+            longer.extend([0; 700]);
+            longer.extend([9; 300]);
+            let found = notices(&longer);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].offset, Some(sound.len() as u64));
+            assert!(found[0].what.contains("behind the end"), "{found:?}");
+        }
+    }
+    // The second grain again, behind the last one; where it was, the table says.
+    let mut twice = stream(&data, Layout::Front);
+    let head = grain_at(&twice, GRAIN);
+    let len = u32::from_le_bytes(twice[head + 8..head + 12].try_into().unwrap()) as usize + 12;
+    let again = twice.len() - 512;
+    twice.extend_from_within(head..head + len);
+    pad(&mut twice);
+    let end = [0; 512];
+    twice.copy_within(again + 512.., again);
+    let last = twice.len() - 512;
+    twice[last..].copy_from_slice(&end);
+    let found = notices(&twice);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].offset, Some(again as u64));
+    assert!(found[0].what.contains("grain 1 is stored here"), "{found:?}");
+    assert!(contents(&opened(&twice).unwrap().disk) == data);
+}
