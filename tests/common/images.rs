@@ -1,5 +1,6 @@
 //! The kinds of image under test.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -185,6 +186,7 @@ pub fn small() -> Vec<Image> {
         Image::new("vhd", "fixed", 3 * MIB + 5 * SECTOR),
         Image::new("vhd", "dynamic", 3 * MIB + 5 * SECTOR).block(MIB / 2),
         Image::new("vhd", "dynamic", 7 * MIB + 5 * SECTOR).block(2 * MIB).variant(),
+        Image::new("vhd", "dynamic", 96 << 10).block(4096).variant(),
         Image::new("vhdx", "dynamic", 5 * MIB + 3 * SECTOR).block(MIB).sector(512),
         Image::new("vhdx", "dynamic", 5 * MIB + 8 * SECTOR).block(MIB).sector(4096).variant(),
         Image::new("vhdx", "dynamic", 9 * MIB).block(2 * MIB).sector(512).variant(),
@@ -202,11 +204,18 @@ pub fn small() -> Vec<Image> {
     let vmdk = Image::new("vmdk", "monolithicSparse", 40 * MIB);
     images.extend([
         vhd.clone().tweaked("footer lost", |host| ruin(host, |len| len - 512)),
-        vhd.tweaked("copy of the footer lost", |host| ruin(host, |_| 0)),
+        vhd.clone().tweaked("copy of the footer lost", |host| ruin(host, |_| 0)),
+        vhd.tweaked("full of stale blocks", |host| forget_blocks(host, 1536..1536 + 6 * 4, 0xff)),
         vhdx.clone().tweaked("first header lost", |host| ruin(host, |_| 64 << 10)),
         vhdx.clone().tweaked("second header lost", |host| ruin(host, |_| 128 << 10)),
         vhdx.clone().tweaked("first region table lost", |host| ruin(host, |_| 192 << 10)),
-        vhdx.tweaked("second region table lost", |host| ruin(host, |_| 256 << 10)),
+        vhdx.clone().tweaked("second region table lost", |host| ruin(host, |_| 256 << 10)),
+        vhdx.clone().tweaked("no log", |host| edit_headers(host, 68, &[0; 12])),
+        // Sequence number and FileWriteGuid.
+        vhdx.clone().tweaked("identical headers", |host| edit_headers(host, 8, &[7; 24])),
+        vhdx.tweaked("full of stale blocks", |host| {
+            forget_blocks(host, 3 * MIB..3 * MIB + 3 * 8, 0)
+        }),
         vmdk.clone().tweaked("zeroed grains", super::children::allow_zeroed_grains),
         vmdk.tweaked("not closed cleanly", |host| super::children::poke(host, 72, &[1])),
     ]);
@@ -219,6 +228,30 @@ fn ruin(host: &Arc<MemoryHost>, place: fn(u64) -> u64) {
     let [file] = &files[..] else { panic!("an image of one file") };
     let len = file.len().expect("memory has lengths");
     super::children::poke(host, place(len), &[0xdb; 512]);
+}
+
+/// Writes all of the disk and then takes the blocks out of the table at `table`, as crashes before
+/// could have: the file is full of space that nothing leads to and that is not zero.
+fn forget_blocks(host: &Arc<MemoryHost>, table: Range<u64>, unused: u8) {
+    let path = host.files()[0].path().to_owned();
+    let shared: Arc<dyn Host> = host.clone();
+    let disk = formats::open(&shared, &path, &OpenOptions::new(Access::Write)).expect("opens").disk;
+    disk.write_at(0, &vec![0xdd; disk.size() as usize]).expect("written");
+    disk.close().expect("closed");
+    super::children::poke(host, table.start, &vec![unused; (table.end - table.start) as usize]);
+}
+
+/// Puts `bytes` at byte `at` of both headers of a VHDX.
+fn edit_headers(host: &Arc<MemoryHost>, at: usize, bytes: &[u8]) {
+    for place in [64 << 10, 128 << 10] {
+        let mut header = [0; 4096];
+        host.files()[0].read_at(place, &mut header).expect("a header");
+        header[at..at + bytes.len()].copy_from_slice(bytes);
+        header[4..8].fill(0);
+        let checksum = crc32c::crc32c(&header).to_le_bytes();
+        header[4..8].copy_from_slice(&checksum);
+        super::children::poke(host, place, &header);
+    }
 }
 
 /// Larger geometries for the suites that need no crash states.

@@ -2,13 +2,10 @@
 //! other programs.
 
 mod checking;
-mod crash;
 mod differencing;
-mod faults;
 mod interop;
 mod model;
 mod opening;
-mod recorder;
 mod writing;
 
 use std::path::Path;

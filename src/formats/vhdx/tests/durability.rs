@@ -1,35 +1,27 @@
-//! What a flush costs, and what happens when the host fails.
+//! What a flush costs, and what opening, the first write and closing change.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::recorder::{Recorder, RecordingHost};
-use super::{MIB, PATH, Vhdx, contents, created, open, spec};
-use crate::error::ErrorKind;
-use crate::formats::{self, CreateSpec, Image, OpenOptions};
-use crate::storage::memory::{MemoryFile, MemoryHost};
+use super::{MIB, PATH, Vhdx, created, open, spec};
+use crate::formats::{self, CreateSpec, Image};
+use crate::storage::memory::MemoryHost;
+use crate::storage::recording::{Change, RecordingHost};
 use crate::storage::{Access, Host};
-
-fn new_image(spec: &CreateSpec) -> Vec<u8> {
-    let memory = MemoryHost::new();
-    formats::create(&Vhdx, &*memory, Path::new(PATH), spec).unwrap();
-    memory.file(Path::new(PATH)).unwrap().to_vec()
-}
-
-fn open_recorded(host: &Arc<RecordingHost>) -> Image {
-    let host: Arc<dyn Host> = host.clone();
-    formats::open(&host, Path::new(PATH), &OpenOptions::new(Access::Write)).unwrap()
-}
 
 #[test]
 fn a_flush_costs_two_syncs_with_tables_and_one_without() {
-    let bytes = new_image(&CreateSpec { block_size: Some(MIB), ..spec(400 * MIB) });
-    let host = RecordingHost::new(&bytes, MemoryHost::new());
-    let image = open_recorded(&host);
+    let memory = MemoryHost::new();
+    let spec = CreateSpec { block_size: Some(MIB), ..spec(400 * MIB) };
+    formats::create(&Vhdx, &*memory, Path::new(PATH), &spec).unwrap();
+    let recorder = RecordingHost::over(&memory);
+    let host: Arc<dyn Host> = recorder.clone();
+    let image = open(&host);
     let cost = |work: &dyn Fn()| {
-        let before = host.file.syncs();
+        let before = recorder.position();
         work();
-        host.file.syncs() - before
+        let recording = recorder.recording();
+        recording.ops()[before..].iter().filter(|op| matches!(op.change, Change::Sync)).count()
     };
     let begin = cost(&|| image.disk.write_at(0, &[1]).unwrap());
     assert_eq!(begin, 3);
@@ -103,89 +95,4 @@ fn the_unused_end_is_cut_off_at_close() {
     assert!(file.len().unwrap() > 5 * MIB);
     image.disk.close().unwrap();
     assert_eq!(file.len().unwrap(), 5 * MIB);
-}
-
-/// Runs a workload on a file that fails from the `left`th change on, until something fails.
-fn failing(
-    bytes: &[u8],
-    left: i64,
-    errno: i32,
-) -> (Arc<RecordingHost>, Vec<u8>, Option<ErrorKind>) {
-    let file = Recorder::failing(MemoryFile::new(PATH, bytes), left, errno);
-    let host = Arc::new(RecordingHost { file, others: MemoryHost::new() });
-    let image = open_recorded(&host);
-    let mut flushed = contents(&image.disk);
-    let mut model = flushed.clone();
-    let run = || -> crate::error::Result<()> {
-        for i in 0..12u8 {
-            let at = u64::from(i) * 700_000 % (6 * MIB - 9000);
-            image.disk.write_at(at, &[i + 1; 9000])?;
-            model[at as usize..][..9000].fill(i + 1);
-            if i % 3 == 2 {
-                image.disk.discard(2 * MIB, MIB)?;
-                model[2 << 20..3 << 20].fill(0);
-                image.disk.flush()?;
-                flushed.clone_from(&model);
-            }
-        }
-        image.disk.close()
-    };
-    let mut run = run;
-    let result = run();
-    (host.clone(), flushed, result.err().map(|e| e.kind()))
-}
-
-#[test]
-fn any_failing_call_is_reported_and_costs_nothing_that_was_flushed() {
-    const EIO: i32 = 5;
-    let bytes = new_image(&CreateSpec { block_size: Some(MIB), ..spec(6 * MIB) });
-    for left in 0.. {
-        let (host, flushed, failure) = failing(&bytes, left, EIO);
-        if failure.is_none() {
-            assert!(left > 30);
-            break;
-        }
-        // What the flush did not cover may be there or not; the rest must be.
-        host.file.heal();
-        let image = open_recorded(&host);
-        let now = contents(&image.disk);
-        let same = now.iter().zip(&flushed).filter(|(a, b)| a == b).count();
-        assert!(same + 3 * 9000 + (1 << 20) >= now.len(), "failing at {left}");
-        image.disk.write_at(0, &[1]).unwrap();
-        image.disk.close().unwrap();
-    }
-}
-
-#[test]
-fn a_full_host_is_not_the_end() {
-    const ENOSPC: i32 = 28;
-    let bytes = new_image(&CreateSpec { block_size: Some(MIB), ..spec(6 * MIB) });
-    let mut recovered = 0;
-    'next: for left in 0..60 {
-        let file = Recorder::failing(MemoryFile::new(PATH, &bytes), left, ENOSPC);
-        let host = Arc::new(RecordingHost { file: file.clone(), others: MemoryHost::new() });
-        let image = open_recorded(&host);
-        let mut model = contents(&image.disk);
-        for i in 0..10u8 {
-            let at = u64::from(i) * 700_000 % (6 * MIB - 9000);
-            let write =
-                || image.disk.write_at(at, &[i + 1; 9000]).and_then(|()| image.disk.flush());
-            if let Err(e) = write() {
-                if e.kind() != ErrorKind::NoSpace {
-                    // It was a sync that failed: the disk accepts nothing more.
-                    file.heal();
-                    assert_eq!(write().unwrap_err().kind(), ErrorKind::Failed);
-                    continue 'next;
-                }
-                file.heal();
-                recovered += 1;
-                write().unwrap();
-            }
-            model[at as usize..][..9000].fill(i + 1);
-        }
-        assert!(contents(&image.disk) == model, "full after {left}");
-        drop(image);
-        assert!(contents(&open_recorded(&host).disk) == model, "full after {left}");
-    }
-    assert!(recovered > 20, "{recovered}");
 }

@@ -2,12 +2,10 @@
 
 mod children;
 mod corpus;
-mod crash;
 mod damage;
 mod durability;
 mod interop;
 mod model;
-mod recorder;
 
 use std::path::Path;
 use std::sync::Arc;
