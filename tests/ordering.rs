@@ -125,10 +125,11 @@ fn sync_before(recording: &Recording, at: usize) -> usize {
     ops[..at].iter().rposition(same).map_or(0, |before| before + 1)
 }
 
-/// Places of the changes of one file.
+/// Places of the changes of one file, whose name a sync does not cover.
 fn changes(trace: &Trace<'_>, range: std::ops::Range<usize>, file: usize) -> BTreeSet<Place> {
     let ops = trace.recording.ops();
-    let own = |at: &usize| ops[*at].file == file && !matches!(ops[*at].change, Change::Sync);
+    let other = |change: &Change| matches!(change, Change::Sync | Change::Remove);
+    let own = |at: &usize| ops[*at].file == file && !other(&ops[*at].change);
     range.filter(own).map(|at| trace.places[at].clone()).collect()
 }
 

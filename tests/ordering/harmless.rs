@@ -113,12 +113,6 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     (
         "vhdx/session.rs end_session by update",
         "vhdx/session.rs end_session by update",
-        "payload",
-        OTHER_HEADER,
-    ),
-    (
-        "vhdx/session.rs end_session by update",
-        "vhdx/session.rs end_session by update",
         "vhdx/log/ring.rs start by append",
         OTHER_HEADER,
     ),

@@ -95,7 +95,10 @@ impl Place {
             }
         }
         match own {
-            None => Self { name: "payload".to_owned(), line: 0 },
+            None => {
+                let names = matches!(op.change, Change::Remove | Change::SyncDir(_));
+                Self { name: if names { "names" } else { "payload" }.to_owned(), line: 0 }
+            }
             Some(own) => Self {
                 name: format!("{} {}{by}", own.file, own.function),
                 line: if is_sync(op) { own.line } else { 0 },
