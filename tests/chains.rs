@@ -10,84 +10,22 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use common::chains::{
+    ChangeOfChain, OPERATIONS, bases, contents, make_child, open, scribble, three, try_open,
+};
 use common::images::{Image as Base, errors};
-use common::{crash, in_parallel, number, pattern, seed, tools};
+use common::{crash, in_parallel, number, seed, tools};
 use fastrand::Rng;
 use flatdisk::disk::layers::{self, Content};
-use flatdisk::error::{Error, ErrorKind};
+use flatdisk::error::ErrorKind;
 use flatdisk::formats::chain::{self, Merging};
-use flatdisk::formats::{self, CreateSpec, Image, NewLink, OpenContext, OpenOptions, Scope};
+use flatdisk::formats::{self, CreateSpec, NewLink, OpenContext, OpenOptions};
 use flatdisk::storage::file::HostFs;
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::RecordingHost;
 use flatdisk::storage::{Access, Host, Storage};
 
 const MIB: u64 = 1 << 20;
-
-/// Bases whose children can be written, with the block sizes that a child may have.
-fn bases() -> Vec<(Base, &'static [Option<u64>])> {
-    const VHD: &[Option<u64>] = &[None, Some(64 << 10), Some(MIB), Some(2 * MIB)];
-    const VHDX: &[Option<u64>] = &[None, Some(MIB), Some(2 * MIB), Some(4 * MIB)];
-    const VMDK: &[Option<u64>] = &[None, Some(4096), Some(64 << 10), Some(MIB)];
-    let size = 3 * MIB + 5 * 512;
-    vec![
-        (Base::new("vhd", "dynamic", size).block(MIB / 2), VHD),
-        (Base::new("vhd", "fixed", size), VHD),
-        (Base::new("vhdx", "dynamic", size).block(MIB).sector(512), VHDX),
-        (Base::new("vhdx", "dynamic", 5 * MIB + 4096).block(2 * MIB).sector(4096), VHDX),
-        (Base::new("vhdx", "fixed", 4 * MIB).block(MIB).sector(512), VHDX),
-        (Base::new("vmdk", "monolithicSparse", size), VMDK),
-        (Base::new("vmdk", "monolithicFlat", size), VMDK),
-        (Base::new("vmdk", "twoGbMaxExtentSparse", size), VMDK),
-        (Base::new("vmdk", "vmfs", size), &[None]),
-    ]
-}
-
-fn open(host: &Arc<dyn Host>, path: &Path, access: Access) -> Image {
-    try_open(host, path, access).unwrap_or_else(|e| panic!("{e}"))
-}
-
-fn try_open(host: &Arc<dyn Host>, path: &Path, access: Access) -> Result<Image, Error> {
-    formats::open(host, path, &OpenOptions::new(access))
-}
-
-fn contents(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0; image.disk.size() as usize];
-    image.disk.read_at(0, &mut bytes).unwrap_or_else(|e| panic!("{e}"));
-    bytes
-}
-
-/// Makes a child of the image at `parent`.
-fn make_child(host: &Arc<dyn Host>, path: &Path, parent: &Path, block: Option<u64>) {
-    let parent = open(host, parent, Access::Read);
-    let spec = CreateSpec { block_size: block, ..CreateSpec::default() };
-    let format = formats::by_name(parent.info.format).unwrap();
-    formats::create_child(format, &**host, path, &parent, &spec).unwrap_or_else(|e| panic!("{e}"));
-}
-
-/// Writes and discards at random places, and closes.
-fn scribble(host: &Arc<dyn Host>, path: &Path, model: &mut [u8], random: &mut Rng, count: u32) {
-    let image = open(host, path, Access::Write);
-    for _ in 0..count {
-        let len = match random.u8(..4) {
-            0 => random.usize(1..600),
-            1 => 512 * random.usize(1..300),
-            _ => random.usize(1..200_000),
-        };
-        let at = random.usize(..model.len());
-        let at = if random.bool() { at / 4096 * 4096 } else { at };
-        let end = model.len().min(at + len);
-        if random.u8(..5) == 0 {
-            let end = model.len().min(at + 20 * (end - at));
-            image.disk.discard(at as u64, (end - at) as u64).unwrap();
-            model[at..end].fill(0);
-        } else {
-            pattern::fill(random.u32(..), at as u64, &mut model[at..end]);
-            image.disk.write_at(at as u64, &model[at..end]).unwrap();
-        }
-    }
-    image.disk.close().unwrap();
-}
 
 /// Images that stand on one another, and what each must hold.
 struct Family {
@@ -255,23 +193,6 @@ fn a_chain_of_two_hundred_links_opens_and_reads() {
         }
         panic!("no end to the chain");
     });
-}
-
-/// A chain of three in memory: `/t/0`, `/t/1`, `/t/2`, with one write in each.
-fn three(base: &Base) -> (Arc<MemoryHost>, [PathBuf; 3]) {
-    let memory = MemoryHost::new();
-    let host: Arc<dyn Host> = memory.clone();
-    let paths = [0, 1, 2].map(|n| PathBuf::from(format!("/t/{n}.{}", base.format)));
-    base.create_at(&*host, &paths[0]).unwrap();
-    for number in 0..3 {
-        if number > 0 {
-            make_child(&host, &paths[number], &paths[number - 1], None);
-        }
-        let image = open(&host, &paths[number], Access::Write);
-        image.disk.write_at(number as u64 * 8192, &[number as u8 + 1; 4096]).unwrap();
-        image.disk.close().unwrap();
-    }
-    (memory, paths)
 }
 
 /// Points `child` at `parent`, right or wrong.
@@ -640,7 +561,7 @@ fn killed_at_any_moment_a_merge_or_rebase_loses_nothing() {
     let budget = number("FLATDISK_CRASH_STATES", 240) as usize;
     let failures: Vec<String> = in_parallel(&bases, |(base, _)| {
         let mut failures = Vec::new();
-        for operation in ["merge", "merge and keep", "merge over siblings", "rebase", "link"] {
+        for operation in OPERATIONS {
             if let Err(e) = crash_while(base, operation, budget) {
                 failures
                     .push(format!("{} {:?}: {operation}: {e}", base.format, base.spec.subformat));
@@ -652,75 +573,15 @@ fn killed_at_any_moment_a_merge_or_rebase_loses_nothing() {
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
 }
 
-fn crash_while(base: &Base, operation: &str, budget: usize) -> Result<(), String> {
+fn crash_while(base: &Base, operation: &'static str, budget: usize) -> Result<(), String> {
     let mut random = Rng::with_seed(seed());
-    let (memory, [a, b, c]) = three(base);
-    let host: Arc<dyn Host> = memory.clone();
-    let mut model = contents(&open(&host, &c, Access::Read));
-    scribble(&host, &c, &mut model, &mut random, 6);
-    // A path of another length than before.
-    let other = Path::new("/t").join("a parent with a long name").with_extension(base.format);
-    make_child(&host, &other, &a, None);
-    let below = contents(&open(&host, &b, Access::Read));
-    let merges = operation.starts_with("merge");
-    let how =
-        Merging { keep: operation.contains("keep"), over_siblings: operation.contains("siblings") };
-    if how.over_siblings {
-        make_child(&host, &Path::new("/t/sibling").with_extension(base.format), &b, None);
-    }
-
-    let recorder = RecordingHost::over(&memory);
-    let recorded: Arc<dyn Host> = recorder.clone();
-    let options = OpenOptions::new(Access::Read);
-    let done = match operation {
-        _ if merges => chain::merge(&recorded, &c, &options, how, &mut |_| ()).map(drop),
-        "rebase" => chain::rebase(&recorded, &c, &other, &options, false, &mut |_| ()).map(drop),
-        _ => chain::rebase(&recorded, &c, &b, &options, true, &mut |_| ()).map(drop),
-    };
-    done.map_err(|e| e.to_string())?;
+    let mut change = ChangeOfChain::new(base, operation, &mut random);
+    let recorder = RecordingHost::over(&change.host);
+    change.run(&recorder).map_err(|e| e.to_string())?;
     let recording = recorder.recording();
     let mut known = HashSet::new();
-    crash::each_state(&recording, &mut random, budget, &mut known, |_| 0, &mut |_, state, _| {
-        let state: Arc<dyn Host> = state.fork();
-        let holds = |path: &Path, model: &[u8]| {
-            let image = try_open(&state, path, Access::Read).map_err(|e| e.to_string())?;
-            match contents(&image) == model {
-                true => Ok(()),
-                false => Err(format!("{} holds something else", path.display())),
-            }
-        };
-        let child = holds(&c, &model);
-        // Once the parent holds everything, the child may be stale or gone.
-        let child = match child {
-            Err(_) if merges => holds(&b, &model).map_err(|e| {
-                format!("neither child nor parent: {}; {e}", child.clone().unwrap_err())
-            }),
-            _ if merges => child,
-            _ => child.and_then(|()| holds(&b, &below)),
-        };
-        child?;
-        // What was interrupted can be done again.
-        if merges && holds(&c, &model).is_ok() {
-            chain::merge(&state, &c, &options, how, &mut |_| ())
-                .map_err(|e| format!("again: {e}"))?;
-            holds(&b, &model)?;
-        } else if !merges {
-            chain::rebase(&state, &c, &other, &options, false, &mut |_| ())
-                .map_err(|e| format!("again: {e}"))?;
-            holds(&c, &model)?;
-        }
-        let left = if merges { &b } else { &c };
-        if how.over_siblings {
-            // The two footers of a VHD get the parent's new id one after the other.
-            let options = OpenOptions::new(Access::Write);
-            formats::repair(&state, left, &options, Scope::All, false)
-                .map_err(|e| format!("repair: {e}"))?;
-            holds(&b, &model)?;
-        }
-        match errors(&state, left).map_err(|e| e.to_string())?.is_empty() {
-            true => Ok(()),
-            false => Err("the check finds errors".to_owned()),
-        }
+    crash::each_state(&recording, &mut random, budget, &mut known, |_| 0, &mut |at, state, _| {
+        change.judge(state, at == recording.ops().len())
     })
 }
 

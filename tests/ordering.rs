@@ -1,15 +1,20 @@
-//! Proof that crash tests see every sync and every order of writes that the drivers rely on: each is
-//! taken away in turn, and a crash must show it.
+//! Proof that crash tests see every sync and every order of writes that the drivers, repairs and changes
+//! of chains rely on: each is taken away in turn, and a crash must show it.
 //!
-//! Workloads, first writes after crashes, creations and changes of parents are recorded together with
-//! the place in the driver that each operation came from. Nothing is run anew for the rest:
+//! Workloads, first writes after crashes, creations, changes of parents, repairs and merges are recorded
+//! together with the place in the driver that each operation came from; of a repair, with what its plan
+//! calls the step. Nothing is run anew for the rest:
 //!
 //! - *Without a sync*: all syncs of one place are taken to have done nothing.
 //! - *Swapped*: of two kinds of writes that a sync keeps apart, the later is taken to have been made
 //!   before the sync, which a crash then interrupts: it may leave the later write without the earlier.
 //!   All other writes before the sync are there, none of the others behind it are.
+//! - *Early*: a stage of a merge or rebase is taken to have gone before an earlier one of another file
+//!   was durable: of that file a crash leaves what the earlier stage had made of it at some moment.
 //!
-//! Either must leave a state that is wrong, or stand in [`HARMLESS`] with the reason.
+//! Each must leave a state that is wrong, or stand in [`HARMLESS`] with the reason. What a merge makes a
+//! driver do is needed for what the driver promises; there it is enough that a workload shows it, for
+//! what the merge promises is taken away stage by stage.
 
 // The helpers here serve tests only.
 #![allow(clippy::unwrap_used)]
@@ -17,30 +22,22 @@
 mod common;
 #[path = "ordering/harmless.rs"]
 mod harmless;
+#[path = "ordering/traces.rs"]
+mod traces;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use common::crash::{compare, contents, each_state, record, recover, run_steps, workload};
-use common::history::{History, Legal, Sectors};
-use common::images::{Image, Kind, all_small, errors, small};
-use common::workload::Step;
-use common::{in_parallel, pattern};
+use common::images::{Image, Kind, all_small, small};
+use common::{chains, in_parallel, repairs};
 use fastrand::Rng;
-use flatdisk::formats::{self, CreateSpec, OpenOptions, chain};
 use flatdisk::storage::crash::{CrashPoint, Fate};
-use flatdisk::storage::memory::MemoryHost;
-use flatdisk::storage::recording::{Change, Op, Recording, RecordingHost};
-use flatdisk::storage::{Access, Host, Storage};
+use flatdisk::storage::recording::{Change, Op, Recording};
 use harmless::HARMLESS;
-
-/// Functions that others call for what they do.
-const HELPERS: [&str; 5] = ["append", "apply", "each", "update", "sync_written"];
-/// Functions that stand before a file.
-const WRAPPERS: [&str; 7] =
-    ["allocate", "change", "punch_hole", "set_len", "sync", "sync_changes", "write_at"];
+use traces::{
+    Place, Scope, Stage, Trace, is_sync, record_change, record_creation, record_kind,
+    record_relink, record_repair,
+};
 
 /// The same run every time, so that what is found does not depend on chance.
 const SEED: u64 = 1;
@@ -48,50 +45,9 @@ const SEED: u64 = 1;
 /// Where each fault is looked for at most: syncs, and crashes until the next sync of the same file.
 const SYNCS_PER_FAULT: usize = 100;
 const POINTS_PER_SYNC: usize = 4;
+const SYNCS_PER_STAGE: usize = 12;
 /// States times operations of their recordings after which a search is given up.
 const EFFORT: usize = 60_000;
-
-/// Judges a state: what was promised before the first position must be there, what began before the
-/// second may be.
-type Judge<'a> =
-    Box<dyn Fn(usize, usize, &Arc<MemoryHost>, u64) -> Result<(), String> + Send + Sync + 'a>;
-
-/// Something that was recorded, and what its crashes may leave.
-struct Trace<'a> {
-    name: String,
-    recording: Recording,
-    judge: Judge<'a>,
-}
-
-/// The place in a driver that an operation came from. Two syncs of one function differ in their lines.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct Place {
-    name: String,
-    line: u32,
-}
-
-impl Place {
-    fn of(op: &Op) -> Self {
-        let mut callers = op.origin.iter().filter(|c| !WRAPPERS.contains(&&*c.function));
-        let mut by = String::new();
-        let mut own = None;
-        for caller in &mut callers {
-            if HELPERS.contains(&&*caller.function) {
-                by = format!(" by {}", caller.function);
-            } else {
-                own = Some(caller);
-                break;
-            }
-        }
-        match own {
-            None => Self { name: "payload".to_owned(), line: 0 },
-            Some(own) => Self {
-                name: format!("{} {}{by}", own.file, own.function),
-                line: if is_sync(op) { own.line } else { 0 },
-            },
-        }
-    }
-}
 
 /// Names for places: which sync of its function it is takes the place of the line.
 struct Names(BTreeMap<String, BTreeSet<u32>>);
@@ -99,11 +55,8 @@ struct Names(BTreeMap<String, BTreeSet<u32>>);
 impl Names {
     fn of(traces: &[Trace<'_>]) -> Self {
         let mut lines: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();
-        for op in traces.iter().flat_map(|trace| trace.recording.ops()) {
-            let place = Place::of(op);
-            if place.line > 0 {
-                lines.entry(place.name).or_default().insert(place.line);
-            }
+        for place in traces.iter().flat_map(|trace| &trace.places).filter(|p| p.line > 0) {
+            lines.entry(place.name.clone()).or_default().insert(place.line);
         }
         Self(lines)
     }
@@ -125,6 +78,9 @@ enum Fault {
     Without(Place),
     /// What the sync does to the order of these two writes.
     Swapped { sync: Place, earlier: Place, later: Place },
+    /// What lets one stage of a change of a chain, as far as it changes a file, be durable before a
+    /// later one begins.
+    Early { operation: String, stage: String, file: String, later: String },
 }
 
 impl Fault {
@@ -133,6 +89,9 @@ impl Fault {
         match self {
             Self::Without(sync) => [names.name(sync), String::new(), String::new()],
             Self::Swapped { sync, earlier, later } => [sync, earlier, later].map(|p| names.name(p)),
+            Self::Early { operation, stage, file, later } => {
+                [operation.clone(), format!("{stage} of {file}"), later.clone()]
+            }
         }
     }
 }
@@ -152,166 +111,6 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// A history and the recording it goes with.
-type Recorded = (History, Recording);
-
-/// What tells children whether a disk has changed, where its format has that, and what it holds.
-fn identified(
-    kind: &dyn Kind,
-    files: &Arc<MemoryHost>,
-) -> Result<(Option<String>, Sectors), String> {
-    let host: Arc<dyn Host> = files.fork();
-    let disk = kind.open(&host, Access::Read).map_err(|e| e.to_string())?;
-    let identity = kind.identity(&host).map_err(|e| e.to_string())?;
-    Ok((identity, contents(&disk)?))
-}
-
-/// Records workloads on a kind of image, and first writes after their crashes.
-fn record_kind<'a>(kind: &'a dyn Kind, random: &mut Rng) -> Vec<Trace<'a>> {
-    let mut traces = Vec::new();
-    let mut keep = |name: &str, files: &Arc<MemoryHost>, (history, recording): Recorded| {
-        let before = identified(kind, files).unwrap();
-        let judge: Judge<'a> = Box::new(move |kept, at, state, seed| {
-            let legal = history.legal_between(kept, at);
-            recover(kind, RecordingHost::over(state), &legal, seed)?;
-            let now = identified(kind, state)?;
-            match now.0.is_some() && now.0 == before.0 && now.1 != before.1 {
-                true => Err("what the disk holds has changed, its identifiers have not".to_owned()),
-                false => Ok(()),
-            }
-        });
-        traces.push(Trace { name: format!("{name} of {}", kind.name()), recording, judge });
-    };
-    let created = MemoryHost::new();
-    kind.create(&created).unwrap();
-    let traced = |files: &MemoryHost| {
-        let recorder = RecordingHost::over(files);
-        recorder.trace();
-        recorder
-    };
-    let rounds: &[usize] = match (kind.share(), kind.stride()) {
-        (_, Some(_)) => &[0],
-        (1, None) => &[0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 18],
-        _ => &[0, 5],
-    };
-    for &round in rounds {
-        let done = workload(kind, traced(&created), random, round).unwrap();
-        let (history, recording) = done.clone();
-        keep("workload", &created, done);
-        // From each, some crashes are recovered from.
-        let mut recoveries = Vec::new();
-        let count = if kind.stride().is_some() { 2 } else { 8 };
-        let mut check = |at: usize, state: &Arc<MemoryHost>, seed: u64| {
-            let done = recover(kind, traced(state), &history.legal_at(at), seed)?;
-            recoveries.push((state.clone(), done));
-            Ok(())
-        };
-        each_state(&recording, random, count, &mut HashSet::new(), |_| 0, &mut check).unwrap();
-        recoveries.into_iter().for_each(|(state, done)| keep("recovery", &state, done));
-    }
-    if kind.share() == 1 {
-        let done = record(kind, traced(&created), |runner| {
-            let block = runner.disk.geometry().block_size.min(runner.disk.size() / 4);
-            run_steps(runner, &give_up_the_end(block))
-        });
-        keep("giving up the end", &created, done.unwrap());
-    }
-    traces
-}
-
-/// What was stored last is given up, in all ways, before the image is closed.
-fn give_up_the_end(block: u64) -> Vec<Step> {
-    let mut steps = Vec::new();
-    for (kept, given_up) in [(0, 1), (2, 3), (1, 2)] {
-        let write = |at: u64| Step::Write { at: at * block, len: 2048 };
-        let discard = Step::Discard { at: given_up * block, len: block };
-        steps.extend([write(kept), write(given_up), Step::Flush, discard.clone()]);
-        steps.extend([Step::Reopen, write(given_up), Step::Flush, discard, Step::Flush]);
-        steps.extend([write(kept + 4), Step::Reopen]);
-    }
-    steps.retain(|step| !matches!(step, Step::Write { at, .. } if *at >= block * 4));
-    steps
-}
-
-/// Records the creation of an image. A name that leads to an image leads to a whole one.
-fn record_creation(image: &Image) -> Trace<'_> {
-    let recorder = RecordingHost::over(&MemoryHost::new());
-    recorder.trace();
-    image.create_at(&*recorder, &image.path()).unwrap();
-    let recording = recorder.recording();
-    let done = recording.ops().len();
-    let judge: Judge<'_> = Box::new(move |kept, _, state, _| {
-        let host: Arc<dyn Host> = state.fork();
-        let disk = match image.open(&host, Access::Read) {
-            Err(e) if kept >= done => return Err(e.to_string()),
-            Err(_) => return Ok(()),
-            Ok(disk) => disk,
-        };
-        compare(&disk, &Legal::default()).map(drop)?;
-        let errors = errors(&host, &image.path()).map_err(|e| e.to_string())?;
-        let whole = errors.is_empty() || kept < done;
-        if whole { Ok(()) } else { Err(errors.join("; ")) }
-    });
-    Trace { name: format!("creation of {}", image.name()), recording, judge }
-}
-
-/// Records a child's change to another parent, which holds the same.
-fn record_relink(image: &Image, footer_copy: bool) -> Trace<'_> {
-    let files = MemoryHost::new();
-    let host: Arc<dyn Host> = files.clone();
-    let path = |name: &str| PathBuf::from(format!("/t/{name}.{}", image.format));
-    let (parent, child, other) = (path("parent"), path("child"), path("a parent with a long name"));
-    let write = |at: &Path, stamp: u32, from: u64| {
-        let disk = formats::open(&host, at, &OpenOptions::new(Access::Write)).unwrap().disk;
-        disk.write_at(from, &pattern::bytes(stamp, from, 5000)).unwrap();
-        disk.close().unwrap();
-    };
-    image.create_at(&*host, &parent).unwrap();
-    write(&parent, 1, 0);
-    let opened = formats::open(&host, &parent, &OpenOptions::new(Access::Read)).unwrap();
-    let format = formats::by_name(image.format).unwrap();
-    for name in [&child, &other] {
-        formats::create_child(format, &*files, name, &opened, &CreateSpec::default()).unwrap();
-    }
-    drop(opened);
-    write(&child, 2, 2048);
-    if !footer_copy {
-        files.file(&child).unwrap().write_at(0, &[0xdb; 512]).unwrap();
-    }
-    let read = |host: &Arc<dyn Host>, at: &Path| -> Result<(Sectors, Option<PathBuf>), String> {
-        let image = formats::open(host, at, &OpenOptions::new(Access::Read));
-        let image = image.map_err(|e| e.to_string())?;
-        Ok((contents(&image.disk)?, image.parent.map(|parent| parent.path)))
-    };
-    let expected = read(&host, &child).unwrap().0;
-    let recorder = RecordingHost::over(&files);
-    recorder.trace();
-    let recorded: Arc<dyn Host> = recorder.clone();
-    let options = OpenOptions::new(Access::Read);
-    chain::rebase(&recorded, &child, &other, &options, true, &mut |_| ()).unwrap();
-    let recording = recorder.recording();
-    let done = recording.ops().len();
-    let judge: Judge<'_> = Box::new(move |kept, _, state, _| {
-        let host: Arc<dyn Host> = state.fork();
-        let (found, found_parent) = read(&host, &child)?;
-        if found != expected {
-            return Err("the child holds something else".to_owned());
-        }
-        if kept >= done && found_parent.as_ref() != Some(&other) {
-            return Err(format!("the parent is {found_parent:?}"));
-        }
-        let errors = errors(&host, &child).map_err(|e| e.to_string())?;
-        let counts = |error: &String| kept >= done || !error.contains("footer");
-        let errors: Vec<_> = errors.into_iter().filter(counts).collect();
-        if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
-    });
-    Trace { name: format!("relinking of a child of {}", image.name()), recording, judge }
-}
-
-fn is_sync(op: &Op) -> bool {
-    matches!(op.change, Change::Sync | Change::SyncDir(_))
-}
-
 /// The position of the next sync of a file after `at`, or the end.
 fn next_sync(recording: &Recording, at: usize) -> usize {
     let ops = recording.ops();
@@ -326,25 +125,30 @@ fn sync_before(recording: &Recording, at: usize) -> usize {
     ops[..at].iter().rposition(same).map_or(0, |before| before + 1)
 }
 
-/// Places of the changes of one file.
-fn changes(recording: &Recording, range: std::ops::Range<usize>, file: usize) -> BTreeSet<Place> {
-    let own = |op: &&Op| op.file == file && !matches!(op.change, Change::Sync);
-    recording.ops()[range].iter().filter(own).map(Place::of).collect()
+/// Places of the changes of one file, whose name a sync does not cover.
+fn changes(trace: &Trace<'_>, range: std::ops::Range<usize>, file: usize) -> BTreeSet<Place> {
+    let ops = trace.recording.ops();
+    let other = |change: &Change| matches!(change, Change::Sync | Change::Remove);
+    let own = |at: &usize| ops[*at].file == file && !other(&ops[*at].change);
+    range.filter(own).map(|at| trace.places[at].clone()).collect()
 }
 
-/// Everything that can be taken away, and at which syncs: the number of the trace, and the position.
-fn faults(traces: &[Trace<'_>]) -> BTreeMap<Fault, Vec<(usize, usize)>> {
-    let mut faults: BTreeMap<Fault, Vec<(usize, usize)>> = BTreeMap::new();
-    for (number, trace) in traces.iter().enumerate() {
+/// Where a fault can be looked for: the number of the trace, and the position in it.
+type Faults = BTreeMap<Fault, Vec<(usize, usize)>>;
+
+/// Everything that can be taken away from recordings of that scope.
+fn faults(traces: &[Trace<'_>], scope: Scope) -> Faults {
+    let mut faults = Faults::new();
+    for (number, trace) in traces.iter().enumerate().filter(|(_, trace)| trace.scope == scope) {
         let recording = &trace.recording;
         for (at, op) in recording.ops().iter().enumerate().filter(|(_, op)| is_sync(op)) {
-            let sync = Place::of(op);
+            let sync = &trace.places[at];
             faults.entry(Fault::Without(sync.clone())).or_default().push((number, at));
-            if matches!(op.change, Change::SyncDir(_)) {
+            if matches!(op.change, Change::SyncDir(_)) || scope == Scope::Stages {
                 continue;
             }
-            let before = changes(recording, sync_before(recording, at)..at, op.file);
-            let after = changes(recording, at..next_sync(recording, at), op.file);
+            let before = changes(trace, sync_before(recording, at)..at, op.file);
+            let after = changes(trace, at..next_sync(recording, at), op.file);
             for earlier in &before {
                 for later in &after {
                     let (sync, earlier, later) = (sync.clone(), earlier.clone(), later.clone());
@@ -353,21 +157,46 @@ fn faults(traces: &[Trace<'_>]) -> BTreeMap<Fault, Vec<(usize, usize)>> {
                 }
             }
         }
+        for (index, stage) in trace.stages.iter().enumerate() {
+            for later in &trace.stages[index + 1..] {
+                for (fault, at) in early(trace, stage, later) {
+                    faults.entry(fault).or_default().push((number, at));
+                }
+            }
+        }
+    }
+    faults
+}
+
+/// The files that one stage changes and that a later one may not overtake, because it changes others;
+/// and where the stage first does so.
+fn early(trace: &Trace<'_>, stage: &Stage, later: &Stage) -> BTreeMap<Fault, usize> {
+    let recording = &trace.recording;
+    let changed = |at: &usize| !is_sync(&recording.ops()[*at]);
+    let path = |at: usize| recording.path(recording.ops()[at].file);
+    let mut faults = BTreeMap::new();
+    for at in stage.ops.clone().filter(changed) {
+        if later.ops.clone().filter(changed).any(|other| path(other) != path(at)) {
+            let file = path(at).file_name().unwrap().to_string_lossy().into_owned();
+            let (operation, stage, later) =
+                (trace.operation.clone(), stage.name.clone(), later.name.clone());
+            faults.entry(Fault::Early { operation, stage, file, later }).or_insert(at);
+        }
     }
     faults
 }
 
 /// Looks for a state that is wrong because of `fault`, at some of the `syncs` that have it.
-fn search(traces: &[Trace<'_>], fault: &Fault, syncs: &[(usize, usize)]) -> Outcome {
+fn search(traces: &[Trace<'_>], fault: &Fault, syncs: &[(usize, usize)], tries: usize) -> Outcome {
     let random = &mut Rng::with_seed(SEED);
     let mut syncs = syncs.to_vec();
     random.shuffle(&mut syncs);
     let effort = |(number, _): &(usize, usize)| traces[*number].recording.ops().len();
     // Long recordings take long: only what no other shows is worth looking for in them.
     syncs.sort_by_key(|sync| effort(sync) > 500);
-    syncs.truncate(SYNCS_PER_FAULT);
+    syncs.truncate(tries);
     // Where there are few, each is looked at more closely.
-    let draws = SYNCS_PER_FAULT / syncs.len();
+    let draws = tries / syncs.len();
     let mut seen = HashSet::new();
     let mut spent = 0;
     for (number, sync) in syncs {
@@ -390,26 +219,30 @@ fn search(traces: &[Trace<'_>], fault: &Fault, syncs: &[(usize, usize)]) -> Outc
 fn search_at(
     trace: &Trace<'_>,
     fault: &Fault,
-    sync: usize,
+    at: usize,
     draws: usize,
     random: &mut Rng,
     seen: &mut HashSet<(usize, u64)>,
 ) -> Result<(), String> {
     let ops = trace.recording.ops();
-    let file = ops[sync].file;
+    let file = ops[at].file;
     let from = |place: &Place, at: usize| {
-        ops[at].file == file && !is_sync(&ops[at]) && Place::of(&ops[at]) == *place
+        ops[at].file == file && !is_sync(&ops[at]) && trace.places[at] == *place
     };
-    let (ignored, mut points) = match fault {
+    let (ignored, mut points): (BTreeSet<usize>, Vec<usize>) = match fault {
         Fault::Without(place) => {
-            let all =
-                (0..ops.len()).filter(|at| is_sync(&ops[*at]) && Place::of(&ops[*at]) == *place);
-            (all.collect(), (sync + 1..=next_sync(&trace.recording, sync)).collect::<Vec<_>>())
+            let all = (0..ops.len()).filter(|at| is_sync(&ops[*at]) && trace.places[*at] == *place);
+            (all.collect(), (at + 1..=next_sync(&trace.recording, at)).collect())
         }
         Fault::Swapped { later, .. } => {
-            let behind = sync + 1..next_sync(&trace.recording, sync);
+            let behind = at + 1..next_sync(&trace.recording, at);
             let points = behind.filter(|at| from(later, *at)).map(|at| at + 1);
-            (BTreeSet::from([sync]), points.collect())
+            (BTreeSet::from([at]), points.collect())
+        }
+        Fault::Early { later, .. } => {
+            let own = (at..ops.len()).filter(|at| is_sync(&ops[*at]) && ops[*at].file == file);
+            let later = trace.stages.iter().find(|stage| stage.name == *later).unwrap();
+            (own.collect(), (later.ops.start + 1..=later.ops.end).collect())
         }
     };
     let recording = trace.recording.without(ignored);
@@ -420,15 +253,16 @@ fn search_at(
     let draws: Vec<_> =
         fixed.into_iter().chain(std::iter::repeat_n((false, false), draws)).collect();
     let mut point = CrashPoint::start(&recording);
-    for at in points {
-        while point.at() < at && point.advance() {}
+    for here in points {
+        while point.at() < here && point.advance() {}
         for &(lost, kept) in &draws {
             let before = |random: &mut Rng| if lost { Fate::Lost } else { torn(random) };
             let behind = |random: &mut Rng| if kept { Fate::Kept } else { torn(random) };
+            let reached = reached(trace, at, lost, random);
             let fate = |index: &usize| match fault {
-                Fault::Without(_) if *index < sync => before(random),
+                Fault::Without(_) if *index < at => before(random),
                 Fault::Without(_) => behind(random),
-                Fault::Swapped { earlier, .. } if *index < sync => match from(earlier, *index) {
+                Fault::Swapped { earlier, .. } if *index < at => match from(earlier, *index) {
                     true => before(random),
                     false => Fate::Kept,
                 },
@@ -436,18 +270,36 @@ fn search_at(
                     true => behind(random),
                     false => Fate::Lost,
                 },
+                Fault::Early { .. } if ops[*index].file != file => behind(random),
+                Fault::Early { .. } => match *index {
+                    index if index < reached.0 => Fate::Kept,
+                    index if index < reached.1 => torn(random),
+                    _ => Fate::Lost,
+                },
             };
             let fates: Vec<_> = point.pending().iter().map(fate).collect();
             let state = point.state(&fates);
-            if !seen.insert((at, state.digest())) {
+            if !seen.insert((here, state.digest())) {
                 continue;
             }
             // A sync that is under way has promised nothing yet.
-            let promised = if matches!(fault, Fault::Without(_)) { at } else { sync };
-            (trace.judge)(promised, at, &state, random.u64(..))?;
+            let promised = if matches!(fault, Fault::Without(_)) { here } else { at };
+            (trace.judge)(promised, here, &state, random.u64(..))?;
         }
     }
     Ok(())
+}
+
+/// How far the stage that has operation `at` got with its file: up to where all is durable, and up to
+/// where it may be.
+fn reached(trace: &Trace<'_>, at: usize, nowhere: bool, random: &mut Rng) -> (usize, usize) {
+    let Some(stage) = trace.stages.iter().find(|stage| stage.ops.contains(&at)) else {
+        return (at, at);
+    };
+    let end = if nowhere { at } else { random.usize(at..=stage.ops.end) };
+    let ops = trace.recording.ops();
+    let same = |op: &Op| matches!(op.change, Change::Sync) && op.file == ops[at].file;
+    (ops[at..end].iter().rposition(same).map_or(at, |sync| at + sync), end)
 }
 
 fn torn(random: &mut Rng) -> Fate {
@@ -458,48 +310,102 @@ fn torn(random: &mut Rng) -> Fate {
     }
 }
 
-#[test]
-fn every_sync_and_every_order_is_one_that_a_crash_can_show() {
-    let began = std::time::Instant::now();
-    let kinds = all_small();
-    let mut images = small();
-    images.retain(|image| image.tweak.is_none() && image.share == 1);
-    let recorded = in_parallel(&kinds, |kind| record_kind(&**kind, &mut Rng::with_seed(SEED)));
+/// Which of [`HARMLESS`] tells why a fault does no harm.
+fn excuse([sync, earlier, later]: &[String; 3]) -> Option<usize> {
+    let matches = |pattern: &str, name: &String| match pattern.strip_suffix('*') {
+        Some(start) => !name.is_empty() && name.starts_with(start),
+        None => pattern == name,
+    };
+    let fits = |(s, a, b, _): &(&str, &str, &str, &str)| {
+        matches(s, sync) && matches(a, earlier) && matches(b, later)
+    };
+    HARMLESS.iter().position(fits)
+}
+
+/// What was recorded for the test.
+fn record_all<'a>(
+    kinds: &'a [Box<dyn Kind>],
+    images: &'a [Image],
+    cases: &'a [repairs::Case],
+    bases: &'a [Image],
+) -> Vec<Trace<'a>> {
+    let recorded = in_parallel(kinds, |kind| record_kind(&**kind, &mut Rng::with_seed(SEED)));
     let mut traces: Vec<_> = recorded.into_iter().flatten().collect();
     traces.extend(images.iter().map(record_creation));
     let sparse = |image: &&Image| !image.fixed();
     traces.extend(images.iter().filter(sparse).map(|image| record_relink(image, true)));
     let vhd = |image: &&Image| sparse(image) && image.format == "vhd";
     traces.extend(images.iter().filter(vhd).map(|image| record_relink(image, false)));
-    let names = Names::of(&traces);
-    let faults: Vec<_> = faults(&traces).into_iter().collect();
-    println!("{} recordings, {} faults, {:?}", traces.len(), faults.len(), began.elapsed());
+    traces.extend(in_parallel(cases, record_repair).into_iter().flatten());
+    let changes = in_parallel(bases, |base| {
+        // Changing the link alone is recorded above.
+        let operations = chains::OPERATIONS.into_iter().filter(|operation| *operation != "link");
+        operations.flat_map(|operation| record_change(base, operation)).collect::<Vec<_>>()
+    });
+    traces.extend(changes.into_iter().flatten());
+    traces
+}
 
-    let outcomes = in_parallel(&faults, |(fault, syncs)| search(&traces, fault, syncs));
+#[test]
+fn every_sync_and_every_order_is_one_that_a_crash_can_show() {
+    let began = std::time::Instant::now();
+    let kinds = all_small();
+    let mut images = small();
+    images.retain(|image| image.tweak.is_none() && image.share == 1);
+    let cases = repairs::cases();
+    let mut bases: Vec<_> = chains::bases().into_iter().map(|(base, _)| base).collect();
+    bases.retain(|base| base.spec.subformat.as_deref() != Some("fixed"));
+    let traces = record_all(&kinds, &images, &cases, &bases);
+    let names = Names::of(&traces);
+    let mut all = faults(&traces, Scope::All);
+    // What drivers do is looked for where it takes the least time.
+    for (fault, syncs) in faults(&traces, Scope::New) {
+        all.entry(fault).or_insert(syncs);
+    }
+    let all: Vec<_> = all.into_iter().collect();
+    let stages: Vec<_> = faults(&traces, Scope::Stages).into_iter().collect();
+    let count = all.len() + stages.len();
+    println!("{} recordings, {count} faults, {:?}", traces.len(), began.elapsed());
+
+    let outcomes =
+        in_parallel(&all, |(fault, syncs)| search(&traces, fault, syncs, SYNCS_PER_FAULT));
     println!("searched after {:?}", began.elapsed());
+    let of_stages =
+        in_parallel(&stages, |(fault, syncs)| search(&traces, fault, syncs, SYNCS_PER_STAGE));
+    println!("searched in stages after {:?}", began.elapsed());
+    let needed: BTreeMap<&Fault, &Outcome> =
+        all.iter().map(|(fault, _)| fault).zip(&outcomes).collect();
+
     let mut wrong = Vec::new();
     let mut excused = BTreeSet::new();
-    for ((fault, _), outcome) in faults.iter().zip(&outcomes) {
+    let found = all.iter().zip(&outcomes).chain(stages.iter().zip(&of_stages));
+    for ((fault, syncs), outcome) in found {
         let [sync, earlier, later] = fault.names(&names);
         let line = match fault {
             Fault::Without(_) => format!("without {sync}"),
-            Fault::Swapped { .. } => format!("{sync}: {later} before {earlier}"),
-        };
-        let matches = |pattern: &str, name: &String| match pattern.strip_suffix('*') {
-            Some(start) => !name.is_empty() && name.starts_with(start),
-            None => pattern == name,
-        };
-        let excuse = HARMLESS.iter().position(|(s, a, b, _)| {
-            matches(s, &sync) && matches(a, &earlier) && matches(b, &later)
-        });
-        match (outcome, excuse) {
-            (Outcome::Found(_), _) => println!("{line}\n    {outcome}"),
-            (Outcome::Unseen { .. }, Some(index)) => {
-                excused.insert(index);
-                println!("{line}\n    {outcome}: {}", HARMLESS[index].3);
+            Fault::Swapped { .. } | Fault::Early { .. } => {
+                format!("{sync}: {later} before {earlier}")
             }
-            (Outcome::Unseen { .. }, None) => {
-                println!("{line}\n    {outcome}: UNEXPLAINED");
+        };
+        println!("{line}");
+        if let Outcome::Found(_) = outcome {
+            println!("    {outcome}");
+            continue;
+        }
+        // What a driver does for a stage, it does for its own sake.
+        let own = match fault {
+            Fault::Without(_) => Fault::Without(driver_place(&traces, syncs[0])),
+            _ => fault.clone(),
+        };
+        let index = excuse(&fault.names(&names)).or_else(|| excuse(&own.names(&names)));
+        match (needed.get(&own), index) {
+            (Some(Outcome::Found(how)), None) => println!("    the driver needs it: {how}"),
+            (_, Some(index)) => {
+                excused.insert(index);
+                println!("    {outcome}: {}", HARMLESS[index].3);
+            }
+            (_, None) => {
+                println!("    {outcome}: UNEXPLAINED");
                 wrong.push(line);
             }
         }
@@ -510,4 +416,13 @@ fn every_sync_and_every_order_is_one_that_a_crash_can_show() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Where in a driver an operation came from, whatever it is for.
+fn driver_place(traces: &[Trace<'_>], (number, at): (usize, usize)) -> Place {
+    let trace = &traces[number];
+    match trace.scope {
+        Scope::Stages => Place::of(&trace.recording.ops()[at]),
+        Scope::All | Scope::New => trace.places[at].clone(),
+    }
 }

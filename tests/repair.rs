@@ -4,307 +4,23 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::crash::contents;
-use common::history::Sectors;
-use common::images::{Image, Kind, offered};
-use common::{corpus, in_parallel, number, pattern, seed, tools};
-use flatdisk::disk::Disk;
-use flatdisk::formats::{self, CreateSpec, OpenOptions, Report, Scope};
+use common::images::Image;
+use common::repairs::{
+    Case, case, cases, checked, directories, get, leak, place_at, put, read, table_file, write_data,
+};
+use common::{corpus, in_parallel, number, pattern, repairs, seed, tools};
+use flatdisk::formats::{self, OpenOptions, Scope};
 use flatdisk::storage::crash::{Choice, CrashPoint};
 use flatdisk::storage::file::HostFs;
-use flatdisk::storage::memory::{MemoryFile, MemoryHost};
+use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::{Change, Op, RecordingHost};
 use flatdisk::storage::{Access, Host, Storage};
 
 const MIB: u64 = 1 << 20;
-
-/// Damages a file; returns where the check must find it, if it says where.
-type Damage = fn(&MemoryFile) -> Option<u64>;
-
-struct Case {
-    name: &'static str,
-    image: Image,
-    damage: Damage,
-    scope: Scope,
-    /// The image is left open by its writer.
-    open: bool,
-    /// The damage takes data away by intent; what is left then is what counts.
-    loses: bool,
-    /// The image is a child of the one that is described.
-    child: bool,
-}
-
-impl Case {
-    fn name(&self) -> String {
-        format!("{}{}: {}", if self.child { "child of " } else { "" }, self.image.name(), self.name)
-    }
-
-    fn path(&self) -> PathBuf {
-        let own = self.image.path();
-        if self.child { own.with_file_name("child").with_extension(self.image.format) } else { own }
-    }
-
-    fn open(&self, host: &Arc<dyn Host>, access: Access) -> flatdisk::Result<Arc<Disk>> {
-        Ok(formats::open(host, &self.path(), &OpenOptions::new(access))?.disk)
-    }
-}
-
-fn case(image: &Image, name: &'static str, damage: Damage) -> Case {
-    let (image, scope) = (image.clone(), Scope::All);
-    Case { name, image, damage, scope, open: false, loses: false, child: false }
-}
-
-fn leak(image: &Image, name: &'static str, damage: Damage) -> Case {
-    Case { scope: Scope::Leaks, loses: true, ..case(image, name, damage) }
-}
-
-fn len(file: &MemoryFile) -> u64 {
-    file.len().unwrap()
-}
-
-fn get(file: &MemoryFile, at: u64, bytes: usize) -> Vec<u8> {
-    let mut buf = vec![0; bytes];
-    file.read_at(at, &mut buf).unwrap();
-    buf
-}
-
-fn put(file: &MemoryFile, at: u64, data: &[u8]) -> Option<u64> {
-    file.write_at(at, data).unwrap();
-    Some(at)
-}
-
-fn number_at(file: &MemoryFile, at: u64) -> u64 {
-    u64::from_le_bytes(get(file, at, 8).try_into().unwrap())
-}
-
-/// Byte offset that the 32-bit sector number at `at` stands for.
-fn place_at(file: &MemoryFile, at: u64) -> u64 {
-    u64::from(u32::from_le_bytes(get(file, at, 4).try_into().unwrap())) * 512
-}
-
-/// Byte offsets of the grain directory and the redundant one.
-fn directories(file: &MemoryFile) -> (u64, u64) {
-    (number_at(file, 56) * 512, number_at(file, 48) * 512)
-}
-
-/// Byte offset of a VHDX file's BAT.
-fn vhdx_bat(file: &MemoryFile) -> u64 {
-    let bat = [0x66, 0x77, 0xc2, 0x2d];
-    let entry = |i: u64| (192 << 10) + 16 + i * 32;
-    let index = (0..2).find(|i| get(file, entry(*i), 4) == bat).unwrap();
-    number_at(file, entry(index) + 16)
-}
-
-/// Adds the batmap of Xen's tools to a new VHD, which is still without blocks: its header and map
-/// behind the BAT, the footer moved behind those. No bit is set, so that nothing in it is wrong.
-fn xen(host: &Arc<MemoryHost>) {
-    let file = host.file(Path::new("/t/disk.vhd")).unwrap();
-    let mut footer = get(&file, len(&file) - 512, 512);
-    footer[28..36].copy_from_slice(b"tap\0\x00\x01\x00\x03");
-    seal(&mut footer, 64);
-    let mut header = vec![0; 512];
-    header[..8].copy_from_slice(b"tdbatmap");
-    header[8..16].copy_from_slice(&2560u64.to_be_bytes());
-    header[16..20].copy_from_slice(&1u32.to_be_bytes());
-    header[20..24].copy_from_slice(&0x0001_0002u32.to_be_bytes());
-    header[24..28].copy_from_slice(&u32::MAX.to_be_bytes());
-    put(&file, 0, &footer);
-    put(&file, 2048, &header);
-    put(&file, 2560, &[0; 512]);
-    put(&file, 3072, &footer);
-}
-
-/// Makes the checksum of a VHD structure at byte `field` fit.
-fn seal(bytes: &mut [u8], field: usize) {
-    bytes[field..field + 4].fill(0);
-    let sum = !bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
-    bytes[field..field + 4].copy_from_slice(&sum.to_be_bytes());
-}
-
-/// The same damage to a child.
-fn of_child(case: Case) -> Case {
-    Case { child: true, ..case }
-}
-
-fn cases() -> Vec<Case> {
-    let vhd = &Image::new("vhd", "dynamic", 3 * MIB + 512).block(MIB / 2);
-    let vhdx = &Image::new("vhdx", "dynamic", 5 * MIB).block(MIB).sector(512);
-    let large = &Image::new("vhdx", "dynamic", 9 * MIB).block(2 * MIB).sector(512);
-    let vmdk = &Image::new("vmdk", "monolithicSparse", 70 * MIB);
-    let cowd = &Image::new("vmdk", "vmfsSparse", 5 * MIB);
-    let split = &Image::new("vmdk", "twoGbMaxExtentSparse", 70 * MIB);
-    let xen = &Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2).tweaked("batmap", xen);
-    vec![
-        case(xen, "the batmap calls a block full that is not", |f| {
-            let block = u64::from(u32::from_be_bytes(get(f, 1536, 4).try_into().unwrap())) * 512;
-            put(f, block, &[0xfe]);
-            put(f, 2560, &[0x80]);
-            put(f, 2048 + 24, &(!0x80u32).to_be_bytes()).map(|_| block)
-        }),
-        case(xen, "the batmap's checksum is wrong", |f| put(f, 2048 + 24, &[0; 4]).map(|_| 2048)),
-        case(split, "a grain table of an extent is gone", |f| {
-            put(f, place_at(f, directories(f).0), &[0; 512]).map(|_| place_at(f, directories(f).1))
-        }),
-        case(split, "the grain directory of an extent is damaged", |f| {
-            put(f, directories(f).0, &[0xee; 12])
-        }),
-        case(split, "an extent was not closed", |f| put(f, 72, &[1]).and(None)),
-        leak(split, "unused space at the end of an extent", |f| put(f, len(f), &[5; 100_352])),
-        case(vmdk, "a crash left a redundant table behind its primary", |f| {
-            put(f, 72, &[1]);
-            put(f, place_at(f, directories(f).1), &[0; 4])
-        }),
-        Case {
-            open: true,
-            ..case(vmdk, "a torn redundant table of an image that is open", |f| {
-                put(f, place_at(f, directories(f).1), &[0; 512])
-            })
-        },
-        case(cowd, "the extent was not closed", |f| put(f, 1648, &[1]).and(None)),
-        leak(cowd, "unused space at the end", |f| put(f, len(f), &[5; 100_352])),
-        of_child(case(vhd, "the footer copy is gone", |f| put(f, 0, &[0; 512]))),
-        of_child(case(vhd, "the footer is cut off", |f| {
-            f.set_len(len(f) - 512).unwrap();
-            Some(len(f))
-        })),
-        of_child(leak(vhd, "a block that nothing leads to", |f| {
-            let bat = u64::from_be_bytes(get(f, 512 + 16, 8).try_into().unwrap());
-            put(f, bat, &[0xff; 4]).and(None)
-        })),
-        of_child(case(vhdx, "the second header is damaged", |f| {
-            put(f, (128 << 10) + 512, &[1]).map(|_| 128 << 10)
-        })),
-        of_child(Case { open: true, ..case(vhdx, "a log is to be replayed", |_| Some(MIB)) }),
-        of_child(leak(vhdx, "a block that nothing leads to", |f| {
-            put(f, vhdx_bat(f), &[0; 8]).and(None)
-        })),
-        of_child(case(vmdk, "a grain table is gone", |f| {
-            put(f, place_at(f, directories(f).0), &[0; 512]).map(|_| place_at(f, directories(f).1))
-        })),
-        of_child(case(vmdk, "the extent was not closed", |f| put(f, 72, &[1]).and(None))),
-        case(vhd, "the footer copy is gone", |f| put(f, 0, &[0; 512])),
-        case(vhd, "the footer copy is damaged", |f| put(f, 20, &[1]).map(|_| 0)),
-        case(vhd, "the footer is damaged", |f| put(f, len(f) - 400, &[1]).map(|at| at - 112)),
-        case(vhd, "the footer is cut off", |f| {
-            f.set_len(len(f) - 512).unwrap();
-            Some(len(f))
-        }),
-        case(vhd, "garbage follows the footer", |f| put(f, len(f), &[7; 700])),
-        leak(vhd, "a block that nothing leads to", |f| {
-            let at = u64::from(u32::from_be_bytes(get(f, 1536, 4).try_into().unwrap())) * 512;
-            put(f, 1536, &[0xff; 4]);
-            // The gap begins where the BAT ends.
-            Some(2048.min(at))
-        }),
-        leak(vhd, "unused space before the footer", |f| {
-            let footer = get(f, len(f) - 512, 512);
-            let at = len(f) - 512;
-            put(f, at, &[5; 800 << 10]);
-            put(f, len(f), &footer);
-            Some(at)
-        }),
-        case(vhdx, "the first header is damaged", |f| put(f, 64 << 10, &[0; 512])),
-        case(vhdx, "the second header is damaged", |f| {
-            put(f, (128 << 10) + 512, &[1]).map(|_| 128 << 10)
-        }),
-        case(vhdx, "the first region table is damaged", |f| put(f, 192 << 10, &[0; 512])),
-        case(vhdx, "the second region table is damaged", |f| {
-            put(f, (256 << 10) + 40, &[9]).map(|_| 256 << 10)
-        }),
-        case(large, "the last block is cut short", |f| {
-            f.set_len(len(f) - MIB).map(|()| None).unwrap()
-        }),
-        case(vhdx, "a block that is not stored names a place", |f| {
-            put(f, vhdx_bat(f) + 8 * 3, &(77 * MIB).to_le_bytes()).map(|at| at / 4096 * 4096)
-        }),
-        Case { open: true, ..case(vhdx, "a log is to be replayed", |_| Some(MIB)) },
-        leak(vhdx, "a block that nothing leads to", |f| {
-            let at = number_at(f, vhdx_bat(f)) / MIB * MIB;
-            put(f, vhdx_bat(f), &[0; 8]);
-            Some(at)
-        }),
-        leak(vhdx, "unused space at the end", |f| put(f, len(f), &[5; 100_000])),
-        case(vmdk, "a grain table is gone", |f| {
-            put(f, place_at(f, directories(f).0), &[0; 512]).map(|_| place_at(f, directories(f).1))
-        }),
-        case(vmdk, "a grain table is damaged", |f| {
-            put(f, place_at(f, directories(f).0), &[0xff; 512])
-        }),
-        case(vmdk, "a redundant grain table is damaged", |f| {
-            put(f, place_at(f, directories(f).1), &[0xff; 2048])
-        }),
-        case(vmdk, "a grain directory entry is gone", |f| put(f, directories(f).0, &[0; 4])),
-        case(vmdk, "the grain directory is damaged", |f| put(f, directories(f).0, &[0xee; 12])),
-        case(vmdk, "the redundant grain directory is damaged", |f| {
-            put(f, directories(f).1, &[0xee; 12])
-        }),
-        case(vmdk, "the header leads to no grain directory", |f| put(f, 56, &[0xdd; 4]).and(None)),
-        case(vmdk, "the header leads to no redundant grain directory", |f| {
-            put(f, 48, &[0xdd; 4]).and(None)
-        }),
-        case(vmdk, "the extent was not closed", |f| put(f, 72, &[1]).and(None)),
-        leak(vmdk, "a grain that nothing leads to", |f| {
-            let (first, second) = (place_at(f, directories(f).0), place_at(f, directories(f).1));
-            let at = place_at(f, first);
-            put(f, first, &[0; 4]);
-            put(f, second, &[0; 4]);
-            Some(at)
-        }),
-        leak(vmdk, "unused space at the end", |f| put(f, len(f), &[5; 100_352])),
-        case(cowd, "the header calls used space free", |f| put(f, 28, &[9, 0, 0, 0]).map(|_| 0)),
-    ]
-    .into_iter()
-    .filter(|case| !offered(vec![case.image.clone()]).is_empty())
-    .collect()
-}
-
-/// The file that holds the tables.
-fn table_file(host: &MemoryHost, case: &Case) -> Arc<MemoryFile> {
-    let own = host.file(&case.path()).unwrap();
-    let others = || host.files().into_iter().filter(|f| f.path() != case.path());
-    if case.child { own } else { others().next().unwrap_or(own) }
-}
-
-fn write_data(case: &Case, host: &Arc<MemoryHost>) -> Arc<MemoryHost> {
-    case.image.create(host).unwrap();
-    let dynamic: Arc<dyn Host> = host.clone();
-    if case.child {
-        let parent = case.image.open(&dynamic, Access::Write).unwrap();
-        parent.write_at(MIB / 4, &pattern::bytes(99, MIB / 4, 2 * MIB)).unwrap();
-        parent.close().unwrap();
-        drop(parent);
-        let options = OpenOptions::new(Access::Read);
-        let parent = formats::open(&dynamic, &case.image.path(), &options).unwrap();
-        let format = formats::by_name(case.image.format).unwrap();
-        let spec = CreateSpec { block_size: case.image.spec.block_size, ..CreateSpec::default() };
-        formats::create_child(format, &**host, &case.path(), &parent, &spec).unwrap();
-    }
-    let disk = case.open(&dynamic, Access::Write).unwrap();
-    let size = disk.size();
-    for (stamp, at) in [0, MIB, 2 * MIB, size - 2048, MIB / 2 + 4096].into_iter().enumerate() {
-        // Blocks end in zeroes, so that the last one can be cut short without losing anything.
-        disk.write_at(at, &pattern::bytes(stamp as u32 + 1, at, 2048)).unwrap();
-    }
-    disk.flush().unwrap();
-    if case.open {
-        return host.fork();
-    }
-    disk.close().unwrap();
-    host.clone()
-}
-
-fn read(case: &Case, host: &Arc<dyn Host>) -> Result<Sectors, String> {
-    let disk = case.open(host, Access::Read).map_err(|e| e.to_string())?;
-    contents(&disk)
-}
-
-fn checked(case: &Case, host: &Arc<dyn Host>) -> Report {
-    formats::check(host, &case.path(), &OpenOptions::new(Access::Read)).unwrap()
-}
 
 /// The changes are what was recorded, one by one and in this order.
 fn assert_recorded(name: &str, changes: &[formats::repair::Change], recorder: &RecordingHost) {
@@ -344,8 +60,7 @@ impl Seen for Op {
 }
 
 fn mend(case: &Case, host: &Arc<dyn Host>, dry_run: bool) -> formats::Repair {
-    let options = OpenOptions::new(Access::Write);
-    formats::repair(host, &case.path(), &options, case.scope, dry_run).unwrap()
+    repairs::mend(case, host, dry_run).unwrap()
 }
 
 fn bytes(host: &MemoryHost) -> Vec<Vec<u8>> {
@@ -354,19 +69,14 @@ fn bytes(host: &MemoryHost) -> Vec<Vec<u8>> {
 
 fn run(case: &Case) {
     let name = case.name();
-    let host = write_data(case, &MemoryHost::new());
+    let damaged = case.damaged();
+    let host = damaged.host.clone();
     let dynamic: Arc<dyn Host> = host.clone();
-    let mut whole = read(case, &dynamic).unwrap();
-    let place = (case.damage)(&table_file(&host, case));
-    if case.loses {
-        whole = read(case, &dynamic).unwrap();
-    }
-    let readable = read(case, &dynamic).is_ok_and(|found| found == whole);
 
     let report = checked(case, &dynamic);
     let found = |at: u64| report.findings.iter().any(|f| f.offset == Some(at));
     assert!(!report.findings.is_empty(), "{name}: not found");
-    if let Some(at) = place {
+    if let Some(at) = damaged.place {
         assert!(found(at), "{name}: not found at {at:#x}: {:#x?}", report.findings);
     }
     let expected = if case.scope == Scope::Leaks { 3 } else { report.exit_status() };
@@ -385,7 +95,7 @@ fn run(case: &Case) {
     assert_eq!(repair.after.exit_status(), 0, "{name}: {:#x?}{}", repair.after, shown(&repair));
     assert_eq!(repair.changes, dry.changes, "{name}: the dry run showed something else");
     assert_eq!(dry.after.exit_status(), 0, "{name}: {:#x?}", dry.after);
-    assert!(read(case, &recorded).unwrap() == whole, "{name}: data changed");
+    assert!(read(case, &recorded).unwrap() == damaged.whole, "{name}: data changed");
 
     assert_recorded(&name, &repair.changes, &recorder);
     let position = recorder.position();
@@ -404,16 +114,10 @@ fn run(case: &Case) {
         let limit = number("FLATDISK_CRASH_STATES", 12) as usize;
         random.shuffle(&mut choices[2.min(point.pending().len())..]);
         for choice in choices.into_iter().take(limit) {
-            let state: Arc<dyn Host> = point.state(&point.fates(choice));
-            let told = || format!("{name}: crash after {}, {choice}{}", point.at(), shown(&repair));
-            if readable {
-                let found = read(case, &state).unwrap_or_else(|e| panic!("{}: {e}", told()));
-                assert!(found == whole, "{}: data lost", told());
+            let done = point.at() == recording.ops().len();
+            if let Err(e) = damaged.judge(&point.state(&point.fates(choice)), done) {
+                panic!("{name}: crash after {}, {choice}: {e}{}", point.at(), shown(&repair));
             }
-            let repair = mend(case, &state, false);
-            assert_eq!(repair.after.exit_status(), 0, "{}: {:#x?}", told(), repair.after);
-            let found = read(case, &state).unwrap_or_else(|e| panic!("{}: {e}", told()));
-            assert!(found == whole, "{}: data lost by the second repair", told());
             states += 1;
         }
         if !point.advance() {

@@ -119,9 +119,12 @@ impl Plan {
         self.push(file, Action::SetLen { len, what: what.into() });
     }
 
-    /// Makes all steps so far durable before the next one begins.
+    /// Makes the steps so far, if there are any, durable before the next one begins. The last ones are
+    /// made durable by carrying the plan out.
     pub fn sync(&mut self, file: &Arc<dyn Storage>) {
-        self.push(file, Action::Sync);
+        if !self.is_empty() {
+            self.push(file, Action::Sync);
+        }
     }
 
     fn push(&mut self, file: &Arc<dyn Storage>, action: Action) {

@@ -6,6 +6,8 @@
 //! - [`history`]: what was written when, and so what a crash may leave;
 //! - [`workload`]: seeded operations and the threads that run them;
 //! - [`crash`]: crash states checked against the history;
+//! - [`repairs`]: damaged images, and what a crash may leave of their repair;
+//! - [`chains`]: images that stand on one another, and what a crash may leave of changing them;
 //! - [`toy`]: a format so simple that only the harness can be wrong, with flaws on request;
 //! - [`corpus`], [`tools`]: files and programs from outside.
 //!
@@ -18,12 +20,14 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 pub mod buffer;
+pub mod chains;
 pub mod children;
 pub mod corpus;
 pub mod crash;
 pub mod history;
 pub mod images;
 pub mod pattern;
+pub mod repairs;
 pub mod tools;
 pub mod toy;
 pub mod workload;

@@ -4,18 +4,23 @@
 /// the sync does), and why.
 pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     // What only promises: no tables changed, so no order is needed.
-    ("payload", "*", "*", PROMISE),
+    ("payload", "payload", "payload", PROMISE),
+    ("payload", "payload", "vhd/fixed.rs unmap", PROMISE),
+    ("payload", "vhd/fixed.rs unmap", "payload", PROMISE),
+    ("payload", "vhd/fixed.rs unmap", "vhd/fixed.rs unmap", PROMISE),
     ("vhd/blocks.rs flush", "*", "*", PROMISE),
     ("vhdx/session.rs flush_session 1", "payload", "payload", PROMISE),
     ("vmdk/write.rs flush_all by sync_written", "payload", "payload", PROMISE),
     // VHD.
     ("vhd/blocks.rs close", "", "", "the copy opens the image; others read the last footer only"),
     ("vhd/blocks.rs close", "*", "*", FOOTER),
-    ("*", "vhd/blocks.rs close", "*", FOOTER),
-    ("*", "vhd/space.rs move_footer", "*", FOOTER),
-    ("*", "*", "vhd/space.rs move_footer", FOOTER),
+    ("vhd/blocks.rs begin_writes", "vhd/blocks.rs close", "vhd/blocks.rs repair_head", FOOTER),
+    ("vhd/blocks.rs write_out 1", "vhd/blocks.rs close", "vhd/bitmaps.rs write", FOOTER),
+    ("vhd/blocks.rs write_out 1", "vhd/space.rs move_footer", "vhd/bitmaps.rs write", FOOTER),
+    ("vhd/blocks.rs write_out 2", "vhd/bat.rs write", "vhd/space.rs move_footer", FOOTER),
+    ("vhd/blocks.rs write_out 2", "vhd/bitmaps.rs write", "vhd/space.rs move_footer", FOOTER),
     ("vhd/blocks.rs write_out 1", "vhd/blocks.rs plan_blocks", "vhd/bat.rs write", UNREAD),
-    ("vhd/blocks.rs write_out 2", "*", "vhd/blocks.rs plan_blocks", UNREAD),
+    ("vhd/blocks.rs write_out 2", "vhd/bat.rs write", "vhd/blocks.rs plan_blocks", UNREAD),
     (
         "vhd/blocks.rs write_out 1",
         "vhd/differencing.rs new_block",
@@ -24,37 +29,166 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     ),
     (
         "vhd/blocks.rs write_out 2",
-        "*",
+        "vhd/bat.rs write",
+        "vhd/differencing.rs new_block",
+        "children never free a block, so no table in the file leads there",
+    ),
+    (
+        "vhd/blocks.rs write_out 2",
+        "vhd/bitmaps.rs write",
         "vhd/differencing.rs new_block",
         "children never free a block, so no table in the file leads there",
     ),
     ("vhd/blocks.rs write_out 2", "vhd/bitmaps.rs write", "payload", "as for new blocks"),
-    ("vhd/blocks.rs write_out 2", "*", "vhd/blocks.rs release", DISCARDED),
+    ("vhd/blocks.rs write_out 2", "vhd/bat.rs write", "vhd/blocks.rs release", DISCARDED),
     (
         "vhd/blocks.rs write_out 2",
-        "*",
+        "vhd/bat.rs write",
         "vhd/blocks.rs close",
         "the footer goes where a freed block had its bitmap, which nobody reads",
     ),
-    ("vhd/create.rs create_sparse", "vhd/create.rs create_sparse", "*", NO_IMAGE),
-    ("vhd/relink.rs relink 3", "", "", "not both footers at once, should the host tear a sector"),
-    ("vhd/relink.rs relink 3", "*", "*", "either footer leads to a whole header"),
+    (
+        "vhd/blocks.rs write_out 2",
+        "vhd/bitmaps.rs write",
+        "vhd/blocks.rs close",
+        "the footer goes where a freed block had its bitmap, which nobody reads",
+    ),
+    (
+        "vhd/create.rs create_sparse",
+        "vhd/create.rs create_sparse",
+        "vhd/create.rs create_sparse",
+        NO_IMAGE,
+    ),
+    (
+        "vhd/create.rs create_sparse",
+        "vhd/create.rs create_sparse",
+        "vhd/create.rs finish",
+        NO_IMAGE,
+    ),
+    ("vhd/relink.rs relink 3", "", "", TORN_FOOTERS),
+    (
+        "vhd/relink.rs relink 3",
+        "vhd/relink.rs relink",
+        "vhd/relink.rs relink",
+        "either footer leads to a whole header",
+    ),
     // VHDX.
-    ("vhdx/create.rs write 1", "vhdx/create.rs write_bat", "*", "no table reads as zeroes, too"),
+    (
+        "vhdx/create.rs write 1",
+        "vhdx/create.rs write_bat",
+        "vhdx/create.rs write",
+        "no table reads as zeroes, too",
+    ),
     (
         "vhdx/session.rs begin_session by update 1",
         "",
         "",
         "the format asks for it; nobody can tell",
     ),
-    ("*", "vhdx/session.rs begin_session by update", "*", OTHER_HEADER),
+    (
+        "vhdx/session.rs begin_session by update 1",
+        "vhdx/session.rs begin_session by update",
+        "vhdx/session.rs begin_session by apply",
+        OTHER_HEADER,
+    ),
+    (
+        "vhdx/session.rs begin_session by update 1",
+        "vhdx/session.rs begin_session by update",
+        "vhdx/session.rs begin_session by update",
+        OTHER_HEADER,
+    ),
+    (
+        "vhdx/session.rs begin_session by update 2",
+        "vhdx/session.rs begin_session by update",
+        "vhdx/log/ring.rs start by append",
+        OTHER_HEADER,
+    ),
+    (
+        "vhdx/session.rs begin_session by update 2",
+        "vhdx/session.rs begin_session by update",
+        "vhdx/session.rs begin_session by update",
+        OTHER_HEADER,
+    ),
     ("*", "vhdx/session.rs start_log by update", "*", OTHER_HEADER),
-    ("*", "vhdx/session.rs end_session by update", "*", OTHER_HEADER),
-    ("*", "vhdx/session.rs end_session", "*", "an unused end that is not cut off"),
-    ("*", "vhdx/session.rs reuse", "*", "what is punched is not in use"),
-    ("*", "*", "vhdx/session.rs reuse", DISCARDED),
-    ("*", "*", "vhdx/space.rs extend", LONGER),
-    ("*", "vhdx/session.rs repair_region_tables", "*", "the other copy is intact"),
+    (
+        "vhdx/session.rs end_session by update",
+        "vhdx/session.rs end_session by update",
+        "vhdx/log/ring.rs start by append",
+        OTHER_HEADER,
+    ),
+    (
+        "vhdx/session.rs end_session by update",
+        "vhdx/session.rs end_session by update",
+        "vhdx/session.rs end_session",
+        OTHER_HEADER,
+    ),
+    (
+        "vhdx/session.rs end_session by update",
+        "vhdx/session.rs end_session by update",
+        "vhdx/session.rs end_session by update",
+        OTHER_HEADER,
+    ),
+    (
+        "vhdx/log/ring.rs start by append",
+        "vhdx/session.rs end_session",
+        "vhdx/session.rs start_log by update",
+        "an unused end that is not cut off",
+    ),
+    (
+        "vhdx/session.rs end_session",
+        "vhdx/session.rs reuse",
+        "vhdx/session.rs end_session by update",
+        "what is punched is not in use",
+    ),
+    (
+        "vhdx/session.rs flush_session 1",
+        "vhdx/session.rs reuse",
+        "payload",
+        "what is punched is not in use",
+    ),
+    (
+        "vhdx/session.rs flush_session 1",
+        "vhdx/session.rs reuse",
+        "vhdx/session.rs flush_session by append",
+        "what is punched is not in use",
+    ),
+    (
+        "vhdx/session.rs flush_session by append",
+        "vhdx/session.rs flush_session by append",
+        "vhdx/session.rs reuse",
+        DISCARDED,
+    ),
+    ("vhdx/session.rs flush_session 1", "payload", "vhdx/space.rs extend", LONGER),
+    (
+        "vhdx/session.rs flush_session 1",
+        "vhdx/session.rs flush_session by apply",
+        "vhdx/space.rs extend",
+        LONGER,
+    ),
+    (
+        "vhdx/session.rs flush_session 1",
+        "vhdx/session.rs repair_region_tables",
+        "vhdx/space.rs extend",
+        LONGER,
+    ),
+    (
+        "vhdx/session.rs flush_session by append",
+        "vhdx/session.rs flush_session by append",
+        "vhdx/space.rs extend",
+        LONGER,
+    ),
+    (
+        "vhdx/session.rs flush_session 1",
+        "vhdx/session.rs repair_region_tables",
+        "payload",
+        "the other copy is intact",
+    ),
+    (
+        "vhdx/session.rs flush_session 1",
+        "vhdx/session.rs repair_region_tables",
+        "vhdx/session.rs flush_session by append",
+        "the other copy is intact",
+    ),
     (
         "vhdx/session.rs flush_session 1",
         "vhdx/session.rs flush_session by apply",
@@ -71,7 +205,13 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     (
         "vmdk/write.rs begin by sync_written",
         "vmdk/walk.rs renew_redundant",
-        "*",
+        "payload",
+        "the mark is there still, so they are renewed again",
+    ),
+    (
+        "vmdk/write.rs begin by sync_written",
+        "vmdk/walk.rs renew_redundant",
+        "vmdk/write.rs plan",
         "the mark is there still, so they are renewed again",
     ),
     (
@@ -83,10 +223,39 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     (
         "vmdk/write.rs begin by sync_written",
         "vmdk/write.rs complete_last_sector",
-        "*",
+        "payload",
         "what is written there makes the file as long",
     ),
-    ("vmdk/write.rs begin by sync_written", "vmdk/write.rs begin", "vmdk/write.rs *", NO_CONTENTS),
+    (
+        "vmdk/write.rs begin by sync_written",
+        "vmdk/write.rs complete_last_sector",
+        "vmdk/cowd.rs write_free_sector",
+        "what is written there makes the file as long",
+    ),
+    (
+        "vmdk/write.rs begin by sync_written",
+        "vmdk/write.rs complete_last_sector",
+        "vmdk/space.rs grow",
+        "what is written there makes the file as long",
+    ),
+    (
+        "vmdk/write.rs begin by sync_written",
+        "vmdk/write.rs complete_last_sector",
+        "vmdk/write.rs plan",
+        "what is written there makes the file as long",
+    ),
+    (
+        "vmdk/write.rs begin by sync_written",
+        "vmdk/write.rs begin",
+        "vmdk/write.rs mark_unclean",
+        NO_CONTENTS,
+    ),
+    (
+        "vmdk/write.rs begin by sync_written",
+        "vmdk/write.rs begin",
+        "vmdk/write.rs plan",
+        NO_CONTENTS,
+    ),
     (
         "vmdk/write.rs finish by sync_written",
         "",
@@ -94,12 +263,63 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
         "a mark that stays, or an end that does, costs the next writer a walk",
     ),
     ("vmdk/write.rs finish by sync_written", "*", "*", "as without the sync"),
-    ("*", "vmdk/write.rs reclaim", "*", "what is punched is not in use"),
-    ("*", "*", "vmdk/write.rs reclaim", DISCARDED),
-    ("*", "*", "vmdk/space.rs grow", LONGER),
-    ("*", "vmdk/write.rs plan", "*", BEHIND),
-    ("*", "*", "vmdk/write.rs plan", BEHIND),
-    ("*", "*", "vmdk/cowd.rs write_free_sector", "a hint for other programs"),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "vmdk/write.rs reclaim",
+        "payload",
+        "what is punched is not in use",
+    ),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "vmdk/write.rs reclaim",
+        "vmdk/cowd.rs write_free_sector",
+        "what is punched is not in use",
+    ),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "vmdk/write.rs reclaim",
+        "vmdk/write.rs finish",
+        "what is punched is not in use",
+    ),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "vmdk/write.rs reclaim",
+        "vmdk/write.rs mark_unclean",
+        "what is punched is not in use",
+    ),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "vmdk/write.rs write_tables",
+        "vmdk/write.rs reclaim",
+        DISCARDED,
+    ),
+    ("vmdk/write.rs begin by sync_written", "vmdk/write.rs begin", "vmdk/space.rs grow", LONGER),
+    ("vmdk/write.rs flush_all by sync_written", "payload", "vmdk/space.rs grow", LONGER),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "vmdk/write.rs write_tables",
+        "vmdk/space.rs grow",
+        LONGER,
+    ),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "vmdk/write.rs plan",
+        "vmdk/write.rs write_tables",
+        BEHIND,
+    ),
+    ("vmdk/write.rs flush_all by sync_written", "payload", "vmdk/write.rs plan", BEHIND),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "payload",
+        "vmdk/cowd.rs write_free_sector",
+        "a hint for other programs",
+    ),
+    (
+        "vmdk/write.rs flush_all by sync_written",
+        "vmdk/write.rs write_tables",
+        "vmdk/cowd.rs write_free_sector",
+        "a hint for other programs",
+    ),
     (
         "vmdk/write.rs flush_all by sync_written",
         "vmdk/write.rs write_tables",
@@ -119,7 +339,82 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
         "vmdk/write.rs mark_unclean",
         NO_CONTENTS,
     ),
+    // Repairs of VHD.
+    (MOVED, "vhd repair: nothing uses this space", CUT_OFF, "what is punched is not in use"),
+    (MOVED, "vhd repair: the footer behind the last block", CUT_OFF, FOOTER),
+    // Repairs of VHDX.
+    ("vhdx repair: a header that says the file was changed / *", "", "", OTHER_HEADER),
+    (
+        "vhdx repair: a header that says the file was changed / *",
+        "vhdx repair: a header that says the file was changed",
+        "*",
+        OTHER_HEADER,
+    ),
+    ("vhdx repair: a header that says the file was changed //", "", "", OTHER_HEADER),
+    ("vhdx repair: a header that names no log any more //", "", "", OTHER_HEADER),
+    (NO_LOG_TWICE, "", "", OTHER_HEADER),
+    (NO_LOG_TWICE, NO_LOG, NO_LOG, OTHER_HEADER),
+    // Repairs of VMDK.
+    (GD_MARK, "", "", ONE_SECTOR),
+    (GD_MARK, "vmdk repair: the place of the grain directory", MARK, ONE_SECTOR),
+    // What only changes of chains do.
+    ("vhd/blocks.rs begin_writes", "", "", TORN_FOOTERS),
+    (
+        "vhd/blocks.rs begin_writes",
+        "vhd/blocks.rs begin_writes",
+        "vhd/blocks.rs repair_head",
+        "either footer leads to all of the parent, and the child is still there",
+    ),
+    (
+        "vhd/blocks.rs write_out 2",
+        "vhd/bitmaps.rs write",
+        "vhd/relink.rs relink",
+        "the footer copy is written as it was",
+    ),
+    ("vmdk/relink.rs place", "vmdk/relink.rs place", "vmdk/write.rs begin", OLD_TEXT),
+    ("vmdk/relink.rs place", "vmdk/relink.rs place", "vmdk/write.rs mark_unclean", OLD_TEXT),
+    // The order of their stages.
+    ("vhd merge*", "close of parent.vhd", "*", CLOSED),
+    ("vhdx merge*", "close of parent.vhdx", "*", CLOSED),
+    ("vmdk merge*", "close of parent*", "*", CLOSED),
+    ("vmdk merge*", "close 2 of parent*", "*", CLOSED),
+    ("vmdk rebase", "close of child-delta.vmdk", "relink", CLOSED),
+    ("vhd merge and keep", "copy_own of parent.vhd", "relink", LINKED),
+    ("vhd merge and keep", "flush of parent.vhd", "relink", LINKED),
+    ("vhdx merge and keep", "flush_tables of parent.vhdx", "relink 2", LINKED),
+    ("vmdk merge and keep", "copy_own of parent-*", "relink", LINKED),
+    ("vmdk merge and keep", "flush of parent-*", "relink", LINKED),
+    ("vhdx merge*", "relink of child.vhdx", "close", HAS_ALL),
+    ("vmdk merge and keep", "begin_writes of parent*", "relink", HAS_ALL),
+    ("vmdk merge and keep", "begin_writes of parent*", "empty", HAS_ALL),
+    ("vmdk merge and keep", "relink of child.vmdk", "empty", HAS_ALL),
+    ("vmdk merge", "begin_writes of parent*", "remove", "nobody is left who knows the parent's id"),
+    ("vmdk merge over siblings", "begin_writes of parent-*", "remove", "a mark only"),
+    ("vmdk merge*", "begin_writes of parent.vmdk", "close 2", "merging again renews the id"),
+    ("vmdk merge*", "copy_own of parent.vmdk", "begin_writes", SAME_TEXT),
+    ("vmdk merge*", "copy_own of parent.vmdk", "close*", SAME_TEXT),
+    ("vmdk merge*", "copy_own of parent.vmdk", "flush", SAME_TEXT),
+    ("vmdk rebase", "copy_differences of child.vmdk", "close", SAME_TEXT),
+    ("vmdk rebase", "copy_differences of child.vmdk", "flush", SAME_TEXT),
 ];
+
+const MOVED: &str = "vhd repair: the footer behind the last block / nothing uses the space behind \
+                     the last block";
+const CUT_OFF: &str = "vhd repair: nothing uses the space behind the last block";
+const NO_LOG: &str = "vhdx repair: a header that names no log any more";
+const NO_LOG_TWICE: &str =
+    "vhdx repair: a header that names no log any more / a header that names no log any more";
+const MARK: &str = "vmdk repair: the mark of an extent not closed";
+const GD_MARK: &str =
+    "vmdk repair: the place of the grain directory // the mark of an extent not closed";
+
+const CLOSED: &str = "all is durable before: what is left is a mark, or an unused end";
+const LINKED: &str = "linking takes nothing from the child, which still has all of its own";
+const HAS_ALL: &str = "the parent has everything by then";
+const SAME_TEXT: &str = "while it is written to, the disk's descriptor says what it said before";
+const TORN_FOOTERS: &str = "not both footers at once, should the host tear a sector";
+const OLD_TEXT: &str = "zeroes where the header does not lead any more";
+const ONE_SECTOR: &str = "both are in the header's sector";
 
 const PROMISE: &str = "a promise only: where no table changes there is no order to keep";
 const FOOTER: &str = "the copy of the footer at the beginning is intact";

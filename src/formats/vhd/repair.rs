@@ -47,7 +47,6 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
 fn repair_head(file: &Arc<dyn Storage>, footers: &Footers, plan: &mut Plan) {
     if footers.head != CopyState::Good {
         plan.write(file, 0, footers.bytes().to_vec(), "the footer copy, from the footer");
-        plan.sync(file);
     }
 }
 
@@ -65,7 +64,6 @@ fn repair_trailing(
         let end = len - footers.trailing_garbage;
         if fits(file, structure, end - FOOTER)? {
             plan.set_len(file, end, "garbage follows the footer");
-            plan.sync(file);
             return Ok(());
         }
     }
@@ -76,7 +74,6 @@ fn repair_trailing(
         false => len.next_multiple_of(SECTOR),
     };
     plan.write(file, at, footer(), "the footer, from its copy");
-    plan.sync(file);
     Ok(())
 }
 
@@ -118,7 +115,6 @@ fn repair_batmap(
         let (header_at, header) = batmap.header_for(&bytes);
         plan.write(file, batmap.map_at(), bytes, "the batmap, from the sector bitmaps");
         plan.write(file, header_at, header.as_bytes().to_vec(), "the batmap's checksum");
-        plan.sync(file);
     }
     Ok(())
 }
@@ -144,7 +140,6 @@ fn reclaim(
         plan.write(file, end, footers.bytes().to_vec(), "the footer, behind the last block");
         plan.sync(file);
         plan.set_len(file, end + FOOTER, "nothing uses the space behind the last block");
-        plan.sync(file);
     }
     Ok(())
 }

@@ -53,8 +53,10 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
     let id = Uuid::new_v4();
     let what = "a header that says the file was changed";
     replace_headers(file, &mut headers, plan, what, |h| h.file_write = id)?;
-    plan.append(work);
-    plan.sync(file);
+    if !work.is_empty() {
+        plan.sync(file);
+        plan.append(work);
+    }
     if replays {
         let what = "a header that names no log any more";
         replace_headers(file, &mut headers, plan, what, |h| h.log = Uuid::nil())?;
@@ -62,7 +64,7 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
     Ok(())
 }
 
-/// Replaces both headers, each durable before the next: one of them is good at any moment.
+/// Replaces both headers, each when all before it is durable: one of them is good at any moment.
 fn replace_headers(
     file: &Arc<dyn Storage>,
     headers: &mut Headers,
@@ -77,8 +79,8 @@ fn replace_headers(
             Error::unsupported("the header's sequence number cannot grow any more")
         })?;
         let slot = 1 - headers.current;
-        plan.write(file, HEADER_OFFSETS[slot], next.encode(), what);
         plan.sync(file);
+        plan.write(file, HEADER_OFFSETS[slot], next.encode(), what);
         headers.slots[slot] = Some(next);
         headers.current = slot;
     }

@@ -84,12 +84,11 @@ fn repair_tables(
     {
         let (at, value) = cowd::free_sector(usage.end());
         work.write(file, at, value.to_vec(), "where free space begins");
-        work.sync(file);
     }
     if extent.unclean {
+        work.sync(file);
         let len = if tables.dialect == Dialect::Cowd { 4 } else { 1 };
         work.write(file, extent.unclean_at, vec![0; len], "the mark of an extent not closed");
-        work.sync(file);
     }
     Ok(())
 }
@@ -126,12 +125,10 @@ fn repair_header(extent: &SparseExtent, file: &Arc<dyn Storage>, work: &mut Plan
                 };
                 if !tables.is_empty() {
                     work.append(tables);
-                    work.sync(file);
                     break;
                 }
             }
             work.write(file, at, sector.to_le_bytes().to_vec(), what);
-            work.sync(file);
             break;
         }
     }
@@ -257,7 +254,6 @@ fn repair_directories(
     if !entries.is_empty() {
         work.sync(file);
         work.append(entries);
-        work.sync(file);
     }
     Ok(())
 }
@@ -303,11 +299,7 @@ fn merge_tables(
             work.write(file, second, redundant, what);
         }
         Ok(())
-    })?;
-    if !work.is_empty() {
-        work.sync(file);
-    }
-    Ok(())
+    })
 }
 
 /// Which of two entries for a grain is right; `None` if neither can be told to be.
