@@ -185,6 +185,12 @@ pub fn cases() -> Vec<Case> {
         })),
         of_child(case(vmdk, "the extent was not closed", |f| put(f, 72, &[1]).and(None))),
         case(vhd, "the footer copy is gone", |f| put(f, 0, &[0; 512])),
+        case(vhd, "the bitmaps of two blocks deny their data", |f| {
+            let entry = |i: u64| u32::from_be_bytes(get(f, 1536 + i * 4, 4).try_into().unwrap());
+            let stored: Vec<_> = (0..6).map(entry).filter(|entry| *entry != u32::MAX).collect();
+            put(f, u64::from(stored[0]) * 512, &[0; 128]);
+            put(f, u64::from(stored[1]) * 512, &[0x55; 128]).and(None)
+        }),
         case(vhd, "the footer copy is damaged", |f| put(f, 20, &[1]).map(|_| 0)),
         case(vhd, "the footer is damaged", |f| put(f, len(f) - 400, &[1]).map(|at| at - 112)),
         case(vhd, "the footer is cut off", |f| {

@@ -12,9 +12,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{Report, Severity, repair};
 use crate::storage::Storage;
 
-/// Bytes of a block's data compared with zero at once.
-const CHUNK: u64 = 1 << 20;
-
 /// Adds everything that is wrong with the image to `report`.
 pub(super) fn check(file: &dyn Storage, force: bool, report: &mut Report) -> Result<()> {
     // What cannot be made sense of is a finding, what the host failed at is an error.
@@ -126,7 +123,7 @@ fn check_blocks(
     let stored = || survey.stored.iter().filter(|(_, block)| of_disk(*block));
     report.allocated_blocks = stored().count() as u64;
     let batmap = load_batmap(file, structure, report)?;
-    let mut bitmaps = BitmapCheck { file, footers, structure, batmap, data: Vec::new() };
+    let bitmaps = BitmapCheck { file, footers, structure, batmap };
     for (sector, block) in stored() {
         bitmaps.run(*sector, *block, report)?;
     }
@@ -166,17 +163,14 @@ struct BitmapCheck<'a> {
     footers: &'a Footers,
     structure: &'a Structure,
     batmap: Option<Bits>,
-    /// Buffer for a part of a block's data.
-    data: Vec<u8>,
 }
 
 impl BitmapCheck<'_> {
     /// Looks at one stored block.
-    fn run(&mut self, sector: u32, block: u32, report: &mut Report) -> Result<()> {
+    fn run(&self, sector: u32, block: u32, report: &mut Report) -> Result<()> {
         let at = u64::from(sector) * SECTOR;
         let mut bitmap = vec![0; self.structure.bitmap_size as usize];
         codec::read_exact(self.file, at, &mut bitmap, "a sector bitmap")?;
-        let is_set = |s: u64| bitmap[(s / 8) as usize] & (0x80 >> (s % 8)) != 0;
         let range = self.structure.block_range(u64::from(block));
         let sectors = (range.end - range.start) / SECTOR;
         if is_full(&bitmap, sectors) {
@@ -185,41 +179,11 @@ impl BitmapCheck<'_> {
         if self.batmap.as_ref().is_some_and(|bits| bits.get(u64::from(block))) {
             report.error(at, format!("the batmap calls block {block} full, its bitmap does not"));
         }
-        if self.footers.disk_type == DiskType::Dynamic {
-            self.find_hidden(at + self.structure.bitmap_size, sectors, block, is_set, report)?;
-        }
-        Ok(())
-    }
-
-    /// Programs that honour the bitmap of a dynamic disk read zeroes where a bit is clear.
-    fn find_hidden(
-        &mut self,
-        data_at: u64,
-        sectors: u64,
-        block: u32,
-        is_set: impl Fn(u64) -> bool,
-        report: &mut Report,
-    ) -> Result<()> {
-        let per_chunk = CHUNK / SECTOR;
-        for first in (0..sectors).step_by(per_chunk as usize) {
-            let chunk = first..sectors.min(first + per_chunk);
-            if chunk.clone().all(&is_set) {
-                continue;
-            }
-            self.data.resize(((chunk.end - chunk.start) * SECTOR) as usize, 0);
-            codec::read_exact(
-                self.file,
-                data_at + first * SECTOR,
-                &mut self.data,
-                "a block's data",
-            )?;
-            let mut sectors = self.data.chunks_exact(SECTOR as usize).zip(chunk);
-            let hidden = sectors.find(|(bytes, s)| !is_set(*s) && bytes.iter().any(|b| *b != 0));
-            if let Some((_, s)) = hidden {
-                let what = format!("block {block} holds data that its bitmap says is not there");
-                report.notice(data_at + s * SECTOR, what);
-                break;
-            }
+        if self.footers.disk_type == DiskType::Dynamic
+            && let Some(hidden) = self.structure.hidden_data(self.file, sector, block, &bitmap)?
+        {
+            let what = format!("block {block} holds data that its bitmap says is not there");
+            report.notice(hidden, what);
         }
         Ok(())
     }

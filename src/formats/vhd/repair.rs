@@ -1,5 +1,5 @@
-//! What can be rebuilt: either footer from the other, the trailing footer's place, the batmap, and
-//! space that nothing uses.
+//! What can be rebuilt: either footer from the other, the trailing footer's place, the batmap, the
+//! bitmaps of a dynamic disk, and space that nothing uses.
 //!
 //! Each round of a repair begins with one intact footer at least, and only ever overwrites the other
 //! one, so the image opens whatever a crash leaves. Nothing is known twice of the dynamic header, the
@@ -33,7 +33,10 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
     let structure = Structure::read(&**file, &footers, false)?;
     if plan.all() && matches!(footers.trailing, CopyState::Damaged(_) | CopyState::Absent) {
         repair_trailing(file, &footers, &structure, plan)?;
-    } else if let (true, true, Some(batmap)) = (plan.all(), plan.is_empty(), &structure.batmap) {
+    } else if plan.all() && plan.is_empty() && footers.disk_type == DiskType::Dynamic {
+        repair_bitmaps(file, &footers, &structure, plan)?;
+    }
+    if let (true, true, Some(batmap)) = (plan.all(), plan.is_empty(), &structure.batmap) {
         repair_batmap(file, &footers, &structure, batmap, plan)?;
     }
     // Moving the footer takes two good ones.
@@ -83,6 +86,30 @@ fn fits(file: &Arc<dyn Storage>, structure: &Structure, data_end: u64) -> Result
     let mut fits = reserved <= data_end;
     Survey::run(&**file, structure, data_end, &mut |_| fits = false)?;
     Ok(fits)
+}
+
+/// Sets all bits of the bitmaps that deny data. A block of a dynamic disk is stored whole, and read
+/// whole here; programs that honour the bitmap read zeroes where a bit is clear.
+fn repair_bitmaps(
+    file: &Arc<dyn Storage>,
+    footers: &Footers,
+    structure: &Structure,
+    plan: &mut Plan,
+) -> Result<()> {
+    let survey = Survey::run(&**file, structure, footers.data_end, &mut |_| ())?;
+    let mut bitmap = vec![0; structure.bitmap_size as usize];
+    for &(sector, block) in &survey.stored {
+        if u64::from(block) >= structure.blocks || plan.is_full() {
+            continue;
+        }
+        let at = u64::from(sector) * SECTOR;
+        codec::read_exact(&**file, at, &mut bitmap, "a sector bitmap")?;
+        if structure.hidden_data(&**file, sector, block, &bitmap)?.is_some() {
+            let full = vec![0xff; bitmap.len()];
+            plan.write(file, at, full, format!("the sector bitmap of block {block}"));
+        }
+    }
+    Ok(())
 }
 
 /// Makes the batmap say what the bitmaps say, if it claims more or its checksum is wrong.

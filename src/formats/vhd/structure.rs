@@ -5,6 +5,7 @@ use std::ops::Range;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::batmap::Batmap;
+use super::bitmaps::is_full;
 use super::footers::Footers;
 use super::layout::{
     BLOCK_SIZES, DiskType, DynamicHeader, FOOTER, HEADER, HEADER_COOKIE, MAX_SPARSE_SIZE, SECTOR,
@@ -134,6 +135,41 @@ impl Structure {
     pub(super) fn block_range(&self, block: u64) -> Range<u64> {
         let start = block * self.block_size;
         start..(start + self.block_size).min(self.size)
+    }
+
+    /// The byte of the file of the first sector of a stored block, at `sector` of the file, that holds
+    /// something although its bit in `bitmap` is clear. Programs that honour the bitmap of a dynamic disk
+    /// read zeroes there.
+    pub(super) fn hidden_data(
+        &self,
+        file: &dyn Storage,
+        sector: u32,
+        block: u32,
+        bitmap: &[u8],
+    ) -> Result<Option<u64>> {
+        const CHUNK: u64 = 1 << 20;
+        let range = self.block_range(u64::from(block));
+        let sectors = (range.end - range.start) / SECTOR;
+        if is_full(bitmap, sectors) {
+            return Ok(None);
+        }
+        let is_set = |s: u64| bitmap[(s / 8) as usize] & (0x80 >> (s % 8)) != 0;
+        let data_at = u64::from(sector) * SECTOR + self.bitmap_size;
+        let mut data = vec![0; CHUNK.min(range.end - range.start) as usize];
+        for first in (0..sectors).step_by((CHUNK / SECTOR) as usize) {
+            let chunk = first..sectors.min(first + CHUNK / SECTOR);
+            if chunk.clone().all(&is_set) {
+                continue;
+            }
+            let data = &mut data[..((chunk.end - chunk.start) * SECTOR) as usize];
+            codec::read_exact(file, data_at + first * SECTOR, data, "a block's data")?;
+            let mut sectors = data.chunks_exact(SECTOR as usize).zip(chunk);
+            let hidden = sectors.find(|(bytes, s)| !is_set(*s) && bytes.iter().any(|b| *b != 0));
+            if let Some((_, s)) = hidden {
+                return Ok(Some(data_at + s * SECTOR));
+            }
+        }
+        Ok(None)
     }
 }
 
