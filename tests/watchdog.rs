@@ -3,13 +3,16 @@
 
 mod live;
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use live::{Mount, create, flatdisk, scratch};
+use live::hanging::{HangingDisk, Kind};
+use live::{Mount, create, flatdisk, scratch, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -60,6 +63,54 @@ impl Manager {
             }
         }
     }
+}
+
+/// Lets `work` on a writable flat file of this kind hang in a request of the daemon's to the host.
+fn hang(subformat: &str, held: Kind, work: impl FnOnce(&File) + Send + 'static) {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    let image = folder.path().join("a.vhd");
+    create(&image, "8M", &["--subformat", subformat]);
+    let disk = HangingDisk::new("a.vhd", fs::read(image).unwrap());
+    let manager = Manager::new();
+    let mount = Mount::start(&mut manager.watch(&disk.file()));
+    let file = File::options().read(true).write(true).open(mount.flat("a.vhd")).unwrap();
+    let file = Arc::new(file);
+    file.write_all_at(&[1; 4096], 0).unwrap();
+    manager.wait_for("WATCHDOG=1");
+
+    let hangs = disk.hold(held);
+    let worker = std::thread::spawn({
+        let file = file.clone();
+        move || work(&file)
+    });
+    wait_until("a request hangs", || hangs.hangs());
+    let begun = Instant::now();
+    while manager.hear(10 * PATIENCE).is_some() {
+        assert!(begun.elapsed() < DEADLINE, "signs of life do not end");
+    }
+    drop(hangs);
+    manager.wait_for("WATCHDOG=1");
+    worker.join().unwrap();
+    drop(file);
+    assert!(mount.unmount().success());
+}
+
+#[test]
+fn a_daemon_that_hangs_in_a_flush_gives_no_sign_of_life() {
+    hang("fixed", Kind::Sync, |file| file.sync_all().unwrap());
+}
+
+#[test]
+fn a_daemon_that_hangs_in_a_flush_of_its_own_gives_no_sign_of_life() {
+    hang("dynamic", Kind::Sync, |file| file.write_all_at(&[1; 4096], 4 << 20).unwrap());
+}
+
+#[test]
+fn a_daemon_that_hangs_in_a_read_gives_no_sign_of_life() {
+    hang("fixed", Kind::Read, |file| file.read_exact_at(&mut [0; 4096], 4 << 20).unwrap());
 }
 
 #[test]

@@ -5,6 +5,8 @@
 //! waits for the end. A signal asks for an ordinary unmount, which fails while somebody uses the
 //! mount; the second one detaches it from the name space. Either way every image is closed only when the
 //! kernel has ended the session, and then nobody can write any more.
+//!
+//! systemd's watchdog is fed as long as no request and no flush takes longer than its `WatchdogSec`.
 
 use std::fs;
 use std::io;
@@ -17,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{getegid, geteuid};
@@ -310,31 +312,59 @@ fn forward_signals(events: Sender<Event>) -> Result<()> {
 }
 
 /// Flushes the images' tables every [`FLUSH_INTERVAL`] until the returned sender is dropped. When
-/// systemd watches the daemon, each round that ends is a sign of life: it takes the locks that
-/// requests take, so a daemon that hangs does not end it.
+/// systemd watches the daemon, each round that ends is a sign of life, unless something hangs.
 fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
-    let watched = watchdog_interval();
-    let interval = watched.map_or(FLUSH_INTERVAL, |time| FLUSH_INTERVAL.min(time / 2));
+    let mut watchdog = Watchdog::wanted();
+    let patience = watchdog.as_ref().map(|watchdog| watchdog.patience);
+    let interval = patience.map_or(FLUSH_INTERVAL, |time| FLUSH_INTERVAL.min(time / 2));
     let (sender, ended) = mpsc::channel::<()>();
     start_thread("flush", move || {
         while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
             tree.flush_tables();
             tree.watch_names();
-            if watched.is_some() {
-                notify("WATCHDOG=1");
+            if let Some(watchdog) = &mut watchdog {
+                watchdog.feed(&tree);
             }
         }
     })?;
     Ok(sender)
 }
 
-/// How long systemd waits for a sign of life of this process, if it does.
-fn watchdog_interval() -> Option<Duration> {
-    let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
-    let time = number("WATCHDOG_USEC").filter(|time| *time > 0)?;
-    let own = u64::from(std::process::id());
-    let meant = number("WATCHDOG_PID").is_none_or(|process| process == own);
-    meant.then_some(Duration::from_micros(time))
+/// systemd's watchdog. A request counts as hung once it has been under way for as long as systemd
+/// waits for a sign of life. Slow disks may take that long; where a request never ends, systemd ends
+/// the daemon after twice that time or little more.
+struct Watchdog {
+    /// How long systemd waits for a sign of life.
+    patience: Duration,
+    /// When all that was begun a round earlier had ended.
+    beaten: Instant,
+    hangs: bool,
+}
+
+impl Watchdog {
+    /// What systemd wants of this process, if anything.
+    fn wanted() -> Option<Self> {
+        let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+        let time = number("WATCHDOG_USEC").filter(|time| *time > 0)?;
+        let own = u64::from(std::process::id());
+        let meant = number("WATCHDOG_PID").is_none_or(|process| process == own);
+        let patience = Duration::from_micros(time);
+        meant.then(|| Self { patience, beaten: Instant::now(), hangs: false })
+    }
+
+    /// Gives a sign of life if there is life in all that is asked of `tree`.
+    fn feed(&mut self, tree: &Tree) {
+        if tree.pulse.beat() {
+            self.beaten = Instant::now();
+        }
+        let hangs = self.beaten.elapsed() >= self.patience;
+        if !hangs {
+            notify("WATCHDOG=1");
+        } else if !self.hangs {
+            log::error!("a request does not end: no more signs of life for systemd's watchdog");
+        }
+        self.hangs = hangs;
+    }
 }
 
 fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {

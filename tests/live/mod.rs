@@ -2,6 +2,7 @@
 //! dropped, also when a test fails half way.
 #![allow(dead_code)] // Every test program uses its own part.
 
+pub mod hanging;
 pub mod installed;
 pub mod kinds;
 
