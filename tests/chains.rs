@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use common::images::{Image as Base, errors};
-use common::{crash, in_parallel, number, pattern, seed, tools};
+use common::{crash, in_parallel, number, seed, tools, workload};
 use fastrand::Rng;
 use flatdisk::disk::layers::{self, Content};
 use flatdisk::error::{Error, ErrorKind};
@@ -67,26 +67,7 @@ fn make_child(host: &Arc<dyn Host>, path: &Path, parent: &Path, block: Option<u6
 
 /// Writes and discards at random places, and closes.
 fn scribble(host: &Arc<dyn Host>, path: &Path, model: &mut [u8], random: &mut Rng, count: u32) {
-    let image = open(host, path, Access::Write);
-    for _ in 0..count {
-        let len = match random.u8(..4) {
-            0 => random.usize(1..600),
-            1 => 512 * random.usize(1..300),
-            _ => random.usize(1..200_000),
-        };
-        let at = random.usize(..model.len());
-        let at = if random.bool() { at / 4096 * 4096 } else { at };
-        let end = model.len().min(at + len);
-        if random.u8(..5) == 0 {
-            let end = model.len().min(at + 20 * (end - at));
-            image.disk.discard(at as u64, (end - at) as u64).unwrap();
-            model[at..end].fill(0);
-        } else {
-            pattern::fill(random.u32(..), at as u64, &mut model[at..end]);
-            image.disk.write_at(at as u64, &model[at..end]).unwrap();
-        }
-    }
-    image.disk.close().unwrap();
+    workload::scribble(host, path, 1, model, random, count);
 }
 
 /// Images that stand on one another, and what each must hold.
