@@ -9,6 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use live::hanging::{HangingDisk, Kind};
@@ -21,9 +22,9 @@ const PATIENCE: Duration = Duration::from_millis(400);
 /// What a test waits for.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// systemd's end of the socket.
+/// systemd's end of the socket. It always listens, for the kernel keeps few messages.
 struct Manager {
-    socket: UnixDatagram,
+    said: Receiver<String>,
     folder: tempfile::TempDir,
 }
 
@@ -31,7 +32,16 @@ impl Manager {
     fn new() -> Self {
         let folder = scratch();
         let socket = UnixDatagram::bind(folder.path().join("notify")).unwrap();
-        Self { socket, folder }
+        let (sender, said) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(len) = socket.recv(&mut bytes) {
+                if sender.send(String::from_utf8_lossy(&bytes[..len]).into_owned()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { said, folder }
     }
 
     fn watch(&self, source: &Path) -> Command {
@@ -47,10 +57,7 @@ impl Manager {
 
     /// What is said within `time`.
     fn hear(&self, time: Duration) -> Option<String> {
-        let mut said = [0; 4096];
-        self.socket.set_read_timeout(Some(time)).unwrap();
-        let len = self.socket.recv(&mut said).ok()?;
-        Some(String::from_utf8_lossy(&said[..len]).into_owned())
+        self.said.recv_timeout(time).ok()
     }
 
     fn wait_for(&self, what: &str) -> String {
@@ -152,7 +159,9 @@ fn nobody_is_told_of_life_who_did_not_ask() {
     let mount = Mount::start(manager.watch(folder.path()).env("WATCHDOG_PID", "1"));
     manager.wait_for("READY=1");
     assert!(mount.unmount().success());
-    while let Some(said) = manager.hear(Duration::from_millis(1)) {
+    let mut said = String::new();
+    while !said.contains("STOPPING=1") {
+        said = manager.hear(DEADLINE).expect("it says that it stops");
         assert!(!said.contains("WATCHDOG"), "{said}");
     }
 }

@@ -45,6 +45,9 @@ const FLUSH_INTERVAL: Duration = Duration::from_secs(4);
 /// Read-ahead of the mount in KiB. The kernel's 128 KiB cost a request each.
 const READ_AHEAD_KIB: u32 = 1024;
 
+/// How long systemd may take to make room for a message.
+const NOTIFY_PATIENCE: Duration = Duration::from_secs(5);
+
 /// What is to be mounted where.
 #[derive(Debug, Clone)]
 pub struct MountRequest {
@@ -396,8 +399,12 @@ fn notify(state: &str) {
         Some(name) => SocketAddr::from_abstract_name(name),
         None => SocketAddr::from_pathname(&socket),
     };
-    let sent = address
-        .and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    let sent = address.and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        // The daemon goes on without a manager that does not listen.
+        socket.set_write_timeout(Some(NOTIFY_PATIENCE))?;
+        socket.send_to_addr(state.as_bytes(), &address)
+    });
     if let Err(e) = sent {
         log::debug!("telling systemd: {e}");
     }
