@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use live::{create, flatdisk, have, is_mounted, outcome, scratch, succeed, wait_until};
+use parking_lot::RwLockReadGuard;
 
 /// Whether loop devices can be made here.
 fn can_attach() -> bool {
@@ -30,6 +31,8 @@ fn stderr(output: &Output) -> String {
 struct Image {
     dir: Arc<tempfile::TempDir>,
     path: PathBuf,
+    /// Held unless the image is attached in another mount namespace.
+    mounting: Option<RwLockReadGuard<'static, ()>>,
 }
 
 impl Image {
@@ -38,7 +41,14 @@ impl Image {
         let path = dir.path().canonicalize().unwrap().join(name);
         create(&path, size, options);
         fs::create_dir(dir.path().join("mnt")).unwrap();
-        Self { dir, path }
+        Self { dir, path, mounting: Some(live::mounting()) }
+    }
+
+    /// A VHDX with a partition table as sfdisk(8) understands it.
+    fn partitioned(table: &str) -> Self {
+        let image = Self::new("a.vhdx", "64M", &["--block-size", "1M"]);
+        image.partition(table);
+        image
     }
 
     /// A VHDX with one ext4 file system and no partitions.
@@ -78,8 +88,29 @@ impl Image {
         String::from_utf8(output.stdout).unwrap().trim().into()
     }
 
+    /// Writes a partition table as sfdisk(8) understands it; the kernel learns of it at the next attach.
+    fn partition(&self, table: &str) {
+        let mut sfdisk = Command::new("sfdisk");
+        sfdisk.arg("-q").arg(self.attach(&[])).stdin(Stdio::piped());
+        let mut child = sfdisk.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(table.as_bytes()).unwrap();
+        assert!(child.wait().unwrap().success());
+        self.detach();
+    }
+
     fn detach(&self) {
-        succeed(flatdisk().arg("detach").arg(&self.path));
+        self.detach_by(&self.path);
+    }
+
+    /// Detaches what is attached, named in any way.
+    fn detach_by(&self, target: &Path) {
+        // A program that another test starts at this moment holds copies of our files until exec.
+        wait_until("nobody uses it", || {
+            let output = outcome(flatdisk().arg("detach").arg(target));
+            let busy = stderr(&output).contains("in use") || stderr(&output).contains("busy");
+            assert!(output.status.success() || busy, "{}", stderr(&output));
+            output.status.success()
+        });
         self.assert_nothing_left();
     }
 
@@ -144,14 +175,6 @@ impl Drop for Image {
     }
 }
 
-/// Writes a partition table as sfdisk(8) understands it.
-fn partition(device: &Path, table: &str) {
-    let mut sfdisk = Command::new("sfdisk");
-    let mut child = sfdisk.arg("-q").arg(device).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(table.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success());
-}
-
 #[test]
 fn file_systems_in_every_kind_of_partition_table_keep_what_is_written() {
     if !can_attach() || !have(&["sfdisk", "mkfs.ext4", "qemu-img"]) {
@@ -165,13 +188,10 @@ fn file_systems_in_every_kind_of_partition_table_keep_what_is_written() {
         ("fixed.vhd", "fixed", "", ""),
     ] {
         let image = Image::new(name, "64M", &["--subformat", subformat]);
-        let mut device = image.attach(&[]);
         if !table.is_empty() {
-            partition(&device, table);
-            // The kernel learns of a new table at the next attach.
-            image.detach();
-            device = image.attach(&[]);
+            image.partition(table);
         }
+        let device = image.attach(&[]);
         let node = PathBuf::from(format!("{}{node}", device.display()));
         succeed(Command::new("mkfs.ext4").arg("-q").arg(&node));
         image.detach();
@@ -187,8 +207,7 @@ fn file_systems_in_every_kind_of_partition_table_keep_what_is_written() {
         assert_eq!(listed["partitions"].as_array().unwrap().len(), partitions);
         let status = succeed(flatdisk().arg("status"));
         assert!(status.contains(image.path.to_str().unwrap()), "{status}");
-        succeed(flatdisk().arg("detach").arg(image.mountpoint()));
-        image.assert_nothing_left();
+        image.detach_by(&image.mountpoint());
         succeed(flatdisk().arg("check").arg(&image.path));
         if !name.ends_with(".vhd") {
             succeed(Command::new("qemu-img").arg("check").arg(&image.path));
@@ -196,8 +215,7 @@ fn file_systems_in_every_kind_of_partition_table_keep_what_is_written() {
 
         let device = image.attach_mounted(&["-r"]);
         assert!(fs::read(image.mountpoint().join("file")).unwrap() == text);
-        succeed(flatdisk().arg("detach").arg(device));
-        image.assert_nothing_left();
+        image.detach_by(&device);
     }
 }
 
@@ -206,9 +224,7 @@ fn of_several_file_systems_one_is_chosen() {
     if !can_attach() || !have(&["sfdisk", "mkfs.ext4"]) {
         return;
     }
-    let image = Image::new("a.vhdx", "64M", &["--block-size", "1M"]);
-    partition(&image.attach(&[]), "label: gpt\nsize=20M\nsize=20M\nsize=10M\n");
-    image.detach();
+    let image = Image::partitioned("label: gpt\nsize=20M\nsize=20M\nsize=10M\n");
     let device = image.attach(&[]).display().to_string();
     for (partition, label) in [("p1", "first"), ("p2", "second")] {
         let node = format!("{device}{partition}");
@@ -245,8 +261,8 @@ fn sectors_of_4096_bytes_are_the_devices_too() {
     assert_eq!(sectors.split_whitespace().collect::<Vec<_>>(), ["4096", "1"]);
     let size = succeed(Command::new("blockdev").arg("--getsize64").arg(&device));
     assert_eq!(size.trim(), (64 << 20).to_string());
-    partition(&device, "label: gpt\nsize=40M\n");
     image.detach();
+    image.partition("label: gpt\nsize=40M\n");
     let device = image.attach(&[]);
     succeed(Command::new("mkfs.ext4").arg("-q").arg(format!("{}p1", device.display())));
     image.detach();
@@ -300,7 +316,11 @@ fn a_child_takes_what_is_written_and_its_parent_stays() {
     }
     let base = Image::with_ext4();
     let before = live::sha256(&base.path);
-    let child = Image { path: base.path.with_file_name("child.vhdx"), dir: base.dir.clone() };
+    let child = Image {
+        path: base.path.with_file_name("child.vhdx"),
+        dir: base.dir.clone(),
+        mounting: Some(live::mounting()),
+    };
     succeed(flatdisk().args(["create", "-q", "--parent"]).arg(&base.path).arg(&child.path));
     child.attach_mounted(&[]);
     fs::write(child.mountpoint().join("file"), "of the child").unwrap();
@@ -550,9 +570,8 @@ fn partitions_have_nodes_where_nobody_else_makes_them() {
     if !can_attach() || !have(&["sfdisk", "unshare"]) {
         return;
     }
-    let image = Image::new("a.vhdx", "64M", &["--block-size", "1M"]);
-    partition(&image.attach(&[]), "label: dos\nsize=20M\nsize=20M\n");
-    image.detach();
+    let mut image = Image::partitioned("label: dos\nsize=20M\nsize=20M\n");
+    image.mounting = None;
     // As in a container: /dev is a plain directory.
     let script = r#"
         set -eu
@@ -571,14 +590,7 @@ fn partitions_have_nodes_where_nobody_else_makes_them() {
         for n in 1 2; do [ ! -e "${device}p$n" ]; done
     "#;
     let scratch = scratch();
-    let output = outcome(
-        Command::new("unshare")
-            .args(["-m", "sh", "-c", script])
-            .env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk"))
-            .env("IMAGE", &image.path)
-            .env("T", scratch.path()),
-    );
-    assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
+    live::succeed_in_namespace(script, &[("IMAGE", &image.path), ("T", &scratch.path())]);
     image.assert_nothing_left();
 }
 
@@ -587,7 +599,8 @@ fn udisks_makes_a_device_of_a_flat_file() {
     if !can_attach() || !have(&["unshare", "udisksctl", "dbus-daemon", "blockdev"]) {
         return;
     }
-    let image = Image::new("a.vhdx", "64M", &["--block-size", "1M"]);
+    let mut image = Image::new("a.vhdx", "64M", &["--block-size", "1M"]);
+    image.mounting = None;
     // The desktop's services in a namespace with devices, udev database and bus of its own. udev has no
     // rules, so it only tells udisks what the kernel tells it.
     let script = r#"
@@ -644,12 +657,5 @@ END
         "$FLATDISK" check "$IMAGE"
     "#;
     let scratch = scratch();
-    let output = outcome(
-        Command::new("unshare")
-            .args(["-m", "sh", "-c", script])
-            .env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk"))
-            .env("IMAGE", &image.path)
-            .env("T", scratch.path()),
-    );
-    assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
+    live::succeed_in_namespace(script, &[("IMAGE", &image.path), ("T", &scratch.path())]);
 }

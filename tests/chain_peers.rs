@@ -15,6 +15,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use common::corpus::{hex, rows, unpack};
+use common::workload::scribble;
 use common::{corpus, pattern, seed, skip, tools};
 use fastrand::Rng;
 use flatdisk::formats::{self, CreateSpec, OpenOptions};
@@ -60,23 +61,6 @@ fn same(found: &[u8], expected: &[u8], what: &str) {
     assert_eq!(wrong, None, "{what}: wrong from this byte on");
 }
 
-/// Writes whole `unit`s at random places, zeroes too.
-fn scribble(host: &Arc<dyn Host>, path: &Path, unit: usize, model: &mut [u8], random: &mut Rng) {
-    let image = formats::open(host, path, &OpenOptions::new(Access::Write)).unwrap();
-    for _ in 0..12 {
-        let at = random.usize(..model.len()) / unit * unit;
-        let end = model.len().min((at + random.usize(1..300_000)).next_multiple_of(unit));
-        if random.u8(..5) == 0 {
-            image.disk.discard(at as u64, (end - at) as u64).unwrap();
-            model[at..end].fill(0);
-        } else {
-            pattern::fill(random.u32(..), at as u64, &mut model[at..end]);
-            image.disk.write_at(at as u64, &model[at..end]).unwrap();
-        }
-    }
-    image.disk.close().unwrap();
-}
-
 /// A chain of ours, the base first, and what each generation holds.
 fn chain(dir: &Path, format: &str, blocks: &[Option<u64>], unit: usize) -> Vec<(PathBuf, Vec<u8>)> {
     let host: Arc<dyn Host> = HostFs::shared();
@@ -94,7 +78,7 @@ fn chain(dir: &Path, format: &str, blocks: &[Option<u64>], unit: usize) -> Vec<(
                 formats::create_child(driver, &*host, &path, &parent, &spec).unwrap();
             }
         }
-        scribble(&host, &path, unit, &mut model, &mut random);
+        scribble(&host, &path, unit, &mut model, &mut random, 12);
         made.push((path, model.clone()));
     }
     made
@@ -182,7 +166,7 @@ fn vhd_chains_that_vhd_lib_makes_are_read_and_written() {
         same(&contents(&child), &model, &child.display().to_string());
         parent = child;
     }
-    scribble(&host, &parent, 1, &mut model, &mut random);
+    scribble(&host, &parent, 1, &mut model, &mut random, 12);
     same(&contents(&parent), &model, "their child, written by us");
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use live::{Mount, create, flatdisk, have, outcome, scratch, succeed, wait_until};
+use live::{Mount, create, flatdisk, have, names, outcome, scratch, succeed, unlink, wait_until};
 
 /// Memory the daemon may have grown by: the table cache's limit is twice that.
 const GROWTH: u64 = 16 << 20;
@@ -43,25 +43,6 @@ impl Drop for Load {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let entries = fs::read_dir(dir).unwrap();
-    let mut names: Vec<_> =
-        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
-/// Removes the name of an image that a program may just be closing.
-fn unlink(name: &Path) {
-    wait_until("the image can be closed", || match fs::remove_file(name) {
-        Ok(()) => true,
-        Err(e) => {
-            assert_eq!(e.raw_os_error(), Some(libc::EBUSY), "{}", name.display());
-            false
-        }
-    });
 }
 
 /// Opens, uses and closes images by every way there is, `rounds` times.

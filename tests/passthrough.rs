@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use live::{Mount, create, flatdisk, outcome, scratch, sha256, wait_until};
+use live::{Mount, MountedFs, create, flatdisk, outcome, scratch, sha256, wait_until};
 use nix::errno::Errno;
 
 const SIZE: u64 = 8 << 20;
@@ -16,18 +16,23 @@ fn writer(path: &Path) -> File {
     File::options().read(true).write(true).open(path).unwrap()
 }
 
-/// Runs `test` on a mount of a folder with `a.vmdk`, a flat one, with and without passthrough.
+/// Makes `a.vmdk`, a flat one, that looks as if it had not been touched for a while.
+fn create_flat(folder: &Path) {
+    create(&folder.join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+    let age = ["-d", "1 hour ago"];
+    for file in ["a.vmdk", "a-flat.vmdk"] {
+        live::run("touch", &[&age[0], &age[1], &folder.join(file)]);
+    }
+}
+
+/// Runs `test` on a mount of a folder with a flat `a.vmdk`, with and without passthrough.
 fn both_ways(options: &str, test: impl Fn(Mount, &Path)) {
     if !live::can_mount() {
         return;
     }
     for passthrough in ["passthrough", "nopassthrough"] {
         let folder = scratch();
-        create(&folder.path().join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
-        let age = ["-d", "1 hour ago"];
-        for file in ["a.vmdk", "a-flat.vmdk"] {
-            live::run("touch", &[&age[0], &age[1], &folder.path().join(file)]);
-        }
+        create_flat(folder.path());
         let mount = Mount::new(folder.path(), &["-o", &format!("{passthrough}{options}")]);
         test(mount, folder.path());
     }
@@ -100,6 +105,70 @@ fn what_fsync_confirmed_is_in_the_extent_and_the_content_id_is_new() {
         assert!(extent[100_000..110_000] == [7; 10_000]);
         assert_eq!(extent.len() as u64, SIZE);
     });
+}
+
+/// An overlay of `lower` whose own layer is a new folder `name` in `memory`.
+fn overlay(memory: &Path, name: &str, lower: &Path) -> MountedFs {
+    let [upper, work] = ["upper", "work"].map(|part| memory.join(name).join(part));
+    fs::create_dir_all(&upper).unwrap();
+    fs::create_dir_all(&work).unwrap();
+    let options = [("lowerdir", lower), ("upperdir", &upper), ("workdir", &work)]
+        .map(|(option, path)| format!("{option}={}", path.display()));
+    MountedFs::new(Path::new("none"), &["-t", "overlay", "-o", &options.join(",")])
+}
+
+#[test]
+fn what_the_kernel_writes_is_noticed_after_it_refused_another_file() {
+    if !live::can_mount() {
+        return;
+    }
+    if !fs::read_to_string("/proc/filesystems").unwrap().contains("\toverlay\n") {
+        live::skip("the kernel has no overlayfs, or has not loaded it");
+        return;
+    }
+    let memory = MountedFs::new(Path::new("none"), &["-t", "tmpfs"]);
+    let folder = |name: &str| {
+        let path = memory.path().join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    };
+    let (plain, lower) = (folder("plain"), folder("lower"));
+    let once = overlay(memory.path(), "once", &lower);
+    let twice = overlay(memory.path(), "twice", once.path());
+    // One file system too deep for passthrough.
+    let deep = twice.path().join("deep");
+    fs::create_dir(&deep).unwrap();
+    create_flat(&plain);
+    create_flat(&deep);
+    let log = memory.path().join("log");
+    let refused = || fs::read_to_string(&log).unwrap().contains("no passthrough");
+    let mount = Mount::start(
+        flatdisk()
+            .args(["mount", "-f"])
+            .args([&plain, &deep])
+            .env("FLATDISK_LOG", "flatdisk=debug")
+            .stderr(File::create(&log).unwrap()),
+    );
+    let [accepted, other] =
+        ["plain", "deep"].map(|name| mount.path().join(name).join("a.vmdk.img"));
+    let reader = File::open(&accepted).unwrap();
+    assert!(!refused());
+    let held = File::open(&other).unwrap();
+    if !refused() {
+        live::skip("the kernel passes nothing through");
+        return;
+    }
+    for (folder, flat) in [(&plain, accepted), (&deep, other)] {
+        let old = content_id(folder);
+        let file = writer(&flat);
+        file.write_all_at(&[7; 10_000], 100_000).unwrap();
+        file.sync_data().unwrap();
+        assert_ne!(content_id(folder), old, "{}", flat.display());
+        let extent = fs::read(folder.join("a-flat.vmdk")).unwrap();
+        assert!(extent[100_000..110_000] == [7; 10_000]);
+    }
+    drop((reader, held));
+    assert!(mount.unmount().success());
 }
 
 #[test]

@@ -4,8 +4,8 @@
 
 mod common;
 
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 use std::sync::Arc;
 
 use common::images::Image;
@@ -136,14 +136,137 @@ fn ask_qemu(case: &Case, host: &MemoryHost, name: &str) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
+    let output = qemu_checks(&[], &lay(case, host, dir.path()));
+    assert!(output.status.success(), "{name}: QEMU finds {}", tools::both(&output));
+}
+
+/// Writes the files of a host into a folder; the image among them.
+fn lay(case: &Case, host: &MemoryHost, folder: &Path) -> PathBuf {
     for file in host.files() {
-        let to = dir.path().join(file.path().file_name().unwrap());
+        let to = folder.join(file.path().file_name().unwrap());
         std::fs::write(to, file.to_vec()).unwrap();
     }
-    let image = dir.path().join(case.path().file_name().unwrap());
+    folder.join(case.path().file_name().unwrap())
+}
+
+fn qemu_checks(options: &[&str], image: &Path) -> Output {
+    let format = image.extension().unwrap();
     let mut check = Command::new("qemu-img");
-    let output = tools::output(check.args(["check", "-f", case.image.format]).arg(image));
-    assert!(output.status.success(), "{name}: QEMU finds {}", tools::both(&output));
+    tools::output(check.args(["check", "-f"]).arg(format).args(options).arg(image))
+}
+
+fn flatdisk_checks(options: &[&str], image: &Path) -> Output {
+    let mut flatdisk = Command::new(env!("CARGO_BIN_EXE_flatdisk"));
+    tools::output(flatdisk.arg("check").args(options).arg(image))
+}
+
+/// Two copies of an image of one file: for QEMU, and for us.
+fn copies(image: &Path, folder: &Path) -> (PathBuf, PathBuf) {
+    let copy = |name: &str| {
+        let copy = folder.join(name).with_extension(image.extension().unwrap());
+        std::fs::write(&copy, std::fs::read(image).unwrap()).unwrap();
+        copy
+    };
+    (copy("theirs"), copy("ours"))
+}
+
+/// Both repairs of an image left the same disk, and nothing that either of us would repair.
+fn assert_same_and_clean(name: &str, theirs: &Path, ours: &Path) {
+    for image in [theirs, ours] {
+        for output in [qemu_checks(&[], image), flatdisk_checks(&[], image)] {
+            assert!(output.status.success(), "{name}: {}", tools::both(&output));
+        }
+    }
+    assert_same(name, theirs, ours);
+}
+
+fn assert_same(name: &str, theirs: &Path, ours: &Path) {
+    let compared = tools::output(Command::new("qemu-img").arg("compare").args([theirs, ours]));
+    assert!(compared.status.success(), "{name}: {}", tools::both(&compared));
+}
+
+/// A log is all that QEMU repairs in a VHDX.
+#[test]
+fn qemu_replays_a_log_to_the_same_disk() {
+    if !tools::have("qemu-img") {
+        return;
+    }
+    let dir = common::folder();
+    let mut images = Vec::new();
+    // A writer of ours that died.
+    for case in
+        cases().iter().filter(|case| case.open && case.image.format == "vhdx" && !case.child)
+    {
+        images.push(lay(case, &write_data(case, &MemoryHost::new()), dir.path()));
+    }
+    assert_eq!(images.len(), 1);
+    let unpacked: Vec<_> = corpus::folder().map_or_else(Vec::new, |folder| {
+        let rows = corpus::rows(&folder);
+        let dirty = rows.iter().filter(|row| row.id.contains("dirty"));
+        dirty.map(|row| corpus::unpack(&folder, row)).collect()
+    });
+    images.extend(unpacked.iter().map(|unpacked| unpacked.image.clone()));
+    for image in &images {
+        let name = image.display().to_string();
+        let (theirs, ours) = copies(image, dir.path());
+        let said = tools::both(&qemu_checks(&[], &theirs));
+        assert!(said.contains("contains a log that needs to be replayed"), "{name}: {said}");
+        let output = qemu_checks(&["-r", "all"], &theirs);
+        let said = tools::both(&output);
+        assert!(output.status.success() && said.contains("1 corruptions"), "{name}: {said}");
+        let output = flatdisk_checks(&["--repair=all"], &ours);
+        assert!(output.status.success(), "{name}: {}", tools::both(&output));
+        assert_same(&name, &theirs, &ours);
+        // QEMU leaves space lost.
+        let output = flatdisk_checks(&[], &theirs);
+        assert!(matches!(output.status.code(), Some(0 | 3)), "{name}: {}", tools::both(&output));
+        let output = flatdisk_checks(&["--repair=leaks"], &theirs);
+        assert!(output.status.success(), "{name}: {}", tools::both(&output));
+        assert_same_and_clean(&name, &theirs, &ours);
+    }
+}
+
+/// In a VHDX QEMU neither sees nor gives back space that is lost, and a VMDK it does not repair at
+/// all.
+#[test]
+fn space_that_qemu_leaves_lost_is_given_back_and_the_disk_is_the_same() {
+    if !tools::have("qemu-img") {
+        return;
+    }
+    let single = |case: &&Case| {
+        let subformat = case.image.spec.subformat.as_deref();
+        !case.child && matches!(subformat, Some("dynamic" | "monolithicSparse"))
+    };
+    let leaks: Vec<Case> = cases()
+        .into_iter()
+        .filter(|case| case.scope == Scope::Leaks && case.image.format != "vhd")
+        .collect();
+    let mut seen = 0;
+    for case in leaks.iter().filter(single) {
+        let name = case.name();
+        let host = write_data(case, &MemoryHost::new());
+        (case.damage)(&table_file(&host, case));
+        let dir = common::folder();
+        let (theirs, ours) = copies(&lay(case, &host, dir.path()), dir.path());
+        let output = qemu_checks(&["-r", "all"], &theirs);
+        let (status, expected) = match case.image.format {
+            "vhdx" => (0, "No errors were found on the image."),
+            _ => (63, "This image format does not support checks"),
+        };
+        let said = tools::both(&output);
+        assert_eq!(output.status.code(), Some(status), "{name}: {said}");
+        assert!(said.contains(expected), "{name}: {said}");
+        assert_eq!(flatdisk_checks(&[], &theirs).status.code(), Some(3), "{name}");
+        let output = flatdisk_checks(&["--repair=all"], &ours);
+        assert!(output.status.success(), "{name}: {}", tools::both(&output));
+        assert_same(&name, &theirs, &ours);
+        // What QEMU left is no obstacle to ours.
+        let output = flatdisk_checks(&["--repair=leaks"], &theirs);
+        assert!(output.status.success(), "{name}: {}", tools::both(&output));
+        assert_same_and_clean(&name, &theirs, &ours);
+        seen += 1;
+    }
+    assert_eq!(seen, 4);
 }
 
 #[test]

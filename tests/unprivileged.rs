@@ -3,9 +3,7 @@
 
 mod live;
 
-use std::process::Command;
-
-use live::{create, have, outcome, scratch};
+use live::{create, have, scratch};
 
 /// Runs a shell script in a mount namespace of its own, with `$FLATDISK`, a scratch folder `$T` and
 /// a folder `$IMAGES` with `a.vhdx`.
@@ -26,20 +24,9 @@ fn script(body: &str) {
         }
         trap 'umount -il "$T/mnt" 2>/dev/null || true' EXIT
     "#;
-    let output = outcome(
-        Command::new("unshare")
-            .args(["-m", "sh", "-c", &format!("{prologue}\nset -x\n{body}")])
-            .env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk"))
-            .env("IMAGES", images.path())
-            .env("T", scratch.path())
-            .env_remove("XDG_RUNTIME_DIR"),
-    );
-    assert!(
-        output.status.success(),
-        "{}: {}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
+    live::succeed_in_namespace(
+        &format!("{prologue}\nset -x\n{body}"),
+        &[("IMAGES", &images.path()), ("T", &scratch.path())],
     );
 }
 

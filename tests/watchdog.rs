@@ -3,13 +3,17 @@
 
 mod live;
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-use live::{Mount, create, flatdisk, scratch};
+use live::hanging::{HangingDisk, Kind};
+use live::{Mount, create, flatdisk, scratch, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -18,9 +22,9 @@ const PATIENCE: Duration = Duration::from_millis(400);
 /// What a test waits for.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// systemd's end of the socket.
+/// systemd's end of the socket. It always listens, for the kernel keeps few messages.
 struct Manager {
-    socket: UnixDatagram,
+    said: Receiver<String>,
     folder: tempfile::TempDir,
 }
 
@@ -28,7 +32,16 @@ impl Manager {
     fn new() -> Self {
         let folder = scratch();
         let socket = UnixDatagram::bind(folder.path().join("notify")).unwrap();
-        Self { socket, folder }
+        let (sender, said) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(len) = socket.recv(&mut bytes) {
+                if sender.send(String::from_utf8_lossy(&bytes[..len]).into_owned()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { said, folder }
     }
 
     fn watch(&self, source: &Path) -> Command {
@@ -44,10 +57,7 @@ impl Manager {
 
     /// What is said within `time`.
     fn hear(&self, time: Duration) -> Option<String> {
-        let mut said = [0; 4096];
-        self.socket.set_read_timeout(Some(time)).unwrap();
-        let len = self.socket.recv(&mut said).ok()?;
-        Some(String::from_utf8_lossy(&said[..len]).into_owned())
+        self.said.recv_timeout(time).ok()
     }
 
     fn wait_for(&self, what: &str) -> String {
@@ -60,6 +70,54 @@ impl Manager {
             }
         }
     }
+}
+
+/// Lets `work` on a writable flat file of this kind hang in a request of the daemon's to the host.
+fn hang(subformat: &str, held: Kind, work: impl FnOnce(&File) + Send + 'static) {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    let image = folder.path().join("a.vhd");
+    create(&image, "8M", &["--subformat", subformat]);
+    let disk = HangingDisk::new("a.vhd", fs::read(image).unwrap());
+    let manager = Manager::new();
+    let mount = Mount::start(&mut manager.watch(&disk.file()));
+    let file = File::options().read(true).write(true).open(mount.flat("a.vhd")).unwrap();
+    let file = Arc::new(file);
+    file.write_all_at(&[1; 4096], 0).unwrap();
+    manager.wait_for("WATCHDOG=1");
+
+    let hangs = disk.hold(held);
+    let worker = std::thread::spawn({
+        let file = file.clone();
+        move || work(&file)
+    });
+    wait_until("a request hangs", || hangs.hangs());
+    let begun = Instant::now();
+    while manager.hear(10 * PATIENCE).is_some() {
+        assert!(begun.elapsed() < DEADLINE, "signs of life do not end");
+    }
+    drop(hangs);
+    manager.wait_for("WATCHDOG=1");
+    worker.join().unwrap();
+    drop(file);
+    assert!(mount.unmount().success());
+}
+
+#[test]
+fn a_daemon_that_hangs_in_a_flush_gives_no_sign_of_life() {
+    hang("fixed", Kind::Sync, |file| file.sync_all().unwrap());
+}
+
+#[test]
+fn a_daemon_that_hangs_in_a_flush_of_its_own_gives_no_sign_of_life() {
+    hang("dynamic", Kind::Sync, |file| file.write_all_at(&[1; 4096], 4 << 20).unwrap());
+}
+
+#[test]
+fn a_daemon_that_hangs_in_a_read_gives_no_sign_of_life() {
+    hang("fixed", Kind::Read, |file| file.read_exact_at(&mut [0; 4096], 4 << 20).unwrap());
 }
 
 #[test]
@@ -101,7 +159,9 @@ fn nobody_is_told_of_life_who_did_not_ask() {
     let mount = Mount::start(manager.watch(folder.path()).env("WATCHDOG_PID", "1"));
     manager.wait_for("READY=1");
     assert!(mount.unmount().success());
-    while let Some(said) = manager.hear(Duration::from_millis(1)) {
+    let mut said = String::new();
+    while !said.contains("STOPPING=1") {
+        said = manager.hear(DEADLINE).expect("it says that it stops");
         assert!(!said.contains("WATCHDOG"), "{said}");
     }
 }

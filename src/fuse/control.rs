@@ -302,6 +302,7 @@ impl Service {
     }
 
     fn answer(&self, request: Request) -> Answer {
+        let _work = self.tree.pulse.work();
         let mut answer = Answer::default();
         let mut note = |e: Error| answer.errors.push(e.to_string());
         match request {

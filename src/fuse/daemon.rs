@@ -5,6 +5,8 @@
 //! waits for the end. A signal asks for an ordinary unmount, which fails while somebody uses the
 //! mount; the second one detaches it from the name space. Either way every image is closed only when the
 //! kernel has ended the session, and then nobody can write any more.
+//!
+//! systemd's watchdog is fed as long as no request and no flush takes longer than its `WatchdogSec`.
 
 use std::fs;
 use std::io;
@@ -17,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{getegid, geteuid};
@@ -42,6 +44,9 @@ const FLUSH_INTERVAL: Duration = Duration::from_secs(4);
 
 /// Read-ahead of the mount in KiB. The kernel's 128 KiB cost a request each.
 const READ_AHEAD_KIB: u32 = 1024;
+
+/// How long systemd may take to make room for a message.
+const NOTIFY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is to be mounted where.
 #[derive(Debug, Clone)]
@@ -310,31 +315,59 @@ fn forward_signals(events: Sender<Event>) -> Result<()> {
 }
 
 /// Flushes the images' tables every [`FLUSH_INTERVAL`] until the returned sender is dropped. When
-/// systemd watches the daemon, each round that ends is a sign of life: it takes the locks that
-/// requests take, so a daemon that hangs does not end it.
+/// systemd watches the daemon, each round that ends is a sign of life, unless something hangs.
 fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
-    let watched = watchdog_interval();
-    let interval = watched.map_or(FLUSH_INTERVAL, |time| FLUSH_INTERVAL.min(time / 2));
+    let mut watchdog = Watchdog::wanted();
+    let patience = watchdog.as_ref().map(|watchdog| watchdog.patience);
+    let interval = patience.map_or(FLUSH_INTERVAL, |time| FLUSH_INTERVAL.min(time / 2));
     let (sender, ended) = mpsc::channel::<()>();
     start_thread("flush", move || {
         while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
             tree.flush_tables();
             tree.watch_names();
-            if watched.is_some() {
-                notify("WATCHDOG=1");
+            if let Some(watchdog) = &mut watchdog {
+                watchdog.feed(&tree);
             }
         }
     })?;
     Ok(sender)
 }
 
-/// How long systemd waits for a sign of life of this process, if it does.
-fn watchdog_interval() -> Option<Duration> {
-    let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
-    let time = number("WATCHDOG_USEC").filter(|time| *time > 0)?;
-    let own = u64::from(std::process::id());
-    let meant = number("WATCHDOG_PID").is_none_or(|process| process == own);
-    meant.then_some(Duration::from_micros(time))
+/// systemd's watchdog. A request counts as hung once it has been under way for as long as systemd
+/// waits for a sign of life. Slow disks may take that long; where a request never ends, systemd ends
+/// the daemon after twice that time or little more.
+struct Watchdog {
+    /// How long systemd waits for a sign of life.
+    patience: Duration,
+    /// When all that was begun a round earlier had ended.
+    beaten: Instant,
+    hangs: bool,
+}
+
+impl Watchdog {
+    /// What systemd wants of this process, if anything.
+    fn wanted() -> Option<Self> {
+        let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+        let time = number("WATCHDOG_USEC").filter(|time| *time > 0)?;
+        let own = u64::from(std::process::id());
+        let meant = number("WATCHDOG_PID").is_none_or(|process| process == own);
+        let patience = Duration::from_micros(time);
+        meant.then(|| Self { patience, beaten: Instant::now(), hangs: false })
+    }
+
+    /// Gives a sign of life if there is life in all that is asked of `tree`.
+    fn feed(&mut self, tree: &Tree) {
+        if tree.pulse.beat() {
+            self.beaten = Instant::now();
+        }
+        let hangs = self.beaten.elapsed() >= self.patience;
+        if !hangs {
+            notify("WATCHDOG=1");
+        } else if !self.hangs {
+            log::error!("a request does not end: no more signs of life for systemd's watchdog");
+        }
+        self.hangs = hangs;
+    }
 }
 
 fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -366,8 +399,12 @@ fn notify(state: &str) {
         Some(name) => SocketAddr::from_abstract_name(name),
         None => SocketAddr::from_pathname(&socket),
     };
-    let sent = address
-        .and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    let sent = address.and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        // The daemon goes on without a manager that does not listen.
+        socket.set_write_timeout(Some(NOTIFY_PATIENCE))?;
+        socket.send_to_addr(state.as_bytes(), &address)
+    });
     if let Err(e) = sent {
         log::debug!("telling systemd: {e}");
     }

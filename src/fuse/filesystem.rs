@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fmt::Display;
 use std::io;
+use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -24,6 +25,7 @@ use super::daemon::Event;
 use super::errno::errno;
 use super::options::MountOptions;
 use super::passthrough::Passthrough;
+use super::pulse::Work;
 use super::tree::{Attributes, Kind, Tree};
 use crate::error::{Error, ErrorKind};
 
@@ -66,6 +68,25 @@ impl Shell {
             passthrough: passthrough.then(Passthrough::default),
             ended,
         }
+    }
+
+    /// The tree, for the length of a request.
+    fn tree(&self) -> Busy<'_> {
+        Busy { tree: &self.tree, _work: self.tree.pulse.work() }
+    }
+}
+
+/// A tree at work on a request.
+struct Busy<'a> {
+    tree: &'a Tree,
+    _work: Work<'a>,
+}
+
+impl Deref for Busy<'_> {
+    type Target = Tree;
+
+    fn deref(&self) -> &Tree {
+        self.tree
     }
 }
 
@@ -155,18 +176,18 @@ impl Filesystem for Shell {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.tree.lookup(parent.0, name) {
+        match self.tree().lookup(parent.0, name) {
             Ok(found) => reply.entry(&TTL, &file_attr(&found), Generation(0)),
             Err(e) => reply.error(failed("lookup", &e)),
         }
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        self.tree.forget(ino.0, nlookup);
+        self.tree().forget(ino.0, nlookup);
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        match self.tree.attributes(ino.0) {
+        match self.tree().attributes(ino.0) {
             Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
             Err(e) => reply.error(failed("stat", &e)),
         }
@@ -190,14 +211,14 @@ impl Filesystem for Shell {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        match self.tree.change(ino.0, size, mode, (uid, gid)) {
+        match self.tree().change(ino.0, size, mode, (uid, gid)) {
             Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
             Err(e) => reply.error(failed("change of attributes", &e)),
         }
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        match self.tree.link_target(ino.0) {
+        match self.tree().link_target(ino.0) {
             Ok(target) => reply.data(target.as_os_str().as_encoded_bytes()),
             Err(e) => reply.error(failed("readlink", &e)),
         }
@@ -214,7 +235,7 @@ impl Filesystem for Shell {
         if !super::is_master(req.uid()) {
             return reply.error(Errno::EPERM);
         }
-        match self.tree.link(parent.0, link_name, target) {
+        match self.tree().link(parent.0, link_name, target) {
             // Not to be remembered: the next lookup finds a flat file under this name.
             Ok(link) => reply.entry(&Duration::ZERO, &file_attr(&link), Generation(0)),
             Err(e) => reply.error(failed("symlink", &e)),
@@ -225,7 +246,7 @@ impl Filesystem for Shell {
         if !super::is_master(req.uid()) {
             return reply.error(Errno::EPERM);
         }
-        match self.tree.unpin(parent.0, name) {
+        match self.tree().unpin(parent.0, name) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("unlink", &e)),
         }
@@ -233,7 +254,7 @@ impl Filesystem for Shell {
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        match self.tree.open(ino.0, write, flags.0 & libc::O_TRUNC != 0) {
+        match self.tree().open(ino.0, write, flags.0 & libc::O_TRUNC != 0) {
             Ok(opened) => {
                 let mut flags = FopenFlags::empty();
                 flags.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_cache);
@@ -245,7 +266,7 @@ impl Filesystem for Shell {
                     Some(passthrough) => {
                         // Asked at every open: an inode that is passed through stays so, even
                         // when the kernel has refused others since, and writes must be watched.
-                        let file = self.tree.lend(ino.0, write);
+                        let file = self.tree().lend(ino.0, write);
                         passthrough.reply(reply, ino.0, opened.handle, flags, file);
                     }
                     None => reply.opened(FileHandle(opened.handle), flags),
@@ -272,7 +293,7 @@ impl Filesystem for Shell {
                 pages.resize(needed, Page([0; 4096]));
             }
             let buf = &mut pages.as_mut_slice().as_mut_bytes()[..size as usize];
-            match self.tree.read(ino.0, fh.0, offset, buf) {
+            match self.tree().read(ino.0, fh.0, offset, buf) {
                 Ok(len) => reply.data(&buf[..len]),
                 Err(e) => {
                     reply.error(failed(format_args!("read of {size} bytes at {offset:#x}"), &e));
@@ -293,7 +314,7 @@ impl Filesystem for Shell {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        match self.tree.write(ino.0, offset, data) {
+        match self.tree().write(ino.0, offset, data) {
             Ok(len) => reply.written(len as u32),
             Err(e) => {
                 let len = data.len();
@@ -310,7 +331,7 @@ impl Filesystem for Shell {
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        match self.tree.flush(ino.0, fh.0) {
+        match self.tree().flush(ino.0, fh.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("close", &e)),
         }
@@ -329,7 +350,7 @@ impl Filesystem for Shell {
         if let Some(passthrough) = &self.passthrough {
             passthrough.release(ino.0);
         }
-        match self.tree.release(ino.0, fh.0) {
+        match self.tree().release(ino.0, fh.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("release", &e)),
         }
@@ -343,7 +364,7 @@ impl Filesystem for Shell {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        match self.tree.sync(ino.0) {
+        match self.tree().sync(ino.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("fsync", &e)),
         }
@@ -359,7 +380,7 @@ impl Filesystem for Shell {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        match self.tree.allocate(ino.0, offset, length, mode) {
+        match self.tree().allocate(ino.0, offset, length, mode) {
             Ok(()) => reply.ok(),
             Err(e) => {
                 let request = format_args!("fallocate of {length} bytes at {offset:#x}");
@@ -381,7 +402,7 @@ impl Filesystem for Shell {
         else {
             return reply.error(Errno::EINVAL);
         };
-        match self.tree.seek(ino.0, offset, whence == libc::SEEK_DATA) {
+        match self.tree().seek(ino.0, offset, whence == libc::SEEK_DATA) {
             Ok(Some(offset)) => reply.offset(offset as i64),
             Ok(None) => reply.error(Errno::ENXIO),
             Err(e) => reply.error(failed("lseek", &e)),
@@ -389,7 +410,7 @@ impl Filesystem for Shell {
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.tree.open_folder(ino.0) {
+        match self.tree().open_folder(ino.0) {
             Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
             Err(e) => reply.error(failed("opendir", &e)),
         }
@@ -403,7 +424,7 @@ impl Filesystem for Shell {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let entries = match self.tree.entries(fh.0) {
+        let entries = match self.tree().entries(fh.0) {
             Ok(entries) => entries,
             Err(e) => return reply.error(failed("readdir", &e)),
         };
@@ -424,7 +445,7 @@ impl Filesystem for Shell {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.tree.release_folder(fh.0);
+        self.tree().release_folder(fh.0);
         reply.ok();
     }
 
@@ -440,7 +461,7 @@ impl Filesystem for Shell {
     }
 
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        let host = self.tree.host_dir(ino.0).and_then(|dir| {
+        let host = self.tree().host_dir(ino.0).and_then(|dir| {
             nix::sys::statvfs::statvfs(&dir).map_err(|e| Error::io("statfs", &e.into()))
         });
         match host {
@@ -459,7 +480,7 @@ impl Filesystem for Shell {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        match self.tree.xattr(ino.0, name) {
+        match self.tree().xattr(ino.0, name) {
             Ok(Some(value)) => reply_xattr(reply, size, &value),
             Ok(None) => reply.error(Errno::NO_XATTR),
             Err(e) => reply.error(failed("getxattr", &e)),
@@ -467,7 +488,7 @@ impl Filesystem for Shell {
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        match self.tree.xattrs(ino.0) {
+        match self.tree().xattrs(ino.0) {
             Ok(xattrs) => {
                 let mut names = Vec::new();
                 for (name, _) in xattrs {

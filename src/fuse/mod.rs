@@ -9,6 +9,7 @@
 //! handed      mounts that somebody else made for the daemon
 //! filesystem  requests of the kernel -> tree -> replies          (fuser's types end here)
 //! passthrough flat files that the kernel reads by itself
+//! pulse       whether requests end, for the watchdog
 //! tree        names, inode numbers, attributes, handles
 //! image       one flat file: closed, open to read, open to write
 //! facts       what is known of images that are not open
@@ -33,6 +34,7 @@ pub mod mounts;
 pub mod options;
 mod passthrough;
 mod privileges;
+mod pulse;
 pub mod source;
 pub mod tree;
 

@@ -13,7 +13,7 @@ use flatdisk::storage::recording::RecordingHost;
 use flatdisk::storage::{Access, Host, Storage};
 
 use super::images::{Image as Base, errors};
-use super::pattern;
+use super::workload;
 
 const MIB: u64 = 1 << 20;
 
@@ -68,26 +68,7 @@ pub fn make_child(host: &Arc<dyn Host>, path: &Path, parent: &Path, block: Optio
 
 /// Writes and discards at random places, and closes.
 pub fn scribble(host: &Arc<dyn Host>, path: &Path, model: &mut [u8], random: &mut Rng, count: u32) {
-    let image = open(host, path, Access::Write);
-    for _ in 0..count {
-        let len = match random.u8(..4) {
-            0 => random.usize(1..600),
-            1 => 512 * random.usize(1..300),
-            _ => random.usize(1..200_000),
-        };
-        let at = random.usize(..model.len());
-        let at = if random.bool() { at / 4096 * 4096 } else { at };
-        let end = model.len().min(at + len);
-        if random.u8(..5) == 0 {
-            let end = model.len().min(at + 20 * (end - at));
-            image.disk.discard(at as u64, (end - at) as u64).unwrap();
-            model[at..end].fill(0);
-        } else {
-            pattern::fill(random.u32(..), at as u64, &mut model[at..end]);
-            image.disk.write_at(at as u64, &model[at..end]).unwrap();
-        }
-    }
-    image.disk.close().unwrap();
+    workload::scribble(host, path, 1, model, random, count);
 }
 
 /// A chain of three in memory: `/t/base`, `/t/parent`, `/t/child`, with one write in each.

@@ -1,11 +1,13 @@
 //! Seeded operations on a disk, and what runs them while keeping the [`History`].
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use flatdisk::disk::Disk;
 use flatdisk::error::{Error, ErrorKind, Result};
+use flatdisk::formats::{self, OpenOptions};
 use flatdisk::storage::recording::RecordingHost;
 use flatdisk::storage::{Access, Host};
 use parking_lot::Mutex;
@@ -33,6 +35,39 @@ pub enum Step {
     Flush,
     /// Closes the disk and opens it again.
     Reopen,
+}
+
+/// Writes and discards whole `unit`s at `count` random places of an image and of its model, and closes
+/// the image.
+pub fn scribble(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    unit: usize,
+    model: &mut [u8],
+    random: &mut fastrand::Rng,
+    count: u32,
+) {
+    let disk = formats::open(host, path, &OpenOptions::new(Access::Write)).unwrap().disk;
+    for _ in 0..count {
+        let len = match random.u8(..4) {
+            0 => random.usize(1..600),
+            1 => 512 * random.usize(1..300),
+            _ => random.usize(1..200_000),
+        };
+        let at = random.usize(..model.len()) / unit * unit;
+        let at = if random.bool() { at / 4096 * 4096 } else { at };
+        let end = |len: usize| model.len().min((at + len).next_multiple_of(unit));
+        if random.u8(..5) == 0 {
+            let end = end(20 * len);
+            disk.discard(at as u64, (end - at) as u64).unwrap();
+            model[at..end].fill(0);
+        } else {
+            let end = end(len);
+            pattern::fill(random.u32(..), at as u64, &mut model[at..end]);
+            disk.write_at(at as u64, &model[at..end]).unwrap();
+        }
+    }
+    disk.close().unwrap();
 }
 
 /// `count` operations that meet again and again in a few blocks of a disk of `size` bytes.

@@ -3,7 +3,7 @@
 //! It is this machine in a private mount namespace, where changes to `/usr`, `/etc` and `/var` go to
 //! memory: flatdisk is installed there as an administrator does it, and the machine stays as it is.
 
-use super::{can_mount, create, have, in_namespace, scratch, skip};
+use super::{can_mount, create, have, scratch, succeed_in_namespace};
 
 /// Runs before every script.
 const PROLOGUE: &str = r#"
@@ -12,7 +12,9 @@ const PROLOGUE: &str = r#"
     for dir in usr etc var; do
         mkdir -p "$T/layers/$dir" "$T/layers/work-$dir"
         mount -t overlay none "/$dir" \
-            -o "lowerdir=/$dir,upperdir=$T/layers/$dir,workdir=$T/layers/work-$dir" || exit 77
+            -o "lowerdir=/$dir,upperdir=$T/layers/$dir,workdir=$T/layers/work-$dir" || {
+            echo "overlayfs cannot be mounted over /usr, /etc and /var here"; exit 77
+        }
     done
     live() { mountpoint -q "$POINT"; }
     trap 'live && umount -il "$POINT" || true' EXIT
@@ -39,19 +41,8 @@ pub fn bare_script(body: &str) {
     }
     let (images, point, scratch) = (scratch(), scratch(), scratch());
     create(&images.path().join("a.vhdx"), "8M", &["--block-size", "1M"]);
-    let output = in_namespace(
+    succeed_in_namespace(
         &format!("{PROLOGUE}\n{body}"),
         &[("IMAGES", &images.path()), ("POINT", &point.path()), ("T", &scratch.path())],
-    );
-    if output.status.code() == Some(77) {
-        skip("overlayfs cannot be mounted over /usr, /etc and /var here");
-        return;
-    }
-    assert!(
-        output.status.success(),
-        "{}: {}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
     );
 }

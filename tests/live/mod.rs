@@ -2,6 +2,7 @@
 //! dropped, also when a test fails half way.
 #![allow(dead_code)] // Every test program uses its own part.
 
+pub mod hanging;
 pub mod installed;
 pub mod kinds;
 
@@ -85,15 +86,14 @@ pub fn run(program: impl AsRef<OsStr>, arguments: &[&dyn AsRef<OsStr>]) -> Strin
 /// Runs a command that must succeed and returns what it printed.
 pub fn succeed(command: &mut Command) -> String {
     let output = outcome(command);
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{}{}",
-        output.status,
-        text(&output.stdout),
-        text(&output.stderr)
-    );
-    text(&output.stdout)
+    assert!(output.status.success(), "{command:?}: {}", told(&output));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The end of a command, for messages.
+fn told(output: &Output) -> String {
+    let text = |bytes| String::from_utf8_lossy(bytes);
+    format!("{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
 }
 
 /// Runs a command to its end.
@@ -122,6 +122,17 @@ pub fn in_namespace(script: &str, environment: &[(&str, &dyn AsRef<OsStr>)]) -> 
     command.args(["-m", "sh", "-c", script]);
     command.envs(environment.iter().map(|(name, value)| (name, value.as_ref())));
     outcome(command.env("FLATDISK", env!("CARGO_BIN_EXE_flatdisk")).env_remove("XDG_RUNTIME_DIR"))
+}
+
+/// Runs a shell script in a mount namespace of its own, where it must succeed. With status 77 it says
+/// why it cannot run here.
+pub fn succeed_in_namespace(script: &str, environment: &[(&str, &dyn AsRef<OsStr>)]) {
+    let output = in_namespace(script, environment);
+    if output.status.code() == Some(77) {
+        skip(&told(&output));
+        return;
+    }
+    assert!(output.status.success(), "{}", told(&output));
 }
 
 /// A live mount of a folder or image, with the daemon as a child in the foreground.
@@ -291,6 +302,26 @@ impl Drop for MountedFs {
             let _ = outcome(Command::new("umount").arg("-l").arg(self.dir.path()));
         }
     }
+}
+
+/// The names in a folder, sorted.
+pub fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    let name = |entry: fs::DirEntry| entry.file_name().into_string().expect("a name of ours");
+    let mut names: Vec<_> = entries.map(|entry| name(entry.expect("readdir"))).collect();
+    names.sort();
+    names
+}
+
+/// Removes the name of an image that a program may just be closing.
+pub fn unlink(name: &Path) {
+    wait_until("the image can be closed", || match fs::remove_file(name) {
+        Ok(()) => true,
+        Err(e) => {
+            assert_eq!(e.raw_os_error(), Some(libc::EBUSY), "{}", name.display());
+            false
+        }
+    });
 }
 
 /// SHA-256 of a file, in hex.

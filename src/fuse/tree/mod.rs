@@ -36,6 +36,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::{FactsCache, Opener};
 use crate::fuse::image::{ImageFile, Usage, stale};
+use crate::fuse::pulse::Pulse;
 use crate::fuse::source::{Listing, Place, Source};
 use crate::storage::FileIdentity;
 
@@ -233,6 +234,8 @@ pub struct Tree {
     next_handle: AtomicU64,
     /// Failed flushes and closes, for the end of the mount.
     failures: Mutex<Vec<String>>,
+    /// What is asked of the tree, and of each image, counts as work here.
+    pub(super) pulse: Pulse,
 }
 
 /// Failures kept at most.
@@ -252,6 +255,7 @@ impl Tree {
             handles: Mutex::default(),
             next_handle: AtomicU64::new(FIRST_HANDLE),
             failures: Mutex::default(),
+            pulse: Pulse::default(),
         };
         if let [source] = sources
             && source.is_dir()
