@@ -194,9 +194,8 @@ fn qemu_replays_a_log_to_the_same_disk() {
     let dir = common::folder();
     let mut images = Vec::new();
     // A writer of ours that died.
-    for case in
-        cases().iter().filter(|case| case.open && case.image.format == "vhdx" && !case.child)
-    {
+    let replays = |case: &&Case| case.name == "a log is to be replayed" && !case.child;
+    for case in cases().iter().filter(replays) {
         images.push(lay(case, &write_data(case, &MemoryHost::new()), dir.path()));
     }
     assert_eq!(images.len(), 1);
@@ -266,7 +265,7 @@ fn space_that_qemu_leaves_lost_is_given_back_and_the_disk_is_the_same() {
         assert_same_and_clean(&name, &theirs, &ours);
         seen += 1;
     }
-    assert_eq!(seen, 4);
+    assert!(seen >= 4, "{seen} cases");
 }
 
 #[test]

@@ -81,8 +81,8 @@ impl Plan {
         self.scope == Scope::All
     }
 
-    /// Whether unused space may be given back: nothing else is left to be done, and with errors in
-    /// an image nobody knows what is unused.
+    /// Whether unused space may be given back, and bitmaps be written: nothing else is left to be done,
+    /// and with errors in an image nobody knows what is unused or whose a place is.
     pub fn reclaims(&self) -> bool {
         self.sound && self.is_empty()
     }

@@ -110,12 +110,21 @@ impl HostFile {
 
     /// Fails if another program cut the file short.
     fn whole(&self) -> io::Result<()> {
-        let len = fstat(&self.file)?.st_size as u64;
-        if len < self.least_len.load(Ordering::Acquire) {
-            let what = format!("another program cut the file short, to {len:#x} bytes");
-            return Err(io::Error::other(what));
+        // Other threads change the length meanwhile. When the file grows, what is known of it comes
+        // last, when it shrinks, first: so what was known before the look counts, if it still does.
+        let mut least = self.least_len.load(Ordering::Acquire);
+        loop {
+            let len = fstat(&self.file)?.st_size as u64;
+            if len >= least {
+                return Ok(());
+            }
+            let known = least;
+            least = self.least_len.load(Ordering::Acquire);
+            if least == known {
+                let what = format!("another program cut the file short, to {len:#x} bytes");
+                return Err(io::Error::other(what));
+            }
         }
-        Ok(())
     }
 
     fn in_use(&self) -> Error {
@@ -383,5 +392,36 @@ impl Host for HostFs {
         let failed = |e: io::Error| Error::io("list", &e).in_file(dir);
         let entries = std::fs::read_dir(dir).map_err(failed)?;
         entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_grows_beside_a_write_is_not_taken_for_cut_short() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let file = HostFs.create(&path).unwrap();
+        file.set_len(1).unwrap();
+        std::thread::scope(|scope| {
+            let writers = [(); 3].map(|()| {
+                scope.spawn(|| {
+                    (0..20_000).try_for_each(|_| file.write_at(0, &[1])).and_then(|()| file.sync())
+                })
+            });
+            for len in 1..20_000 {
+                file.set_len(len).unwrap();
+            }
+            file.set_len(10).unwrap();
+            for writer in writers {
+                writer.join().unwrap().unwrap();
+            }
+        });
+        // Another program's cut is noticed all the same.
+        File::options().write(true).open(&path).unwrap().set_len(5).unwrap();
+        let refusal = file.write_at(0, &[1]).unwrap_err().to_string();
+        assert!(refusal.contains("cut the file short"), "{refusal}");
     }
 }

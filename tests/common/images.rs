@@ -186,7 +186,7 @@ pub fn small() -> Vec<Image> {
         Image::new("vhd", "fixed", 3 * MIB + 5 * SECTOR),
         Image::new("vhd", "dynamic", 3 * MIB + 5 * SECTOR).block(MIB / 2),
         Image::new("vhd", "dynamic", 7 * MIB + 5 * SECTOR).block(2 * MIB).variant(),
-        Image::new("vhd", "dynamic", 96 << 10).block(4096).variant(),
+        Image::new("vhd", "dynamic", 400 << 10).block(4096).variant(),
         Image::new("vhdx", "dynamic", 5 * MIB + 3 * SECTOR).block(MIB).sector(512),
         Image::new("vhdx", "dynamic", 5 * MIB + 8 * SECTOR).block(MIB).sector(4096).variant(),
         Image::new("vhdx", "dynamic", 9 * MIB).block(2 * MIB).sector(512).variant(),

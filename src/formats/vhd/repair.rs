@@ -33,7 +33,7 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
     let structure = Structure::read(&**file, &footers, false)?;
     if plan.all() && matches!(footers.trailing, CopyState::Damaged(_) | CopyState::Absent) {
         repair_trailing(file, &footers, &structure, plan)?;
-    } else if plan.all() && plan.is_empty() && footers.disk_type == DiskType::Dynamic {
+    } else if plan.all() && plan.reclaims() && footers.disk_type == DiskType::Dynamic {
         repair_bitmaps(file, &footers, &structure, plan)?;
     }
     if let (true, true, Some(batmap)) = (plan.all(), plan.is_empty(), &structure.batmap) {
@@ -89,7 +89,8 @@ fn fits(file: &Arc<dyn Storage>, structure: &Structure, data_end: u64) -> Result
 }
 
 /// Sets all bits of the bitmaps that deny data. A block of a dynamic disk is stored whole, and read
-/// whole here; programs that honour the bitmap read zeroes where a bit is clear.
+/// whole here; programs that honour the bitmap read zeroes where a bit is clear. With errors in the BAT
+/// nobody knows whether a bitmap is not another block's data.
 fn repair_bitmaps(
     file: &Arc<dyn Storage>,
     footers: &Footers,
