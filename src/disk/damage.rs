@@ -1,10 +1,9 @@
 //! What a disk turned out to have lost: ranges that could not be read because the image is damaged.
 
-use std::ops::Range;
-
 use parking_lot::Mutex;
 
 use super::map::DiskRange;
+use crate::storage::runs::merge;
 
 /// Most ranges remembered.
 const MAX: usize = 1000;
@@ -30,18 +29,6 @@ impl Found {
     pub fn ranges(&self) -> Vec<DiskRange> {
         self.0.lock().clone()
     }
-}
-
-/// Sorts ranges and joins those that overlap or touch.
-pub fn merge(ranges: &mut Vec<Range<u64>>) {
-    ranges.sort_unstable_by_key(|range| range.start);
-    ranges.dedup_by(|next, last| {
-        let joined = next.start <= last.end;
-        if joined {
-            last.end = last.end.max(next.end);
-        }
-        joined
-    });
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@
 //!
 //! A flush takes 2–4 and never 1, so it never waits for a writer.
 
-pub mod damage;
+mod damage;
 pub mod layers;
 mod locks;
 pub mod map;

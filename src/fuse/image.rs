@@ -37,11 +37,11 @@ use parking_lot::{Mutex, RwLock};
 use super::facts::{Facts, FactsCache};
 use super::passthrough::KernelWrites;
 use super::source::{Place, Stamp, identity};
-use crate::disk::damage::merge;
 use crate::disk::map::DiskRange;
 use crate::disk::tables::CacheStats;
 use crate::disk::{Disk, overlay};
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::runs::merge;
 use crate::storage::{Access, FileIdentity, Storage, file};
 
 /// A flat file's image. Locks, outermost first: `opens`, `current`.

@@ -1,4 +1,4 @@
-//! [`Runs`]: what a private layer holds over something that stays as it is.
+//! Runs of units: [`Runs`], what a private layer holds over something that stays as it is, and plain ranges.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -63,6 +63,18 @@ impl Runs {
         self.0.insert(range.start, (range.end, held));
         covered
     }
+}
+
+/// Sorts ranges and joins those that overlap or touch.
+pub fn merge(ranges: &mut Vec<Range<u64>>) {
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let joined = next.start <= last.end;
+        if joined {
+            last.end = last.end.max(next.end);
+        }
+        joined
+    });
 }
 
 #[cfg(test)]

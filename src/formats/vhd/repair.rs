@@ -97,18 +97,29 @@ fn repair_bitmaps(
     structure: &Structure,
     plan: &mut Plan,
 ) -> Result<()> {
+    each_bitmap(file, footers, structure, |sector, block, bitmap| {
+        if !plan.is_full() && structure.hidden_data(&**file, sector, block, bitmap)?.is_some() {
+            let what = format!("the sector bitmap of block {block}");
+            plan.write(file, u64::from(sector) * SECTOR, vec![0xff; bitmap.len()], what);
+        }
+        Ok(())
+    })
+}
+
+/// Calls `visit` with the sector, number and bitmap of every stored block of the disk.
+fn each_bitmap(
+    file: &Arc<dyn Storage>,
+    footers: &Footers,
+    structure: &Structure,
+    mut visit: impl FnMut(u32, u32, &[u8]) -> Result<()>,
+) -> Result<()> {
     let survey = Survey::run(&**file, structure, footers.data_end, &mut |_| ())?;
     let mut bitmap = vec![0; structure.bitmap_size as usize];
-    for &(sector, block) in &survey.stored {
-        if u64::from(block) >= structure.blocks || plan.is_full() {
-            continue;
-        }
+    let of_disk = |stored: &&(u32, u32)| u64::from(stored.1) < structure.blocks;
+    for &(sector, block) in survey.stored.iter().filter(of_disk) {
         let at = u64::from(sector) * SECTOR;
         codec::read_exact(&**file, at, &mut bitmap, "a sector bitmap")?;
-        if structure.hidden_data(&**file, sector, block, &bitmap)?.is_some() {
-            let full = vec![0xff; bitmap.len()];
-            plan.write(file, at, full, format!("the sector bitmap of block {block}"));
-        }
+        visit(sector, block, &bitmap)?;
     }
     Ok(())
 }
@@ -122,21 +133,15 @@ fn repair_batmap(
     plan: &mut Plan,
 ) -> Result<()> {
     let (stored, intact) = batmap.load(&**file, structure.blocks)?;
-    let survey = Survey::run(&**file, structure, footers.data_end, &mut |_| ())?;
     let mut right = stored.clone();
     right.clear_all();
-    let mut bitmap = vec![0; structure.bitmap_size as usize];
-    for &(sector, block) in &survey.stored {
-        let block = u64::from(block);
-        if block < structure.blocks {
-            let at = u64::from(sector) * SECTOR;
-            codec::read_exact(&**file, at, &mut bitmap, "a sector bitmap")?;
-            let range = structure.block_range(block);
-            if is_full(&bitmap, (range.end - range.start) / SECTOR) {
-                right.set(block);
-            }
+    each_bitmap(file, footers, structure, |_, block, bitmap| {
+        let range = structure.block_range(u64::from(block));
+        if is_full(bitmap, (range.end - range.start) / SECTOR) {
+            right.set(u64::from(block));
         }
-    }
+        Ok(())
+    })?;
     let lies = (0..structure.blocks).any(|block| stored.get(block) && !right.get(block));
     if lies || !intact {
         let bytes = right.bytes().to_vec();

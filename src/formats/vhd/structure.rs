@@ -15,6 +15,7 @@ use super::locators::Locators;
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::storage::Storage;
+use crate::storage::runs::merge;
 
 /// Where everything is in an image with a BAT.
 #[derive(Debug)]
@@ -110,6 +111,7 @@ impl Structure {
         reserved.push(table_at..table_at + table_size(table_entries));
         reserved.extend(batmap.iter().flat_map(Batmap::ranges));
         reserved.extend(locators.ranges());
+        merge(&mut reserved);
         Ok(Self {
             header,
             size,
@@ -118,7 +120,7 @@ impl Structure {
             table_at,
             table_entries,
             blocks: needed.min(table_entries),
-            reserved: merged(reserved),
+            reserved,
             batmap,
             locators,
             read_only,
@@ -207,17 +209,4 @@ fn read_header(
 /// Whether two ranges share a byte.
 pub(super) fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
-}
-
-/// Sorts ranges and joins those that touch.
-fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    ranges.sort_unstable_by_key(|range| range.start);
-    let mut merged: Vec<Range<u64>> = Vec::new();
-    for range in ranges {
-        match merged.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => merged.push(range),
-        }
-    }
-    merged
 }
