@@ -2,6 +2,8 @@
 //!
 //! - `lookup`: which extents 4 KiB at random, or 1 MiB, lie in, tables cached;
 //! - `read`: the same 4 KiB with their bytes;
+//! - `chain`: 4 KiB at random of a disk that seven children and their base make up, and of one image that
+//!   holds the same;
 //! - `allocate`: 64 new blocks of an empty image, without and with the flush that writes their tables
 //!   (for VHDX that is the log);
 //! - `inflate`: 64 KiB of a streamOptimized VMDK.
@@ -81,6 +83,67 @@ fn lookups(c: &mut Criterion) {
                 BatchSize::SmallInput,
             );
         });
+    }
+}
+
+/// Bytes of a disk of which every generation has written a part.
+const CHAIN_SIZE: u64 = 128 << 20;
+
+/// The top of a chain of eight generations, each of which wrote its own pieces of 64 KiB, and one image
+/// with the same contents.
+fn chain_and_flat(format: &str, subformat: &str) -> [Arc<Disk>; 2] {
+    let driver = formats::by_name(format).unwrap();
+    let host = MemoryHost::new();
+    let shared: Arc<dyn Host> = host.clone();
+    let spec =
+        CreateSpec { subformat: Some(subformat.into()), size: CHAIN_SIZE, ..Default::default() };
+    let generation = |number: u32| path(format).with_file_name(format!("{number}.{format}"));
+    let open =
+        |path: &Path, access| formats::open(&shared, path, &OpenOptions::new(access)).unwrap();
+    let mut rng = fastrand::Rng::with_seed(3);
+    for number in 0..8 {
+        if number == 0 {
+            formats::create(driver, &*host, &generation(0), &spec).unwrap();
+        } else {
+            let parent = open(&generation(number - 1), Access::Read);
+            let spec = CreateSpec::default();
+            formats::create_child(driver, &*host, &generation(number), &parent, &spec).unwrap();
+        }
+        let disk = open(&generation(number), Access::Write).disk;
+        let pieces = CHAIN_SIZE / GRAIN;
+        for piece in 0..pieces {
+            if number == 0 || rng.u64(..8) == 0 {
+                disk.write_at(piece * GRAIN, &[number as u8 + 1; GRAIN as usize]).unwrap();
+            }
+        }
+        disk.close().unwrap();
+    }
+    let top = open(&generation(7), Access::Read).disk;
+    formats::create(driver, &*host, &path(format), &spec).unwrap();
+    let flat = open(&path(format), Access::Write).disk;
+    let mut buf = vec![0; GRAIN as usize];
+    for at in (0..CHAIN_SIZE).step_by(GRAIN as usize) {
+        top.read_at(at, &mut buf).unwrap();
+        flat.write_at(at, &buf).unwrap();
+    }
+    flat.close().unwrap();
+    drop(flat);
+    [top, open(&path(format), Access::Read).disk]
+}
+
+fn chains(c: &mut Criterion) {
+    for (format, subformat) in KINDS {
+        for (disk, name) in chain_and_flat(format, subformat).into_iter().zip(["of 8", "flat"]) {
+            let mut rng = fastrand::Rng::with_seed(4);
+            let mut buf = [0; 4096];
+            c.benchmark_group(format!("chain/{format}")).bench_function(name, |b| {
+                b.iter_batched(
+                    || rng.u64(..CHAIN_SIZE / 4096) * 4096,
+                    |at| disk.read_at(at, black_box(&mut buf)).unwrap(),
+                    BatchSize::SmallInput,
+                );
+            });
+        }
     }
 }
 
@@ -183,5 +246,5 @@ fn inflate(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, lookups, allocations, inflate);
+criterion_group!(benches, lookups, chains, allocations, inflate);
 criterion_main!(benches);

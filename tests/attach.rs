@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use live::{create, flatdisk, have, is_mounted, outcome, scratch, succeed, wait_until};
-use parking_lot::RwLockReadGuard;
 
 /// Whether loop devices can be made here.
 fn can_attach() -> bool {
@@ -32,7 +31,7 @@ struct Image {
     dir: Arc<tempfile::TempDir>,
     path: PathBuf,
     /// Held unless the image is attached in another mount namespace.
-    mounting: Option<RwLockReadGuard<'static, ()>>,
+    mounting: Option<live::Mounting>,
 }
 
 impl Image {

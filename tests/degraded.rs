@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use common::{corpus, pattern, tools};
 use flatdisk::error::ErrorKind;
-use flatdisk::formats::{self, CreateSpec, OpenOptions, Report};
+use flatdisk::formats::{self, CreateSpec, OpenOptions, Report, Scope};
 use flatdisk::storage::file::HostFs;
 use flatdisk::storage::memory::{MemoryFile, MemoryHost};
 use flatdisk::storage::{Access, Host, Storage};
@@ -77,6 +77,27 @@ fn assert_lost(host: &Arc<MemoryHost>, format: &str, lost: &[(u64, u64)]) {
     }
 }
 
+/// A repair that may give up what is lost makes that zeroes, leaves all else as it is, and the image
+/// takes writes again.
+fn assert_given_up(host: &Arc<MemoryHost>, format: &str, lost: &[(u64, u64)]) {
+    let host: Arc<dyn Host> = host.fork();
+    let options = OpenOptions::new(Access::Write);
+    let without = formats::repair(&host, &path(format), &options, Scope::All, false).unwrap();
+    assert_eq!(without.after.exit_status(), 2, "{format}: {:?}", without.changes);
+    let repair = formats::repair(&host, &path(format), &options, Scope::Lossy, false).unwrap();
+    assert_eq!(repair.after.exit_status(), 0, "{format}: {:?}", repair.after.findings);
+    let disk = formats::open(&host, &path(format), &options).unwrap().disk;
+    let mut expected = pattern::bytes(1, 0, SIZE);
+    for (start, len) in lost {
+        expected[*start as usize..(start + len) as usize].fill(0);
+    }
+    let mut found = vec![0; SIZE as usize];
+    disk.read_at(0, &mut found).unwrap();
+    assert!(found == expected, "{format}: other bytes");
+    disk.write_at(lost[0].0, &[7; 4096]).unwrap();
+    disk.close().unwrap();
+}
+
 /// QEMU does not open it, as long as QEMU is as it was.
 fn qemu_refuses(host: &MemoryHost, format: &str) {
     if !tools::have("qemu-img") {
@@ -109,6 +130,7 @@ fn a_truncated_vhdx_loses_the_blocks_behind_its_end() {
     // Blocks were allocated in the order of writing, up to the end.
     vhdx.set_len(vhdx.len().unwrap() - 3 * MIB).unwrap();
     assert_lost(&host, "vhdx", &[(5 * MIB, 3 * MIB)]);
+    assert_given_up(&host, "vhdx", &[(5 * MIB, 3 * MIB)]);
     qemu_refuses(&host, "vhdx");
 }
 
@@ -127,6 +149,7 @@ fn a_vhd_entry_past_the_end_loses_its_block() {
     let host = full("vhd", "dynamic", Some(MIB));
     file(&host, "vhd").write_at(1536 + 4 * 2, &0x00ff_0000u32.to_be_bytes()).unwrap();
     assert_lost(&host, "vhd", &[(2 * MIB, MIB)]);
+    assert_given_up(&host, "vhd", &[(2 * MIB, MIB)]);
     qemu_refuses(&host, "vhd");
 }
 
@@ -140,6 +163,7 @@ fn a_vmdk_entry_past_the_end_loses_its_grain() {
         vmdk.write_at(table + 4 * 17, &0x00ff_0000u32.to_le_bytes()).unwrap();
     }
     assert_lost(&host, "vmdk", &[(17 * 65536, 65536)]);
+    assert_given_up(&host, "vmdk", &[(17 * 65536, 65536)]);
 }
 
 #[test]
@@ -148,6 +172,7 @@ fn a_truncated_vmdk_loses_the_grains_behind_its_end() {
     let vmdk = file(&host, "vmdk");
     vmdk.set_len(vmdk.len().unwrap() - MIB - 512).unwrap();
     assert_lost(&host, "vmdk", &[(7 * MIB - 512, MIB + 512)]);
+    assert_given_up(&host, "vmdk", &[(7 * MIB - 512, MIB + 512)]);
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Every storage call fails once in turn: the caller learns of it, nothing promised is lost, the
-//! image reopens.
+//! image reopens. And every call hangs once: nobody waits who does not have to.
 
 mod common;
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use common::crash::{check_state, compare, contents, read};
 use common::history::{History, Sectors};
@@ -12,6 +13,7 @@ use common::images::{Kind, all_small};
 use common::toy::{Flaw, Toy};
 use common::workload::{Runner, Step, script};
 use common::{in_parallel, number, seed};
+use flatdisk::disk::Disk;
 use flatdisk::error::{Error, ErrorKind};
 use flatdisk::storage::crash::{Choice, CrashPoint};
 use flatdisk::storage::faulty::{Call, Fault, Faults, FaultyHost};
@@ -305,6 +307,72 @@ fn a_failed_flush_of_one_image_leaves_the_others_alone() {
         let mut found = vec![0; 8192];
         kind.open(&other, Access::Read).unwrap().read_at(0, &mut found).unwrap();
         assert!(found[..4096] == [2; 4096] && found[4096..] == [3; 4096], "{}", kind.name());
+    }
+}
+
+/// The middle of a disk, where nothing is stored yet.
+fn far(disk: &Disk) -> u64 {
+    disk.size() / 8192 * 4096
+}
+
+/// What hangs in the test below: an allocation, an overwrite, and a flush.
+fn write_and_flush(disk: &Disk) -> flatdisk::Result<()> {
+    disk.write_at(far(disk), &[3; 4096])?;
+    disk.write_at(4096, &[2; 4096])?;
+    disk.flush()
+}
+
+#[test]
+fn a_call_that_hangs_keeps_no_reader_and_no_other_image_waiting() {
+    for kind in all_small().iter().filter(|kind| kind.share() == 1) {
+        let written = || {
+            let created = MemoryHost::new();
+            kind.create(&created).unwrap();
+            let host: Arc<dyn Host> = created.clone();
+            let disk = kind.open(&host, Access::Write).unwrap();
+            disk.write_at(0, &[1; 8192]).unwrap();
+            disk.close().unwrap();
+            created
+        };
+        let created = written();
+        let other: Arc<dyn Host> = written();
+        let other = kind.open(&other, Access::Write).unwrap();
+        let faults = Arc::new(Faults::default());
+        let open = |host: &Arc<dyn Host>| kind.open(host, Access::Write).unwrap();
+        let calls = {
+            let host: Arc<dyn Host> = FaultyHost::over(created.fork(), &faults);
+            write_and_flush(&open(&host)).unwrap();
+            faults.count(&Call::CHANGES)
+        };
+        assert!(calls >= 3, "{}: {calls} calls", kind.name());
+        for skip in 0..calls {
+            let named = format!("{}, call {skip} of {calls}", kind.name());
+            let host: Arc<dyn Host> = FaultyHost::over(created.fork(), &faults);
+            let disk = open(&host);
+            faults.inject(&Call::CHANGES, skip, Fault::Hold, false);
+            std::thread::scope(|scope| {
+                let writer = scope.spawn(|| write_and_flush(&disk));
+                faults.wait_until_held();
+                let (done, read) = mpsc::channel();
+                let (disk, other) = (&disk, &other);
+                scope.spawn(move || {
+                    let mut found = [0; 4096];
+                    let result = disk.read_at(0, &mut found).map(|()| found);
+                    other.write_at(0, &[4; 4096]).and_then(|()| other.flush()).unwrap();
+                    done.send(result).unwrap();
+                });
+                let read = read.recv_timeout(Duration::from_secs(30));
+                faults.release();
+                assert!(read.expect(&named).unwrap() == [1; 4096], "{named}");
+                writer.join().unwrap().unwrap();
+            });
+            let mut found = [0; 4096];
+            let at = far(&disk);
+            drop(disk);
+            kind.open(&host, Access::Read).unwrap().read_at(at, &mut found).unwrap();
+            assert!(found == [3; 4096], "{named}");
+        }
+        println!("{}: {calls} calls held", kind.name());
     }
 }
 

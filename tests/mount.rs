@@ -19,12 +19,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Whence, lseek64};
-use parking_lot::RwLockReadGuard;
 
 /// A mount in the background, unmounted when dropped.
 struct Background {
     point: tempfile::TempDir,
-    _mounting: RwLockReadGuard<'static, ()>,
+    _mounting: live::Mounting,
 }
 
 impl Background {

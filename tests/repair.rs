@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use common::images::Image;
 use common::repairs::{
-    Case, case, cases, checked, directories, get, leak, place_at, put, read, table_file, write_data,
+    Case, case, cases, checked, directories, get, leak, place_at, put, put_grain, put_vhd_entry,
+    read, table_file, write_data,
 };
 use common::{corpus, in_parallel, number, pattern, repairs, seed, tools};
 use flatdisk::formats::{self, OpenOptions, Scope};
@@ -30,22 +31,33 @@ fn assert_recorded(name: &str, changes: &[formats::repair::Change], recorder: &R
         let ops = 0..recording.ops().len();
         ops.map(|index| recording.describe(index)).collect::<Vec<_>>().join("\n")
     };
-    assert_eq!(made.len(), changes.len(), "{name}: {changes:#?}\n{}", told());
-    for (op, change) in made.iter().zip(changes) {
-        assert_eq!(recording.path(op.file), change.file, "{name}: {change}");
-        let (at, end) = (change.offset, change.offset + change.length);
-        let same = match (&op.change, change.action) {
-            (Change::SetLen(len), "resize") => *len == at,
-            (Change::Punch(range), "punch") => {
-                at <= range.start && range.end <= end.next_multiple_of(512)
+    let mut made = made.into_iter().peekable();
+    for change in changes {
+        assert!(made.peek().is_some(), "{name}: {change} was not made\n{}", told());
+        let (mut at, end) = (change.offset, change.offset + change.length);
+        // What is copied is written in pieces.
+        for op in made.by_ref() {
+            assert_eq!(recording.path(op.file), change.file, "{name}: {change}");
+            let same = match (&op.change, change.action) {
+                (Change::SetLen(len), "resize") => *len == at,
+                (Change::Punch(range), "punch") => {
+                    at <= range.start && range.end <= end.next_multiple_of(512)
+                }
+                (Change::Write { at: sector, data, .. }, "write") => {
+                    let until = sector + data.len() as u64;
+                    let begins = *sector == at / 512 * 512;
+                    at = until;
+                    begins && until <= end.next_multiple_of(512)
+                }
+                _ => false,
+            };
+            assert!(same, "{name}: {change}\n{}", told());
+            if change.action != "write" || at >= end {
+                break;
             }
-            (Change::Write { at: sector, data, .. }, "write") => {
-                *sector == at / 512 * 512 && data.len() as u64 == end.next_multiple_of(512) - sector
-            }
-            _ => false,
-        };
-        assert!(same, "{name}: {change}\n{}", told());
+        }
     }
+    assert!(made.next().is_none(), "{name}: more was changed\n{}", told());
 }
 
 trait Seen {
@@ -83,6 +95,11 @@ fn run(case: &Case) {
     assert_eq!(report.exit_status(), expected, "{name}: {:#x?}", report.findings);
 
     let before = bytes(&host);
+    if case.scope == Scope::Lossy {
+        let options = OpenOptions::new(Access::Write);
+        let repair = formats::repair(&dynamic, &case.path(), &options, Scope::All, true).unwrap();
+        assert_ne!(repair.after.exit_status(), 0, "{name}: repaired without consent");
+    }
     let dry = mend(case, &dynamic, true);
     assert!(!dry.changes.is_empty(), "{name}: nothing planned for {:#x?}", report.findings);
     assert!(bytes(&host) == before, "{name}: a dry run wrote");
@@ -266,6 +283,45 @@ fn space_that_qemu_leaves_lost_is_given_back_and_the_disk_is_the_same() {
         seen += 1;
     }
     assert!(seen >= 4, "{seen} cases");
+}
+
+/// There the parent's data would take the place of what is lost.
+#[test]
+fn children_without_an_entry_for_zeroes_give_nothing_up() {
+    let vhd = Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2);
+    let vmdk = Image::new("vmdk", "monolithicSparse", 70 * MIB);
+    let damages: [(&Image, repairs::Damage); 2] =
+        [(&vhd, |f| put_vhd_entry(f, 0, 0x7fff_ff00)), (&vmdk, |f| put_grain(f, 0x7fff_ff80))];
+    for (image, damage) in damages {
+        let case = Case { child: true, scope: Scope::Lossy, ..case(image, "", damage) };
+        let host = write_data(&case, &MemoryHost::new());
+        (case.damage)(&table_file(&host, &case));
+        let dynamic: Arc<dyn Host> = host;
+        let repair = mend(&case, &dynamic, false);
+        assert!(repair.changes.is_empty(), "{}: {:?}", case.name(), repair.changes);
+        assert_eq!(repair.after.exit_status(), 2, "{}", case.name());
+    }
+}
+
+#[test]
+fn giving_up_takes_consent() {
+    let image = Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2);
+    let case = case(&image, "", |f| put(f, 1536, &[0x7f, 0, 0, 0]));
+    let host = write_data(&case, &MemoryHost::new());
+    (case.damage)(&table_file(&host, &case));
+    let dir = common::folder();
+    let image = lay(&case, &host, dir.path());
+    let before = std::fs::read(&image).unwrap();
+    let status = |options: &[&str]| flatdisk_checks(options, &image).status.code();
+    assert_eq!(status(&[]), Some(2));
+    assert_eq!(status(&["--accept-loss"]), Some(1), "without --repair");
+    assert_eq!(status(&["--repair=leaks", "--accept-loss"]), Some(1));
+    assert_eq!(status(&["--repair"]), Some(2));
+    let dry = flatdisk_checks(&["--repair", "--accept-loss", "--dry-run"], &image);
+    assert!(tools::both(&dry).contains("block 0 is given up"), "{}", tools::both(&dry));
+    assert!(std::fs::read(&image).unwrap() == before, "changed without consent");
+    assert_eq!(status(&["--repair", "--accept-loss"]), Some(0));
+    assert_eq!(status(&[]), Some(0));
 }
 
 #[test]

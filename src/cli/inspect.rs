@@ -162,6 +162,8 @@ Examples:
     flatdisk check --repair --dry-run server.vhdx
   Give back the space that nothing uses, and touch nothing else:
     flatdisk check --repair=leaks server.vhdx
+  What is lost if blocks that cannot be read are given up, so that the image can be written again:
+    flatdisk check --repair --accept-loss --dry-run server.vhdx
 
 Exit status:
   0   no errors
@@ -181,6 +183,10 @@ pub struct CheckArgs {
         default_missing_value = "all"
     )]
     repair: Option<RepairScope>,
+    /// With `--repair`: also give up what cannot be read, which then reads as zeroes, and take
+    /// structures that look right for right in spite of their checksums.
+    #[arg(long, requires = "repair")]
+    accept_loss: bool,
     /// Show what a repair would change, and change nothing.
     #[arg(long, requires = "repair")]
     dry_run: bool,
@@ -271,9 +277,16 @@ fn checked(args: &CheckArgs) -> Result<Report> {
 }
 
 fn repaired(args: &CheckArgs, scope: RepairScope) -> Result<Repair> {
-    let scope = match scope {
-        RepairScope::Leaks => Scope::Leaks,
-        RepairScope::All => Scope::All,
+    let scope = match (scope, args.accept_loss) {
+        (RepairScope::Leaks, false) => Scope::Leaks,
+        (RepairScope::All, false) => Scope::All,
+        (RepairScope::All, true) => Scope::Lossy,
+        (RepairScope::Leaks, true) => {
+            let what = "giving unused space back loses nothing";
+            return Err(
+                Error::unsupported(what).hint("leave out either `leaks` or `--accept-loss`")
+            );
+        }
     };
     let options = args.parents.options(Access::Write);
     formats::repair(&HostFs::shared(), &args.image, &options, scope, args.dry_run)

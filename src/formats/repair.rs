@@ -10,9 +10,12 @@
 //!   errors are left: space is given back only where the check finds none.
 //! - A crash anywhere in it leaves the image no worse than it was, and planning again then plans the
 //!   rest. So plans need no log of their own.
+//! - Nothing that could be read before reads otherwise afterwards. What could not be read at all is
+//!   given up only where [`Scope::Lossy`] consents to that, and then reads as zeroes.
 //!
 //! Repairs that depend on others come in later rounds: [`repair`] plans and carries out until
-//! nothing is left to plan.
+//! nothing is left to plan. Files grow in a round of its own, when no table leads past their end any
+//! more: what lies there must not come to be part of a disk.
 
 use std::fmt;
 use std::ops::Range;
@@ -30,6 +33,8 @@ use crate::storage::{Access, Host, Storage};
 
 /// Bytes of memory beyond which a plan takes no more, but for what has to happen at once.
 const MAX_BYTES: usize = 32 << 20;
+/// Bytes that are copied at once.
+const COPIED: u64 = 1 << 20;
 /// Most rounds of one repair.
 const MAX_ROUNDS: usize = 1000;
 /// Bytes that are looked at together when unused space is searched for contents.
@@ -42,6 +47,9 @@ pub enum Scope {
     Leaks,
     /// Everything that can be rebuilt without losing data.
     All,
+    /// The same; what is left after that and cannot be read is given up, and structures that look
+    /// right are taken for right in spite of their checksums.
+    Lossy,
 }
 
 /// One step of a plan.
@@ -54,6 +62,7 @@ struct Step {
 #[derive(Debug, Clone)]
 enum Action {
     Write { at: u64, data: Vec<u8>, what: String },
+    Copy { from: Range<u64>, to: u64, what: String },
     Punch { range: Range<u64>, what: String },
     SetLen { len: u64, what: String },
     Sync,
@@ -78,7 +87,12 @@ impl Plan {
 
     /// Whether more than leaks is to be repaired.
     pub fn all(&self) -> bool {
-        self.scope == Scope::All
+        self.scope != Scope::Leaks
+    }
+
+    /// Whether what cannot be read may be given up, and what looks right be taken for right.
+    pub fn lossy(&self) -> bool {
+        self.scope == Scope::Lossy
     }
 
     /// Whether unused space may be given back, and bitmaps be written: nothing else is left to be done,
@@ -90,6 +104,11 @@ impl Plan {
     /// Whether nothing is to be done.
     pub fn is_empty(&self) -> bool {
         self.steps.is_empty()
+    }
+
+    /// Number of steps.
+    pub fn len(&self) -> usize {
+        self.steps.len()
     }
 
     /// Whether what does not have to happen at once had better wait for the next round.
@@ -107,6 +126,17 @@ impl Plan {
     ) {
         self.bytes += data.len() + size_of::<Step>();
         self.push(file, Action::Write { at, data, what: what.into() });
+    }
+
+    /// Copies the bytes of a range that lies inside the file to byte `to`.
+    pub fn copy(
+        &mut self,
+        file: &Arc<dyn Storage>,
+        from: Range<u64>,
+        to: u64,
+        what: impl Into<String>,
+    ) {
+        self.push(file, Action::Copy { from, to, what: what.into() });
     }
 
     /// Makes a range read as zeroes and gives its space back.
@@ -169,6 +199,7 @@ impl Step {
         };
         match &self.action {
             Action::Write { at, data, what } => codec::write_all(file, *at, data, what),
+            Action::Copy { from, to, what } => copy(file, from, *to, what),
             Action::Punch { range, .. } => file
                 .punch_hole(range.start, range.end - range.start)
                 .map_err(failed("giving space back", range.start)),
@@ -182,6 +213,7 @@ impl Step {
     fn describe(&self) -> Option<Change> {
         let (action, offset, length, what) = match &self.action {
             Action::Write { at, data, what } => ("write", *at, data.len() as u64, what),
+            Action::Copy { from, to, what } => ("write", *to, from.end - from.start, what),
             Action::Punch { range, what } => ("punch", range.start, range.end - range.start, what),
             Action::SetLen { len, what } => ("resize", *len, 0, what),
             Action::Sync => return None,
@@ -189,6 +221,17 @@ impl Step {
         let file = self.file.path().to_owned();
         Some(Change { action, file, offset, length, what: what.clone() })
     }
+}
+
+/// Copies inside a file, piece by piece.
+fn copy(file: &dyn Storage, from: &Range<u64>, to: u64, what: &str) -> Result<()> {
+    let mut buf = vec![0; COPIED.min(from.end - from.start) as usize];
+    for at in from.clone().step_by(COPIED as usize) {
+        let piece = &mut buf[..COPIED.min(from.end - at) as usize];
+        codec::read_exact(file, at, piece, what)?;
+        codec::write_all(file, to + (at - from.start), piece, what)?;
+    }
+    Ok(())
 }
 
 /// One change of a repair, as it is shown.

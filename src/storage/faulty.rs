@@ -4,9 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::{Access, FileIdentity, Host, Storage};
 use crate::error::{Error, Result};
@@ -63,8 +62,8 @@ pub enum Fault {
     Errno(i32),
     /// A write puts its first half, in whole sectors, and fails; other calls do nothing.
     Half(i32),
-    /// It takes this long, and works.
-    Delay(Duration),
+    /// It waits until [`Faults::release`], and works.
+    Hold,
 }
 
 #[derive(Debug)]
@@ -83,49 +82,67 @@ struct State {
     fired: [u64; Call::COUNT],
     /// Bytes that files may still grow by.
     room: Option<u64>,
+    /// Calls that wait.
+    held: usize,
+    /// How often held calls were released.
+    releases: u64,
 }
 
 /// Which calls fail. Shared by a host and all its files.
 #[derive(Debug, Default)]
-pub struct Faults(Mutex<State>);
+pub struct Faults {
+    state: Mutex<State>,
+    changed: Condvar,
+}
 
 impl Faults {
     /// Lets `skip` more of these calls pass, then one has `fault`, or all from there on if `lasting`.
     pub fn inject(&self, calls: &[Call], skip: u64, fault: Fault, lasting: bool) {
-        self.0.lock().rules.push(Rule { calls: calls.to_vec(), skip, fault, lasting });
+        self.state.lock().rules.push(Rule { calls: calls.to_vec(), skip, fault, lasting });
     }
 
     /// Takes all faults back and makes room.
     pub fn clear(&self) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.rules.clear();
         state.room = None;
     }
 
+    /// Waits until a call is held.
+    pub fn wait_until_held(&self) {
+        self.changed.wait_while(&mut self.state.lock(), |state| state.held == 0);
+    }
+
+    /// Lets the calls go on that are held.
+    pub fn release(&self) {
+        self.state.lock().releases += 1;
+        self.changed.notify_all();
+    }
+
     /// Limits by how many bytes files may grow; then `ENOSPC`, after what still fits was written.
     pub fn set_room(&self, bytes: u64) {
-        self.0.lock().room = Some(bytes);
+        self.state.lock().room = Some(bytes);
     }
 
     /// How many of these calls there were.
     pub fn count(&self, calls: &[Call]) -> u64 {
-        let state = self.0.lock();
+        let state = self.state.lock();
         calls.iter().map(|&call| state.counts[call as usize]).sum()
     }
 
     /// How many calls have failed.
     pub fn fired(&self) -> u64 {
-        self.0.lock().fired.iter().sum()
+        self.state.lock().fired.iter().sum()
     }
 
     /// How many of these calls have failed.
     pub fn fired_in(&self, call: Call) -> u64 {
-        self.0.lock().fired[call as usize]
+        self.state.lock().fired[call as usize]
     }
 
-    /// Counts a call and tells its fault. Delays happen here.
+    /// Counts a call and tells its fault. Calls are held here.
     fn next(&self, call: Call) -> Option<Fault> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.counts[call as usize] += 1;
         let rule = state.rules.iter_mut().position(|rule| {
             let meant = rule.calls.contains(&call);
@@ -139,9 +156,12 @@ impl Faults {
         if !state.rules[rule].lasting {
             state.rules.remove(rule);
         }
-        if let Fault::Delay(time) = fault {
-            drop(state);
-            std::thread::sleep(time);
+        if fault == Fault::Hold {
+            let releases = state.releases;
+            state.held += 1;
+            self.changed.notify_all();
+            self.changed.wait_while(&mut state, |state| state.releases == releases);
+            state.held -= 1;
             return None;
         }
         state.fired[call as usize] += 1;
@@ -164,7 +184,7 @@ impl Faults {
 
     /// Takes room for growth from `len` to `end`; how far the file may grow.
     fn grow(&self, call: Call, len: u64, end: u64) -> u64 {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let wanted = end.saturating_sub(len);
         let Some(room) = state.room.as_mut() else { return end };
         let granted = wanted.min(*room);

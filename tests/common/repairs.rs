@@ -27,6 +27,8 @@ pub struct Case {
     pub open: bool,
     /// The damage takes data away by intent; what is left then is what counts.
     pub loses: bool,
+    /// What cannot be read then is given up, and reads as zeroes.
+    pub gives_up: bool,
     /// The image is a child of the one that is described.
     pub child: bool,
 }
@@ -48,7 +50,23 @@ impl Case {
 
 pub fn case(image: &Image, name: &'static str, damage: Damage) -> Case {
     let (image, scope) = (image.clone(), Scope::All);
-    Case { name, image, damage, scope, open: false, loses: false, child: false }
+    let (open, loses, gives_up, child) = (false, false, false, false);
+    Case { name, image, damage, scope, open, loses, gives_up, child }
+}
+
+/// What is repaired with consent only, and loses nothing here.
+fn lossy(image: &Image, name: &'static str, damage: Damage) -> Case {
+    Case { scope: Scope::Lossy, ..case(image, name, damage) }
+}
+
+/// What is given up with consent.
+fn given_up(image: &Image, name: &'static str, damage: Damage) -> Case {
+    Case { gives_up: true, ..lossy(image, name, damage) }
+}
+
+/// What the disk shows is another part of it.
+fn mixed_up(image: &Image, name: &'static str, damage: Damage) -> Case {
+    Case { loses: true, ..case(image, name, damage) }
 }
 
 pub fn leak(image: &Image, name: &'static str, damage: Damage) -> Case {
@@ -123,6 +141,62 @@ fn seal(bytes: &mut [u8], field: usize) {
     bytes[field..field + 4].copy_from_slice(&sum.to_be_bytes());
 }
 
+/// The entry of a VHD's BAT for a block, as a sector.
+fn vhd_entry(file: &MemoryFile, block: u64) -> u32 {
+    u32::from_be_bytes(get(file, vhd_bat(file) + block * 4, 4).try_into().unwrap())
+}
+
+pub fn put_vhd_entry(file: &MemoryFile, block: u64, sector: u32) -> Option<u64> {
+    put(file, vhd_bat(file) + block * 4, &sector.to_be_bytes())
+}
+
+fn vhd_bat(file: &MemoryFile) -> u64 {
+    u64::from_be_bytes(get(file, 512 + 16, 8).try_into().unwrap())
+}
+
+/// Sets the fields of both of a VHD's footers that begin at byte `at` of a footer.
+fn put_footers(file: &MemoryFile, at: usize, data: &[u8], sealed: bool) {
+    let dynamic = get(file, 0, 8) == b"conectix";
+    for place in [Some(len(file) - 512), dynamic.then_some(0)].into_iter().flatten() {
+        let mut footer = get(file, place, 512);
+        footer[at..at + data.len()].copy_from_slice(data);
+        if sealed {
+            seal(&mut footer, 64);
+        }
+        put(file, place, &footer);
+    }
+}
+
+/// Sets the fields of both of a VHDX's headers that begin at byte `at` of a header.
+fn put_headers(file: &MemoryFile, at: usize, data: &[u8], sealed: bool) {
+    for place in [64 << 10, 128 << 10] {
+        let mut header = get(file, place, 4096);
+        header[at..at + data.len()].copy_from_slice(data);
+        if sealed {
+            header[4..8].fill(0);
+            let sum = crc32c::crc32c(&header);
+            header[4..8].copy_from_slice(&sum.to_le_bytes());
+        }
+        put(file, place, &header);
+    }
+}
+
+/// The entry of a VHDX's BAT at an index.
+fn vhdx_entry(file: &MemoryFile, index: u64) -> u64 {
+    number_at(file, vhdx_bat(file) + index * 8)
+}
+
+fn put_vhdx_entry(file: &MemoryFile, index: u64, entry: u64) -> Option<u64> {
+    put(file, vhdx_bat(file) + index * 8, &entry.to_le_bytes())
+}
+
+/// Sets the first entry of a VMDK's first grain table and of its copy.
+pub fn put_grain(file: &MemoryFile, sector: u32) -> Option<u64> {
+    let (first, second) = directories(file);
+    put(file, place_at(file, second), &sector.to_le_bytes());
+    put(file, place_at(file, first), &sector.to_le_bytes())
+}
+
 /// The same damage to a child.
 fn of_child(case: Case) -> Case {
     Case { child: true, ..case }
@@ -130,6 +204,7 @@ fn of_child(case: Case) -> Case {
 
 pub fn cases() -> Vec<Case> {
     let vhd = &Image::new("vhd", "dynamic", 3 * MIB + 512).block(MIB / 2);
+    let fixed = &Image::new("vhd", "fixed", 3 * MIB + 512);
     let vhdx = &Image::new("vhdx", "dynamic", 5 * MIB).block(MIB).sector(512);
     let large = &Image::new("vhdx", "dynamic", 9 * MIB).block(2 * MIB).sector(512);
     let vmdk = &Image::new("vmdk", "monolithicSparse", 70 * MIB);
@@ -299,6 +374,113 @@ pub fn cases() -> Vec<Case> {
             put(f, second, &[0; 4]);
             put(f, len(f), &[5; 100_352]).and(None)
         }),
+        case(vhd, "the geometry is larger than the disk", |f| {
+            put_footers(f, 56, &[0xff, 0xff, 16, 63], true);
+            Some(len(f) - 512 + 56)
+        }),
+        case(fixed, "the geometry is larger than the disk", |f| {
+            put_footers(f, 56, &[0xff, 0xff, 16, 63], true);
+            Some(len(f) - 512 + 56)
+        }),
+        mixed_up(vhd, "two blocks share their place", |f| {
+            put_vhd_entry(f, 2, vhd_entry(f, 0)).and(None)
+        }),
+        mixed_up(vhd, "blocks begin inside each other", |f| {
+            put_vhd_entry(f, 2, vhd_entry(f, 0) + 100);
+            put_vhd_entry(f, 4, vhd_entry(f, 0) + 200).and(None)
+        }),
+        of_child(mixed_up(vhd, "two blocks share their place", |f| {
+            put_vhd_entry(f, 2, vhd_entry(f, 0)).and(None)
+        })),
+        given_up(vhd, "a block leads past the end", |f| put_vhd_entry(f, 2, 0x7fff_ff00)),
+        given_up(vhd, "two blocks lead to the footer copy", |f| {
+            put_vhd_entry(f, 1, 0);
+            put_vhd_entry(f, 0, 0)
+        }),
+        given_up(vhd, "one block leads past the end, two share their place", |f| {
+            put_vhd_entry(f, 2, vhd_entry(f, 1));
+            // There the file will have something later.
+            put_vhd_entry(f, 0, (len(f) / 512) as u32)
+        }),
+        lossy(vhd, "the footer lies over the last block", |f| {
+            let (footer, at) = (get(f, len(f) - 512, 512), len(f) - 512 - (100 << 10));
+            f.set_len(at).unwrap();
+            put(f, at, &footer);
+            Some(vhd_bat(f) + 4)
+        }),
+        lossy(vhd, "the checksums of both footers are wrong", |f| {
+            put_footers(f, 64, &[1, 2, 3, 4], false);
+            None
+        }),
+        lossy(fixed, "the checksum of the footer is wrong", |f| {
+            put_footers(f, 64, &[1, 2, 3, 4], false);
+            None
+        }),
+        lossy(vhd, "the checksum of the header is wrong", |f| put(f, 512 + 36, &[1, 2]).and(None)),
+        of_child(lossy(vhd, "the checksum of the header is wrong", |f| {
+            put(f, 512 + 36, &[1, 2]).and(None)
+        })),
+        mixed_up(vhdx, "two blocks share their place", |f| put_vhdx_entry(f, 2, vhdx_entry(f, 0))),
+        mixed_up(large, "a block begins inside another", |f| {
+            put_vhdx_entry(f, 1, vhdx_entry(f, 0) + MIB)
+        }),
+        of_child(mixed_up(vhdx, "two blocks share their place", |f| {
+            put_vhdx_entry(f, 2, vhdx_entry(f, 0))
+        })),
+        case(vhdx, "a block counts on a parent although there is none", |f| {
+            put_vhdx_entry(f, 1, vhdx_entry(f, 1) | 7)
+        }),
+        given_up(vhdx, "a block leads past the end", |f| put_vhdx_entry(f, 1, 77 << 40 | 6)),
+        given_up(vhdx, "a block lies over the header", |f| put_vhdx_entry(f, 1, 6)),
+        given_up(vhdx, "a block has no valid state, two share their place", |f| {
+            put_vhdx_entry(f, 2, vhdx_entry(f, 0));
+            put_vhdx_entry(f, 1, vhdx_entry(f, 1) & !7 | 5)
+        }),
+        of_child(given_up(vhdx, "a block leads past the end", |f| {
+            put_vhdx_entry(f, 1, 77 << 40 | 6)
+        })),
+        of_child(given_up(vhdx, "a sector bitmap lies past the end", |f| {
+            put_vhdx_entry(f, 4096, 77 << 40 | 6)
+        })),
+        lossy(vhdx, "the checksums of both headers are wrong", |f| {
+            put_headers(f, 4, &[1, 2, 3, 4], false);
+            None
+        }),
+        Case {
+            open: true,
+            ..lossy(vhdx, "a log is to be replayed, the headers' checksums are wrong", |f| {
+                put_headers(f, 4, &[1, 2, 3, 4], false);
+                None
+            })
+        },
+        lossy(vhdx, "the log that should be replayed has no entries", |f| {
+            put_headers(f, 48, &[7; 16], true);
+            Some(MIB)
+        }),
+        case(vhdx, "the log lies past the end", |f| {
+            put_headers(f, 72, &(1u64 << 40).to_le_bytes(), true);
+            None
+        }),
+        given_up(vmdk, "a grain leads past the end", |f| put_grain(f, 0x7fff_ff80)),
+        of_child(given_up(vmdk, "a grain leads past the end", |f| {
+            // There is an entry for zeroes.
+            let flags = get(f, 8, 1)[0];
+            put(f, 8, &[flags | 4]);
+            put_grain(f, 0x7fff_ff80)
+        })),
+        given_up(vmdk, "a grain lies over the header", |f| put_grain(f, 2)),
+        lossy(vmdk, "the last grain is cut short", |f| {
+            f.set_len(len(f) - (8 << 10)).map(|()| None).unwrap()
+        }),
+        given_up(vmdk, "a grain leads past the end, the last one is cut short", |f| {
+            let end = len(f);
+            f.set_len(end - (8 << 10)).unwrap();
+            // There the file will have something later.
+            put_grain(f, ((end - 4096) / 512) as u32)
+        }),
+        given_up(cowd, "a grain leads past the end", |f| {
+            put(f, place_at(f, 2048), &0x7fff_ff80u32.to_le_bytes())
+        }),
         leak(vhdx, "unused space between blocks and at the end", |f| {
             put(f, vhdx_bat(f), &[0; 8]);
             put(f, len(f), &[5; 100_000])
@@ -386,6 +568,10 @@ impl Case {
         let place = (self.damage)(&table_file(&host, self));
         if self.loses {
             whole = read(self, &dynamic).unwrap();
+        }
+        if self.gives_up {
+            assert!(readable(self, &dynamic, &whole).len() < whole.len(), "{}", self.name());
+            whole = left(self, &dynamic);
         }
         let mut damaged = Damaged {
             case: self,
@@ -482,6 +668,31 @@ fn readable(case: &Case, host: &Arc<dyn Host>, whole: &Sectors) -> Sectors {
         found.is_ok().then(|| (*number, sector(&bytes)))
     };
     whole.keys().filter_map(&mut read).collect()
+}
+
+/// What can be read of the disk.
+fn left(case: &Case, host: &Arc<dyn Host>) -> Sectors {
+    let disk = case.open(host, Access::Read).unwrap();
+    let mut left = Sectors::new();
+    let mut add = |at: u64, bytes: &[u8]| {
+        let sectors = bytes.chunks(SECTOR as usize).map(sector);
+        left.extend((at / SECTOR..).zip(sectors).filter(|(_, sector)| sector.is_some()));
+    };
+    let chunk = 64 << 10;
+    for at in (0..disk.size()).step_by(chunk) {
+        let mut bytes = vec![0; chunk.min((disk.size() - at) as usize)];
+        if disk.read_at(at, &mut bytes).is_ok() {
+            add(at, &bytes);
+            continue;
+        }
+        for at in (at..at + bytes.len() as u64).step_by(SECTOR as usize) {
+            let bytes = &mut bytes[..SECTOR as usize];
+            if disk.read_at(at, bytes).is_ok() {
+                add(at, bytes);
+            }
+        }
+    }
+    left
 }
 
 fn is_unclean(case: &Case, host: &Arc<dyn Host>) -> bool {

@@ -11,9 +11,9 @@ use fuser::{
     FopenFlags, Generation, INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
     ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, TimeOrNow, WriteFlags,
 };
-use parking_lot::{Condvar, Mutex, RwLockReadGuard};
+use parking_lot::{Condvar, Mutex};
 
-use super::{mounting, outcome};
+use super::{Mounting, mounting, outcome};
 
 /// More than there are requests at a time.
 const THREADS: usize = 8;
@@ -57,7 +57,7 @@ pub struct HangingDisk {
     gate: Arc<Gate>,
     name: &'static str,
     dir: tempfile::TempDir,
-    _mounting: RwLockReadGuard<'static, ()>,
+    _mounting: Mounting,
 }
 
 impl HangingDisk {

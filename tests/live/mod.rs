@@ -13,7 +13,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{RwLock, RwLockReadGuard};
+use nix::fcntl::{Flock, FlockArg};
 
 /// How long a condition may take to come true before a test gives up.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -106,18 +106,24 @@ pub fn create(path: &Path, size: &str, options: &[&str]) {
     succeed(flatdisk().args(["create", "-q", "--size", size]).args(options).arg(path));
 }
 
-/// Held shared by everything mounted. A mount namespace that is made while something is mounted
-/// holds copies of it, and so keeps file systems alive that are unmounted here.
-static MOUNTED: RwLock<()> = RwLock::new(());
+/// Held shared by everything mounted, in any test program. A mount namespace that is made while
+/// something is mounted holds copies of it, and so keeps file systems alive that are unmounted here.
+pub struct Mounting(#[allow(dead_code, reason = "held")] Flock<fs::File>);
 
 /// To be held by everything mounted.
-pub fn mounting() -> RwLockReadGuard<'static, ()> {
-    MOUNTED.read_recursive()
+pub fn mounting() -> Mounting {
+    lock(FlockArg::LockShared)
+}
+
+fn lock(how: FlockArg) -> Mounting {
+    let path = std::env::temp_dir().join("flatdisk-tests-mounted");
+    let file = fs::File::options().create(true).append(true).open(path).expect("the lock's file");
+    Mounting(Flock::lock(file, how).map_err(|(_, e)| e).expect("lock"))
 }
 
 /// Runs a shell script in a mount namespace of its own.
 pub fn in_namespace(script: &str, environment: &[(&str, &dyn AsRef<OsStr>)]) -> Output {
-    let _alone = MOUNTED.write();
+    let _alone = lock(FlockArg::LockExclusive);
     let mut command = Command::new("unshare");
     command.args(["-m", "sh", "-c", script]);
     command.envs(environment.iter().map(|(name, value)| (name, value.as_ref())));
@@ -140,7 +146,7 @@ pub struct Mount {
     daemon: Child,
     dir: Arc<tempfile::TempDir>,
     mounted: bool,
-    _mounting: RwLockReadGuard<'static, ()>,
+    _mounting: Mounting,
 }
 
 impl Mount {
@@ -273,7 +279,7 @@ impl Drop for Loop {
 /// A mounted file system.
 pub struct MountedFs {
     dir: tempfile::TempDir,
-    _mounting: RwLockReadGuard<'static, ()>,
+    _mounting: Mounting,
 }
 
 impl MountedFs {

@@ -342,7 +342,124 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     // Repairs of VHD.
     (MOVED, "vhd repair: nothing uses this space", CUT_OFF, "what is punched is not in use"),
     (MOVED, "vhd repair: the footer behind the last block", CUT_OFF, FOOTER),
+    ("vhd repair: the footer's checksum // *", "", "", OTHER_FOOTER),
+    (
+        "vhd repair: the footer's checksum // *",
+        "vhd repair: the footer's checksum",
+        "vhd repair: the footer copy from the footer",
+        OTHER_FOOTER,
+    ),
+    ("vhd repair: the footer's geometry // *", "", "", OTHER_FOOTER),
+    (
+        "vhd repair: the footer's geometry // *",
+        "vhd repair: the footer's geometry",
+        "vhd repair: the footer copy from the footer",
+        OTHER_FOOTER,
+    ),
+    ("vhd repair: block is given up*", "", "", LED_NOWHERE),
+    (
+        "vhd repair: block is given up // *",
+        "vhd repair: block is given up",
+        "vhd repair: nothing uses this space",
+        LED_NOWHERE,
+    ),
+    (
+        "vhd repair: block is given up // *",
+        "vhd repair: block is given up",
+        "vhd repair: the footer behind the copies",
+        "a sync follows before anything is put where the file grows",
+    ),
+    ("vhd repair: blocks to are given up*", "", "", LED_NOWHERE),
+    (
+        "vhd repair: blocks to are given up // *",
+        "vhd repair: blocks to are given up",
+        "vhd repair: nothing uses this space",
+        LED_NOWHERE,
+    ),
+    (
+        "vhd repair: blocks to are given up // *",
+        "vhd repair: blocks to are given up",
+        "vhd repair: the footer behind the last block",
+        LED_NOWHERE,
+    ),
+    (COPIES, "", "", FOOTER),
+    ("vhd repair: the footer behind the copies, all syncs behind", "", "", FOOTER),
+    (
+        COPIES,
+        "vhd repair: the footer behind the copies",
+        "vhd repair: a place of its own for block",
+        FOOTER,
+    ),
+    ("vhd repair: block which shared its place*", "", "", SHARED),
+    (
+        "vhd repair: block which shared its place // *",
+        "vhd repair: block which shared its place",
+        "vhd repair: nothing uses this space",
+        SHARED,
+    ),
+    (
+        "vhd repair: block which shared its place // *",
+        "vhd repair: block which shared its place",
+        "vhd repair: the sector bitmap of block",
+        UNREAD,
+    ),
+    ("vhd repair: the sector bitmap of block // *", "", "", UNREAD),
+    (
+        "vhd repair: the sector bitmap of block // *",
+        "vhd repair: the sector bitmap of block",
+        "vhd repair: nothing uses this space",
+        UNREAD,
+    ),
     // Repairs of VHDX.
+    (PLAUSIBLE_TWICE, "", "", PLAUSIBLE),
+    (PLAUSIBLE_TWICE, PLAUSIBLE_HEADER, PLAUSIBLE_HEADER, PLAUSIBLE),
+    (PLAUSIBLE_ROUND, "", "", PLAUSIBLE),
+    (
+        PLAUSIBLE_ROUND,
+        PLAUSIBLE_HEADER,
+        "vhdx repair: a header that says the file was changed",
+        PLAUSIBLE,
+    ),
+    ("vhdx repair: room for a log*", "", "", LOG_PAST_END),
+    (
+        "vhdx repair: room for a log / a header that names this log",
+        "vhdx repair: room for a log",
+        "vhdx repair: a header that names this log",
+        LOG_PAST_END,
+    ),
+    ("vhdx repair: a header that names this log*", "", "", OTHER_HEADER),
+    (
+        "vhdx repair: a header that names this log / *",
+        "vhdx repair: a header that names this log",
+        "vhdx repair: a header that names this log",
+        OTHER_HEADER,
+    ),
+    (
+        "vhdx repair: a header that names this log // *",
+        "vhdx repair: a header that names this log",
+        "vhdx repair: a header that says the file was changed",
+        OTHER_HEADER,
+    ),
+    ("vhdx repair: block is given up*", "", "", HEADERS_FOLLOW),
+    (
+        "vhdx repair: block is given up // *",
+        "*",
+        "vhdx repair: a header that says the file was changed",
+        HEADERS_FOLLOW,
+    ),
+    ("vhdx repair: block which shared its place*", "", "", HEADERS_FOLLOW),
+    (
+        "vhdx repair: block which shared its place // *",
+        "vhdx repair: block which shared its place",
+        "vhdx repair: a header that says the file was changed",
+        HEADERS_FOLLOW,
+    ),
+    (
+        "vhdx repair: a place of its own for block / block which shared its place",
+        "vhdx repair: room for copies",
+        "vhdx repair: block which shared its place",
+        "the copies reach as far",
+    ),
     ("vhdx repair: a header that says the file was changed / *", "", "", OTHER_HEADER),
     (
         "vhdx repair: a header that says the file was changed / *",
@@ -355,6 +472,20 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     (NO_LOG_TWICE, "", "", OTHER_HEADER),
     (NO_LOG_TWICE, NO_LOG, NO_LOG, OTHER_HEADER),
     // Repairs of VMDK.
+    ("vmdk repair: grains of grain table are given up // nothing*", "", "", LED_NOWHERE),
+    (
+        "vmdk repair: grains of grain table are given up // nothing*",
+        "vmdk repair: grains of grain table are given up",
+        "vmdk repair: nothing uses this space",
+        LED_NOWHERE,
+    ),
+    ("vmdk repair: a grain is cut short // *", "", "", LONGER),
+    (
+        "vmdk repair: a grain is cut short // *",
+        "vmdk repair: a grain is cut short",
+        "vmdk repair: nothing uses this space",
+        LONGER,
+    ),
     (GD_MARK, "", "", ONE_SECTOR),
     (GD_MARK, "vmdk repair: the place of the grain directory", MARK, ONE_SECTOR),
     // What only changes of chains do.
@@ -408,6 +539,20 @@ const MARK: &str = "vmdk repair: the mark of an extent not closed";
 const GD_MARK: &str =
     "vmdk repair: the place of the grain directory // the mark of an extent not closed";
 
+const COPIES: &str = "vhd repair: the footer behind the copies / a place of its own for block";
+const PLAUSIBLE_HEADER: &str = "vhdx repair: a header from one whose checksum does not match";
+const PLAUSIBLE_TWICE: &str = "vhdx repair: a header from one whose checksum does not match / a \
+                               header from one whose checksum does not match";
+const PLAUSIBLE_ROUND: &str = "vhdx repair: a header from one whose checksum does not match // a \
+                               header that says the file was changed";
+
+const LED_NOWHERE: &str = "what was given up led to nothing of the disk before, either";
+const SHARED: &str = "the other block keeps the place; what only this one used is given back later";
+const OTHER_FOOTER: &str = "either footer alone opens the same disk";
+const PLAUSIBLE: &str = "what a crash leaves of the headers is as plausible as before";
+const LOG_PAST_END: &str = "a log past the end of the file is what was there before";
+const HEADERS_FOLLOW: &str =
+    "the headers of the next round, with their syncs, come before its changes";
 const CLOSED: &str = "all is durable before: what is left is a mark, or an unused end";
 const LINKED: &str = "linking takes nothing from the child, which still has all of its own";
 const HAS_ALL: &str = "the parent has everything by then";

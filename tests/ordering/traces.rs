@@ -299,10 +299,26 @@ fn places_in_plans(format: &str, changes: &[Shown], recording: &Recording) -> Ve
             .collect::<Vec<_>>()
             .join(" ")
     };
-    assert_eq!(ops.iter().filter(|op| !is_sync(op)).count(), changes.len());
-    let mut shown = changes.iter().map(plain);
-    let names: Vec<_> =
-        ops.iter().map(|op| if is_sync(op) { None } else { shown.next() }).collect();
+    let mut shown = changes.iter();
+    let (mut name, mut left) = (String::new(), 0);
+    let mut names = Vec::new();
+    for op in ops {
+        names.push(if is_sync(op) {
+            None
+        } else {
+            // What is copied is written in pieces.
+            if left == 0 {
+                let change = shown.next().unwrap();
+                (name, left) = (plain(change), change.length);
+            }
+            left = match &op.change {
+                Change::Write { data, .. } => left.saturating_sub(data.len() as u64),
+                _ => 0,
+            };
+            Some(name.clone())
+        });
+    }
+    assert!(shown.next().is_none());
     let place = |at: usize| {
         let name = match &names[at] {
             Some(name) => name.clone(),

@@ -250,6 +250,13 @@ impl Footer {
         }
     }
 
+    /// Stores a geometry. The checksum is to be sealed again.
+    pub(super) fn set_geometry(&mut self, geometry: Chs) {
+        self.cylinders = geometry.cylinders.into();
+        self.heads = geometry.heads;
+        self.sectors_per_track = geometry.sectors_per_track;
+    }
+
     /// Whether the creator code is `code`, padded with NULs or spaces.
     pub(super) fn creator_is(&self, code: &[u8]) -> bool {
         let (start, padding) = self.creator_application.split_at(code.len());
@@ -319,7 +326,7 @@ impl Chs {
     /// The geometry for a new image of `size` bytes. QEMU before version 10 cuts the disk off where
     /// the geometry of an image by an unknown creator ends, unless that is the largest one. So the
     /// prescribed geometry is stored only where it covers the disk exactly.
-    fn to_store(size: u64) -> Self {
+    pub(super) fn to_store(size: u64) -> Self {
         let prescribed = Self::for_size(size);
         if prescribed.size() == size { prescribed } else { Self::MAX }
     }

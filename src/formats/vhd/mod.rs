@@ -59,6 +59,7 @@ mod footers;
 mod info;
 mod layout;
 mod locators;
+mod lost;
 mod relink;
 mod repair;
 mod space;

@@ -1,9 +1,11 @@
-//! What can be rebuilt: either footer from the other, the trailing footer's place, the batmap, the
-//! bitmaps of a dynamic disk, and space that nothing uses.
+//! What can be rebuilt: either footer from the other, the trailing footer's place, a geometry that the
+//! disk does not cover, the batmap, the bitmaps of a dynamic disk, blocks that overlap (see
+//! [`lost`](super::lost)), and space that nothing uses.
 //!
 //! Each round of a repair begins with one intact footer at least, and only ever overwrites the other
-//! one, so the image opens whatever a crash leaves. Nothing is known twice of the dynamic header, the
-//! BAT and the bitmaps of a differencing disk: they are never touched.
+//! one, so the image opens whatever a crash leaves. Nothing is known twice of the dynamic header and
+//! the bitmaps of a differencing disk: they are never touched, but that with consent the checksum of a
+//! header or footer that looks right is made to fit, which changes one sector of the file.
 
 use std::sync::Arc;
 
@@ -12,25 +14,33 @@ use zerocopy::IntoBytes;
 use super::batmap::Batmap;
 use super::bitmaps::is_full;
 use super::footers::{CopyState, Footers};
-use super::layout::{DiskType, FOOTER, SECTOR};
+use super::layout::{Chs, DiskType, FOOTER, SECTOR, VERSION};
+use super::lost::repair_entries;
 use super::structure::Structure;
 use super::survey::Survey;
 use crate::codec;
 use crate::error::Result;
-use crate::formats::Plan;
 use crate::formats::repair::stored;
+use crate::formats::{Plan, Severity};
 use crate::storage::Storage;
 
 /// Plans the next round.
 pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
-    let footers = Footers::find(&**file, false)?;
+    let footers = Footers::find(&**file, plan.lossy())?;
+    if footers.forced.is_some() {
+        return seal_footer(file, &footers, plan);
+    }
     if footers.disk_type == DiskType::Fixed {
+        repair_geometry(file, &footers, plan);
         return Ok(());
     }
     if plan.all() && matches!(footers.trailing, CopyState::Good | CopyState::Short) {
         repair_head(file, &footers, plan);
     }
-    let structure = Structure::read(&**file, &footers, false)?;
+    let structure = Structure::read(&**file, &footers, plan.lossy())?;
+    if !structure.header.checksum_matches() {
+        return seal_header(file, &footers, structure, plan);
+    }
     if plan.all() && matches!(footers.trailing, CopyState::Damaged(_) | CopyState::Absent) {
         repair_trailing(file, &footers, &structure, plan)?;
     } else if plan.all() && plan.reclaims() && footers.disk_type == DiskType::Dynamic {
@@ -41,6 +51,10 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
     }
     // Moving the footer takes two good ones.
     let both = footers.trailing == CopyState::Good && footers.head == CopyState::Good;
+    if plan.all() && plan.is_empty() && both && structure.read_only.is_none() {
+        repair_entries(file, &footers, &structure, plan)?;
+        repair_geometry(file, &footers, plan);
+    }
     if plan.reclaims() && both {
         reclaim(file, &footers, &structure, plan)?;
     }
@@ -50,6 +64,61 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
 fn repair_head(file: &Arc<dyn Storage>, footers: &Footers, plan: &mut Plan) {
     if footers.head != CopyState::Good {
         plan.write(file, 0, footers.bytes().to_vec(), "the footer copy, from the footer");
+    }
+}
+
+/// Makes the checksum of the footer that counts fit, if what the footer says is possible.
+fn seal_footer(file: &Arc<dyn Storage>, footers: &Footers, plan: &mut Plan) -> Result<()> {
+    let mut footer = footers.footer;
+    footer.seal();
+    let possible = footer.format_version.get() == VERSION
+        && match footers.disk_type {
+            DiskType::Fixed => (SECTOR..=footers.data_end).contains(&footer.current_size.get()),
+            _ => is_plausible(file, footers, &Structure::read(&**file, footers, false)?)?,
+        };
+    if possible {
+        let in_place = matches!(footers.trailing, CopyState::Damaged(_));
+        let at = if in_place { footers.file_len - FOOTER } else { 0 };
+        plan.write(file, at, footer.as_bytes().to_vec(), "the footer's checksum");
+    }
+    Ok(())
+}
+
+/// Makes the checksum of the dynamic header fit, if what the header says is possible.
+fn seal_header(
+    file: &Arc<dyn Storage>,
+    footers: &Footers,
+    mut structure: Structure,
+    plan: &mut Plan,
+) -> Result<()> {
+    if plan.is_empty() && is_plausible(file, footers, &structure)? {
+        structure.header.seal();
+        let at = footers.footer.data_offset.get();
+        let bytes = structure.header.as_bytes().to_vec();
+        plan.write(file, at, bytes, "the dynamic header's checksum");
+    }
+    Ok(())
+}
+
+/// Whether every block lies where a block of that size can lie.
+fn is_plausible(file: &Arc<dyn Storage>, footers: &Footers, structure: &Structure) -> Result<bool> {
+    let mut sound = structure.size > 0;
+    let survey = Survey::run(&**file, structure, footers.data_end, &mut |problem| {
+        sound &= problem.severity != Severity::Error;
+    })?;
+    Ok(sound
+        && survey.complete
+        && structure.size.div_ceil(structure.block_size) == structure.blocks)
+}
+
+/// Replaces a geometry larger than the disk: programs that go by it read past its end.
+fn repair_geometry(file: &Arc<dyn Storage>, footers: &Footers, plan: &mut Plan) {
+    let mut footer = footers.footer;
+    let wrong = footer.geometry() != Chs::MAX && footer.geometry().size() > footer.size();
+    if plan.all() && plan.is_empty() && wrong && footers.trailing == CopyState::Good {
+        footer.set_geometry(Chs::to_store(footer.size()));
+        footer.seal();
+        plan.write(file, footers.data_end, footer.as_bytes().to_vec(), "the footer's geometry");
     }
 }
 

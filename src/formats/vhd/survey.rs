@@ -16,6 +16,8 @@ use crate::storage::Storage;
 /// Most stored blocks looked after, 64 MiB of memory: the largest disk in the smallest blocks that any
 /// known program makes, 512 KiB, has half as many.
 const MAX_STORED: usize = 1 << 23;
+/// Most runs of blocks that lead nowhere of which a survey keeps the numbers.
+const MAX_LOST: usize = 1 << 16;
 /// Bytes of the BAT read at once.
 const CHUNK: u64 = 1 << 20;
 
@@ -24,6 +26,21 @@ const CHUNK: u64 = 1 << 20;
 pub(super) struct Survey {
     /// First sector and number of each stored block, ascending by sector.
     pub stored: Vec<(u32, u32)>,
+    /// Blocks of the disk whose entries lead to nothing of theirs, ascending runs; not all if there are
+    /// very many.
+    pub lost: Vec<Range<u64>>,
+    /// Where the blocks end of which the file has only a first part, if it has any such.
+    pub cut_off: Option<u64>,
+    /// The whole BAT was gone through.
+    pub complete: bool,
+}
+
+/// Where an entry leads.
+enum Place {
+    Whole,
+    /// The file ends in the middle of the block, which would end at this byte.
+    CutOff(u64),
+    Nowhere,
 }
 
 /// Something wrong with the BAT.
@@ -50,12 +67,13 @@ impl Survey {
         // The last block may be cut off behind the end of the disk.
         let room = data_end / stride + 1;
         let entries = structure.table_entries.min(MAX_SPARSE_SIZE / structure.block_size);
-        let mut stored = Vec::new();
+        let mut survey = Self { complete: true, ..Self::default() };
         let mut chunk = vec![0; CHUNK.min(entries * 4) as usize];
         let mut block = 0;
         while block < entries {
             let next = next_stored(file, structure, block..entries)?;
             report_hole(structure, block..next.start, found);
+            survey.lose(block..next.start.min(structure.blocks));
             block = next.start;
             let at = structure.table_at + block * 4;
             let len = CHUNK.min((next.end - block) * 4) as usize;
@@ -64,24 +82,30 @@ impl Survey {
                 let sector = u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]]);
                 let at = structure.table_at + block * 4;
                 let mut problem = |severity, what| found(Problem { severity, at, what });
-                if sector != UNUSED && is_sound(structure, data_end, block, sector, &mut problem) {
-                    // Both numbers fit: the table has at most 2^32 - 1 entries.
-                    stored.push((sector, block as u32));
+                if sector != UNUSED {
+                    match place(structure, data_end, block, sector, &mut problem) {
+                        // Both numbers fit: the table has at most 2^32 - 1 entries.
+                        Place::Whole => survey.stored.push((sector, block as u32)),
+                        _ if block >= structure.blocks => {}
+                        Place::CutOff(end) => survey.cut_off = survey.cut_off.max(Some(end)),
+                        Place::Nowhere => survey.lose(block..block + 1),
+                    }
                 }
                 block += 1;
             }
-            if stored.len() > MAX_STORED {
+            if survey.stored.len() > MAX_STORED {
                 let what = format!("more than {MAX_STORED} blocks are stored");
                 return Err(Error::unsupported(what).in_file(file.path()));
             }
-            if stored.len() as u64 > room {
+            if survey.stored.len() as u64 > room {
                 let what = "more blocks than the file has room for".to_owned();
                 found(Problem { severity: Severity::Error, at, what });
+                survey.complete = false;
                 break;
             }
         }
-        stored.sort_unstable();
-        for pair in stored.windows(2) {
+        survey.stored.sort_unstable();
+        for pair in survey.stored.windows(2) {
             let [(first, a), (second, b)] = [pair[0], pair[1]];
             if u64::from(first) * SECTOR + stride > u64::from(second) * SECTOR {
                 found(Problem {
@@ -94,7 +118,16 @@ impl Survey {
                 });
             }
         }
-        Ok(Self { stored })
+        Ok(survey)
+    }
+
+    fn lose(&mut self, blocks: Range<u64>) {
+        match self.lost.last_mut() {
+            _ if blocks.is_empty() => {}
+            Some(last) if last.end == blocks.start => last.end = blocks.end,
+            _ => self.lost.push(blocks),
+        }
+        self.lost.truncate(MAX_LOST);
     }
 
     /// The gaps of at least `least` bytes between everything in use, ascending, and where the last
@@ -148,14 +181,15 @@ fn report_hole(structure: &Structure, blocks: Range<u64>, found: &mut dyn FnMut(
     }
 }
 
-/// Whether an entry in use leads to a block inside the file and outside its structures.
-fn is_sound(
+/// Where an entry in use leads; anything but a block inside the file and outside its structures is a
+/// problem.
+fn place(
     structure: &Structure,
     data_end: u64,
     block: u64,
     sector: u32,
     problem: &mut dyn FnMut(Severity, String),
-) -> bool {
+) -> Place {
     let at = u64::from(sector) * SECTOR;
     let whole = at..at + structure.stride();
     let of_disk = block < structure.blocks;
@@ -165,7 +199,7 @@ fn is_sound(
     }
     if structure.reserved.iter().any(|range| overlap(range, &whole)) {
         problem(severity, format!("block {block} at {at:#x} lies over the image's own structures"));
-        return false;
+        return Place::Nowhere;
     }
     let needed = if of_disk {
         let range = structure.block_range(block);
@@ -173,12 +207,11 @@ fn is_sound(
     } else {
         structure.block_size
     };
-    if at + structure.bitmap_size + needed > data_end {
-        problem(
-            severity,
-            format!("block {block} at {at:#x} reaches past the end of the data ({data_end:#x})"),
-        );
-        return false;
+    let data_at = at + structure.bitmap_size;
+    if data_at + needed <= data_end {
+        return Place::Whole;
     }
-    true
+    let what = format!("block {block} at {at:#x} reaches past the end of the data ({data_end:#x})");
+    problem(severity, what);
+    if data_at < data_end { Place::CutOff(whole.end) } else { Place::Nowhere }
 }

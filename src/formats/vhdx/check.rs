@@ -107,14 +107,14 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
     let mut before = (0, Entry(0));
     bat::scan(&*parts.file, region, &layout, |index, slot, entry| {
         let at = region.offset + index * ENTRY_BYTES;
-        if let Err(e) = stock.take(slot, entry) {
+        if let Err(misfit) = stock.take(slot, entry) {
             let shifted = before == (index.wrapping_sub(1), entry);
             let note = if shifted {
                 ", as the entry before it; old QEMU versions shift entries"
             } else {
                 ""
             };
-            report.error(at, format!("{}{note}", e.what()));
+            report.error(at, format!("{}{note}", misfit.error.what()));
         }
         before = (index, entry);
         let stored = matches!(entry.state(), State::Present | State::Partial);
@@ -183,15 +183,15 @@ fn report_leaks(parts: &Parts, space: &Space, report: &mut Report) -> Result<()>
 
 /// The partially present blocks of one chunk. The entry of its sector bitmap comes after theirs.
 #[derive(Default)]
-struct PartialBlocks {
+pub(super) struct PartialBlocks {
     chunk: u64,
     /// Blocks, and the indices of their entries.
-    blocks: Vec<(u64, u64)>,
+    pub blocks: Vec<(u64, u64)>,
 }
 
 impl PartialBlocks {
     /// Comes to an entry of `chunk`. Says which blocks of the chunk before have no bitmap.
-    fn begin(&mut self, chunk: u64) -> Vec<(u64, u64)> {
+    pub fn begin(&mut self, chunk: u64) -> Vec<(u64, u64)> {
         let left = if chunk == self.chunk { Vec::new() } else { std::mem::take(&mut self.blocks) };
         self.chunk = chunk;
         left

@@ -48,8 +48,13 @@ pub struct Header {
 impl Header {
     /// Decodes a header; `None` when signature or checksum are wrong.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
+        Self::decode_unsealed(bytes).filter(|_| sealed(bytes))
+    }
+
+    /// Decodes a header, whatever its checksum.
+    fn decode_unsealed(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
         let raw = RawHeader::read_from_bytes(bytes).ok()?;
-        (raw.signature == RawHeader::SIGNATURE && sealed(bytes)).then(|| Self {
+        (raw.signature == RawHeader::SIGNATURE).then(|| Self {
             sequence: raw.sequence.get(),
             file_write: guid(&raw.file_write_guid),
             data_write: guid(&raw.data_write_guid),
@@ -127,6 +132,26 @@ impl Headers {
             [Some(a), Some(b)] => (usize::from(b.sequence > a.sequence), false),
         };
         Ok(Self { slots, current, ambiguous })
+    }
+
+    /// Where both slots have wrong checksums: the later header of those that could be right all the
+    /// same.
+    pub fn plausible(file: &dyn Storage) -> Result<Option<Self>> {
+        let file_len = file.len().map_err(|e| Error::io("asking for the size", &e))?;
+        let mut slots = [None, None];
+        for (slot, at) in slots.iter_mut().zip(HEADER_OFFSETS) {
+            let bytes = read_array(file, at, "header")?;
+            if Header::decode(&bytes).is_some() {
+                return Ok(None);
+            }
+            *slot = Header::decode_unsealed(&bytes).filter(|header| {
+                let known = header.version == 1 && header.log_version == 0;
+                known && header.check_log_place(file_len).is_ok()
+            });
+        }
+        let sequence = |slot: &Option<Header>| slot.as_ref().map(|header| header.sequence);
+        let current = usize::from(sequence(&slots[1]) > sequence(&slots[0]));
+        Ok(slots[current].is_some().then_some(Self { slots, current, ambiguous: false }))
     }
 
     /// Headers for reading a file whose own are lost: no log, no identity.

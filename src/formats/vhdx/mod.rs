@@ -62,6 +62,7 @@ mod headers;
 mod layout;
 mod locator;
 mod log;
+mod lost;
 mod metadata;
 mod open;
 mod overlay;

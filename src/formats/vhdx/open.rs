@@ -48,13 +48,23 @@ pub(super) struct Parts {
     pub warnings: Vec<String>,
     /// Why the file must not be written, if so.
     pub read_only: Option<String>,
+    /// What is wrong with the log, if that is all that keeps the file from being written.
+    pub bad_log: Option<BadLog>,
+}
+
+/// What can be wrong with a log, and be put right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BadLog {
+    /// It is empty, as it should be, but lies where no log can lie.
+    Misplaced,
+    /// It should be replayed, but has no valid entry.
+    Lost,
 }
 
 impl Parts {
     /// Reads and checks everything. With `force` more is tolerated, but then not written.
     pub fn read(raw: Arc<dyn Storage>, force: bool) -> Result<Self> {
-        let mut doubts =
-            Doubts { force, faults: Vec::new(), warnings: Vec::new(), read_only: None };
+        let mut doubts = Doubts { force, ..Doubts::default() };
         let creator = read_creator(&*raw)?;
         let headers = match Headers::read(&*raw) {
             Ok(headers) => headers,
@@ -94,7 +104,7 @@ impl Parts {
         let layout = BatLayout::of(&metadata);
         doubts.warnings.extend(regions.oddities.iter().chain(&metadata.oddities).cloned());
         if let Some(why) = metadata.read_only.as_ref().or(regions.oddities.first()) {
-            doubts.read_only.get_or_insert(why.clone());
+            doubts.must_not_write(why.clone());
         }
         let log = header.log_offset..header.log_offset.saturating_add(header.log_length.into());
         let overlap = regions.all.iter().find(|r| {
@@ -105,15 +115,19 @@ impl Parts {
             if header.dirty() {
                 return Err(e);
             }
-            doubts.read_only(e.what().to_owned());
+            doubts.misplaced_log(e.what().to_owned());
         }
         if header.sequence > u64::MAX - 16 {
-            doubts.read_only("the header's sequence number cannot grow any more".to_owned());
+            doubts.warn("the header's sequence number cannot grow any more".to_owned());
         }
         if regions.bat.length / ENTRY_BYTES < layout.entries {
-            doubts.read_only("the BAT is too small for the disk".to_owned());
+            doubts.warn("the BAT is too small for the disk".to_owned());
         }
-        let Doubts { faults, warnings, read_only, .. } = doubts;
+        let Doubts { faults, warnings, read_only, bad_log, .. } = doubts;
+        let (bad_log, read_only) = match (bad_log, read_only) {
+            (Some((what, why)), None) => (Some(what), Some(why)),
+            (_, read_only) => (None, read_only),
+        };
         Ok(Self {
             creator,
             headers,
@@ -127,6 +141,7 @@ impl Parts {
             faults,
             warnings,
             read_only,
+            bad_log,
         })
     }
 
@@ -135,7 +150,7 @@ impl Parts {
         let header = self.headers.header();
         let header_section = 0..MIB;
         let mut reserved = vec![header_section];
-        if header.log_length > 0 {
+        if header.log_length > 0 && self.bad_log != Some(BadLog::Misplaced) {
             let end = header.log_offset.saturating_add(header.log_length.into());
             reserved.push(header.log_offset..end.min(self.file_len));
         }
@@ -203,27 +218,50 @@ impl Parts {
 }
 
 /// Decides what of the oddities met while opening is tolerated.
+#[derive(Default)]
 struct Doubts {
     force: bool,
     faults: Vec<Error>,
     warnings: Vec<String>,
+    /// Why the file must not be written, but for its log.
     read_only: Option<String>,
+    /// The same of its log.
+    bad_log: Option<(BadLog, String)>,
 }
 
 impl Doubts {
     /// An error unless the caller insists; then the file is not written.
     fn tolerate(&mut self, e: Error) -> Result<()> {
-        if !self.force {
-            return Err(e.hint(FORCE_HINT));
-        }
-        self.read_only.get_or_insert(e.what().to_owned());
+        let e = self.insist(e)?;
+        self.must_not_write(e.what().to_owned());
         self.faults.push(e);
         Ok(())
     }
 
-    fn read_only(&mut self, why: String) {
-        self.warnings.push(why.clone());
+    /// The same for a log without entries.
+    fn tolerate_lost_log(&mut self, e: Error) -> Result<()> {
+        let e = self.insist(e)?;
+        self.bad_log = Some((BadLog::Lost, e.what().to_owned()));
+        self.faults.push(e);
+        Ok(())
+    }
+
+    fn insist(&self, e: Error) -> Result<Error> {
+        if self.force { Ok(e) } else { Err(e.hint(FORCE_HINT)) }
+    }
+
+    fn must_not_write(&mut self, why: String) {
         self.read_only.get_or_insert(why);
+    }
+
+    fn warn(&mut self, why: String) {
+        self.warnings.push(why.clone());
+        self.must_not_write(why);
+    }
+
+    fn misplaced_log(&mut self, why: String) {
+        self.warnings.push(why.clone());
+        self.bad_log = Some((BadLog::Misplaced, why));
     }
 }
 
@@ -238,7 +276,7 @@ fn replay(
         if header.log_length > 0
             && let Err(e) = header.check_log_place(raw_len)
         {
-            doubts.read_only(e.what().to_owned());
+            doubts.misplaced_log(e.what().to_owned());
         }
         return Ok(None);
     }
@@ -253,10 +291,7 @@ fn replay(
             length: header.log_length.into(),
             guid: header.log,
         };
-        let sequence = find_active(raw, &place)?.ok_or_else(|| {
-            Error::corrupt("the log should be replayed, but holds no valid entry")
-                .at(header.log_offset)
-        })?;
+        let Some(sequence) = find_active(raw, &place)? else { return Ok(None) };
         let flushed = sequence.newest.flushed_file_offset;
         if raw_len < flushed {
             return Err(Error::corrupt(format!(
@@ -265,15 +300,20 @@ fn replay(
         }
         let overlay = overlay(raw, &place, &sequence, raw_len.next_multiple_of(MIB))?;
         let stated = sequence.newest.last_file_offset;
-        Ok((overlay, sequence.entries.len(), raw_len.max(stated) - raw_len))
+        Ok(Some((overlay, sequence.entries.len(), raw_len.max(stated) - raw_len)))
     };
     match found() {
-        Ok((overlay, entries, missing)) => {
+        Ok(Some((overlay, entries, missing))) => {
             if missing > 0 {
                 let what = format!("the file is {missing} bytes shorter than its log states");
                 doubts.warnings.push(format!("{what}; replaying the log extends it"));
             }
             Ok(Some((overlay, entries)))
+        }
+        Ok(None) => {
+            let e = Error::corrupt("the log should be replayed, but holds no valid entry");
+            doubts.tolerate_lost_log(e.at(header.log_offset))?;
+            Ok(None)
         }
         Err(e) => {
             doubts.tolerate(e)?;

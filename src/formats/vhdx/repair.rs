@@ -1,12 +1,14 @@
-//! What can be rebuilt: what the log has to say, the bad one of two headers or region tables, a last
-//! block that was cut short, places named by blocks that are not stored, and space that nothing uses.
+//! What can be rebuilt: what the log has to say, a place for a log that has none, the bad one of two
+//! headers or region tables, a last block that was cut short, places named by blocks that are not stored,
+//! entries that lead wrong (see [`lost`](super::lost)), and space that nothing uses. With consent also
+//! headers of which only the checksum is wrong, and a log is forgotten that has no entries.
 //!
 //! # Order
 //!
 //! As in a writing session the headers get a new `FileWriteGuid` first, one after the other; that alone
 //! replaces a bad one. A log stays in force until all it says is durably in its place. Every other
 //! step means the same before and after it, so a crash leaves what is planned again. Repairs go
-//! without a log: no 512-byte sector of theirs depends on another one.
+//! without a log: where one sector of theirs depends on another, a sync stands between.
 
 use std::sync::Arc;
 
@@ -14,10 +16,12 @@ use uuid::Uuid;
 
 use super::bat::{self, ENTRIES_PER_PAGE, Entry, Slot, State};
 use super::headers::{Header, Headers};
-use super::layout::{HEADER_OFFSETS, LOG_SECTOR, REGION_TABLE_OFFSETS};
-use super::open::Parts;
+use super::layout::{HEADER_OFFSETS, LOG_SECTOR, MIB, REGION_TABLE_OFFSETS};
+use super::lost::repair_entries;
+use super::open::{BadLog, Parts};
 use super::overlay::Replayed;
 use super::regions::read_copy;
+use super::space::Space;
 use super::stock::Stock;
 use crate::codec::read_exact;
 use crate::error::{Error, Result};
@@ -30,7 +34,18 @@ const MAX_PAGES: usize = 4096;
 
 /// Plans the next round.
 pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
-    let parts = Parts::read(file.clone(), false)?;
+    if plan.lossy()
+        && let Some(mut headers) = Headers::plausible(&**file)?
+    {
+        let what = "a header, from one whose checksum does not match";
+        return replace_headers(file, &mut headers, plan, what, |_| ());
+    }
+    let parts = Parts::read(file.clone(), plan.lossy())?;
+    if plan.all()
+        && let Some(bad) = parts.bad_log
+    {
+        return repair_log(file, &parts, bad, plan);
+    }
     if parts.read_only.is_some() {
         return Ok(());
     }
@@ -44,6 +59,9 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
         repair_blocks(file, &parts, &mut work)?;
     }
     let replays = plan.all() && headers.header().dirty();
+    if plan.all() && work.is_empty() && !bad_header && !replays {
+        repair_entries(file, &parts, &mut work)?;
+    }
     if plan.reclaims() && work.is_empty() && !bad_header && !replays {
         reclaim(file, &parts, &mut work)?;
     }
@@ -85,6 +103,30 @@ fn replace_headers(
         headers.current = slot;
     }
     Ok(())
+}
+
+/// Gives a log that lies where it cannot a place at the end of the file, or makes the headers forget one
+/// without entries; both only where every entry of the BAT is right.
+fn repair_log(file: &Arc<dyn Storage>, parts: &Parts, bad: BadLog, plan: &mut Plan) -> Result<()> {
+    if space(parts)?.is_none() {
+        return Ok(());
+    }
+    let id = Uuid::new_v4();
+    let mut headers = parts.headers.clone();
+    if bad == BadLog::Lost {
+        let what = "a header that names no log any more";
+        return replace_headers(file, &mut headers, plan, what, |h| {
+            (h.file_write, h.log) = (id, Uuid::nil());
+        });
+    }
+    let at = parts.file_len;
+    let what = "a header that says the file was changed";
+    replace_headers(file, &mut headers, plan, what, |h| h.file_write = id)?;
+    plan.sync(file);
+    plan.set_len(file, at + MIB, "room for a log");
+    replace_headers(file, &mut headers, plan, "a header that names this log", |h| {
+        (h.log_offset, h.log_length) = (at, MIB as u32);
+    })
 }
 
 /// Puts what the log says into its place.
@@ -164,18 +206,20 @@ fn is_stale(entry: Entry) -> bool {
     matches!(entry.state(), State::NotPresent | State::Zero) && entry.offset() != 0
 }
 
-/// Gives unused space back. While a log is in force the file is not cut off: the log states a length.
-fn reclaim(file: &Arc<dyn Storage>, parts: &Parts, work: &mut Plan) -> Result<()> {
+/// The space in use, if every entry of the BAT is right.
+fn space(parts: &Parts) -> Result<Option<Space>> {
     let shape = parts.shape();
     let mut stock = Stock::new(&shape, parts.file_len)?;
     let mut sound = true;
     bat::scan(&*parts.file, &parts.regions.bat, &parts.layout, |_, slot, entry| {
         sound &= stock.take(slot, entry).is_ok();
     })?;
-    if !sound {
-        return Ok(());
-    }
-    let space = stock.finish();
+    Ok(sound.then(|| stock.finish()))
+}
+
+/// Gives unused space back. While a log is in force the file is not cut off: the log states a length.
+fn reclaim(file: &Arc<dyn Storage>, parts: &Parts, work: &mut Plan) -> Result<()> {
+    let Some(space) = space(parts)? else { return Ok(()) };
     let used_end = space.used_end();
     for range in space.unused(parts.file_len) {
         if stored(&*parts.file, range.clone())? == 0 {

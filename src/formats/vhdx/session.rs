@@ -94,7 +94,8 @@ impl Blocks {
         let mut stock = Stock::new(&self.shape, len)?;
         let mut fault = None;
         bat::scan(file, &self.shape.bat, &self.shape.layout, |index, slot, entry| {
-            if let Err(e) = stock.take(slot, entry) {
+            if let Err(misfit) = stock.take(slot, entry) {
+                let e = misfit.error;
                 fault.get_or_insert(e.at(self.shape.bat.offset + index * bat::ENTRY_BYTES));
             }
         })?;

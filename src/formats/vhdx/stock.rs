@@ -17,6 +17,32 @@ pub(super) struct Stock<'a> {
     file_len: u64,
 }
 
+/// An entry that cannot be right.
+#[derive(Debug)]
+pub(super) struct Misfit {
+    /// In which way.
+    pub kind: MisfitKind,
+    /// The same for people.
+    pub error: Error,
+}
+
+/// What can be wrong with an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MisfitKind {
+    /// It leads where no block can be, or has no valid state: nothing can be read.
+    Nowhere,
+    /// It leads to where an entry before it leads, too.
+    Shared,
+    /// It counts on a parent that the disk has not. The block is read as a whole one.
+    NoParent,
+}
+
+impl Misfit {
+    fn new(kind: MisfitKind, what: String) -> Self {
+        Self { kind, error: Error::corrupt(what) }
+    }
+}
+
 impl<'a> Stock<'a> {
     /// Stock of a file of `file_len` bytes with everything but blocks marked.
     pub fn new(shape: &'a Shape, file_len: u64) -> Result<Self> {
@@ -30,17 +56,18 @@ impl<'a> Stock<'a> {
         Ok(Self { shape, space, anchors: None, file_len })
     }
 
-    /// Takes one entry. An error says what is wrong with it and leaves out its space.
-    pub fn take(&mut self, slot: Slot, entry: Entry) -> Result<()> {
+    /// Takes one entry. Of a misfit the space is left out.
+    pub fn take(&mut self, slot: Slot, entry: Entry) -> std::result::Result<(), Misfit> {
         let block_size = self.shape.layout.block_size;
         match (slot, entry.state()) {
             (Slot::Unused, _) | (_, State::NotPresent) => Ok(()),
             (Slot::Block(block), State::Invalid) => {
-                Err(Error::corrupt(format!("block {block} has no valid state: {:#x}", entry.0)))
+                let what = format!("block {block} has no valid state: {:#x}", entry.0);
+                Err(Misfit::new(MisfitKind::Nowhere, what))
             }
             (Slot::Block(block), State::Partial) if !self.shape.has_parent => {
-                let what = "is partially present on a disk without parent";
-                Err(Error::corrupt(format!("block {block} {what}")))
+                let what = format!("block {block} is partially present on a disk without parent");
+                Err(Misfit::new(MisfitKind::NoParent, what))
             }
             (Slot::Block(block), State::Present | State::Partial) => {
                 self.claim(entry.offset(), block_size, || format!("block {block}"))
@@ -59,24 +86,28 @@ impl<'a> Stock<'a> {
             }
             (Slot::Bitmap(chunk), _) => {
                 let what = format!("the sector bitmap of chunk {chunk} has no valid state");
-                Err(Error::corrupt(format!("{what}: {:#x}", entry.0)))
+                Err(Misfit::new(MisfitKind::Nowhere, format!("{what}: {:#x}", entry.0)))
             }
         }
     }
 
-    fn claim(&mut self, at: u64, len: u64, name: impl Fn() -> String) -> Result<()> {
+    fn claim(
+        &mut self,
+        at: u64,
+        len: u64,
+        name: impl Fn() -> String,
+    ) -> std::result::Result<(), Misfit> {
+        let misfit =
+            |kind, how: &str| Err(Misfit::new(kind, format!("{} at {at:#x} {how}", name())));
         let end = at.checked_add(len).filter(|end| *end <= MAX_FILE);
         let Some(end) = end.filter(|_| at < self.file_len) else {
-            let what = format!("{} at {at:#x} lies past the end of the file", name());
-            return Err(Error::corrupt(what));
+            return misfit(MisfitKind::Nowhere, "lies past the end of the file");
         };
         if !self.shape.may_hold(at, len, self.file_len) {
-            let what = format!("{} at {at:#x} lies on the header, the log or a region", name());
-            return Err(Error::corrupt(what));
+            return misfit(MisfitKind::Nowhere, "lies on the header, the log or a region");
         }
         if !self.space.mark(at..end) {
-            let what = format!("{} at {at:#x} overlaps another block", name());
-            return Err(Error::corrupt(what));
+            return misfit(MisfitKind::Shared, "overlaps another block");
         }
         Ok(())
     }

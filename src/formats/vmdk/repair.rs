@@ -1,5 +1,6 @@
 //! What can be rebuilt of sparse extents: whatever is there twice or follows from where every known
-//! writer puts it, the unclean mark, and space that nothing uses.
+//! writer puts it, the unclean mark, and space that nothing uses. With consent grains are given up that
+//! lead nowhere, and a last grain that is cut short gets zeroes for the rest.
 //!
 //! # Order
 //!
@@ -7,7 +8,8 @@
 //! directories; directory entries; tables; the mark, when nothing else is wrong; unused space, when
 //! a check finds no error at all. A directory entry is written when the table that it leads to is
 //! durable. Tables are merged entry by entry, and merging again gives the same, whichever sectors of
-//! an interrupted merge arrived.
+//! an interrupted merge arrived. Grains are given up when all that is settled; only then, when no table
+//! leads past the end of the file any more, does it grow.
 //!
 //! What guests see changes only where it was an error, or where a table of an image that was closed
 //! properly lacks a grain that its copy has and nothing else uses.
@@ -31,6 +33,7 @@ use super::walk::{self, Kind, TableReader, Usage};
 pub fn repair(file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()> {
     let link = Link::open(file, ctx)?;
     let reclaims = plan.reclaims();
+    let has_parent = link.descriptor.descriptor.parent_cid()?.is_some();
     let extents = || link.sparse.iter().filter(|extent| is_repairable(extent));
     for extent in extents() {
         let storage: Arc<dyn Storage> = extent.file.clone();
@@ -40,6 +43,9 @@ pub fn repair(file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Res
         }
         if extent.writable && work.is_empty() {
             repair_tables(extent, &storage, reclaims, &mut work)?;
+        }
+        if plan.lossy() && extent.writable && work.is_empty() {
+            give_up(extent, &storage, has_parent, &mut work)?;
         }
         plan.append(work);
     }
@@ -335,6 +341,63 @@ fn choose(extent: &SparseExtent, usage: &mut Usage, [primary, redundant]: [u64; 
         return Some(redundant);
     }
     legal(primary).then_some(primary)
+}
+
+/// Gives up grains that lead nowhere, or else completes one that the end of the file cuts short. In a
+/// child whose header declares no entry for zeroes they stay: the parent's data is not theirs.
+fn give_up(
+    extent: &SparseExtent,
+    file: &Arc<dyn Storage>,
+    has_parent: bool,
+    work: &mut Plan,
+) -> Result<()> {
+    let tables = &extent.tables;
+    let zeroes: Option<u32> = match (has_parent, tables.zeroed_grains) {
+        (false, _) => Some(0),
+        (true, zeroed) => zeroed.then_some(1),
+    };
+    let usage = walk::walk(tables, &mut |_| ())?;
+    let file_len = tables.file_len.load(std::sync::atomic::Ordering::Relaxed);
+    let (mut lost, mut needed) = (false, file_len);
+    let mut bytes = vec![0; tables.table_len() as usize];
+    each_twins(tables, tables.rgd.unwrap_or(tables.gd), |index, twins| {
+        let Table::At(first) = twins.at[0] else { return Ok(()) };
+        codec::read_exact(&**file, first, &mut bytes, "a grain table")?;
+        let mut given_up = 0;
+        for entry in bytes.chunks_exact_mut(4) {
+            match (tables.decode(tables.raw(entry, 0)), zeroes) {
+                (Grain::Bad, Some(zeroes)) => {
+                    entry.copy_from_slice(&zeroes.to_le_bytes());
+                    given_up += 1;
+                }
+                (Grain::Bad, None) => lost = true,
+                (Grain::At(at), _) => needed = needed.max(at + tables.grain),
+                (Grain::Unallocated | Grain::Zero, _) => {}
+            }
+        }
+        let copies = || twins.at.iter().filter_map(|copy| place_of(*copy));
+        let contested = copies().any(|at| usage.is_contested(&(at..at + tables.table_len())));
+        lost |= given_up > 0;
+        if given_up > 0 && !contested && !work.is_full() {
+            let what = format!("{given_up} grains of grain table {index} are given up");
+            let second = copies().find(|at| *at != first);
+            for at in std::iter::once(first).chain(second) {
+                work.write(file, at, bytes.clone(), what.as_str());
+            }
+        }
+        Ok(())
+    })?;
+    if !lost && needed > file_len {
+        work.set_len(file, needed, "a grain is cut short");
+    }
+    Ok(())
+}
+
+fn place_of(table: Table) -> Option<u64> {
+    match table {
+        Table::At(at) => Some(at),
+        Table::Absent | Table::Bad => None,
+    }
 }
 
 /// Gives unused space back: cuts off the end, punches the rest.

@@ -1,0 +1,162 @@
+//! Putting the BAT right: blocks that share their place get one each, a block that counts on a parent the
+//! disk has not becomes a whole one, and with consent blocks that cannot be read are given up.
+//!
+//! # Order
+//!
+//! One round each. Blocks that are given up go first: the file grows only when no entry leads past its
+//! end. A block that is copied has the same data in both places until its entry changes, which happens
+//! when the copy is durable; what a crash leaves of copies is unused space.
+//!
+//! A block of a differencing disk becomes an undefined one, which reads as zeroes. One that is not
+//! present would show what the parent has instead.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::bat::{self, ENTRY_BYTES, Entry, Slot, State};
+use super::check::PartialBlocks;
+use super::layout::{MAX_FILE, MIB};
+use super::open::Parts;
+use super::stock::{MisfitKind, Stock};
+use crate::error::{Error, Result};
+use crate::formats::Plan;
+use crate::storage::Storage;
+
+/// Most entries that one round changes.
+const MAX_ENTRIES: usize = 4096;
+/// Undefined contents, which read as zeroes whatever a parent has.
+const UNDEFINED: Entry = Entry(1);
+
+/// What is to become of the entry at an index.
+struct Change {
+    index: u64,
+    entry: Entry,
+    what: String,
+}
+
+/// Entries that cannot stay as they are.
+#[derive(Default)]
+struct Wrong {
+    /// Those whose block cannot be read.
+    lost: Vec<Change>,
+    /// Blocks that are whole ones.
+    whole: Vec<Change>,
+    /// Those whose place is another one's too, with it.
+    shared: Vec<(Change, Range<u64>)>,
+}
+
+/// Plans the next round for an image whose log has nothing to say.
+pub(super) fn repair_entries(
+    file: &Arc<dyn Storage>,
+    parts: &Parts,
+    work: &mut Plan,
+) -> Result<()> {
+    let wrong = find(parts)?;
+    let changes = if wrong.lost.is_empty() { &wrong.whole } else { &wrong.lost };
+    if !wrong.lost.is_empty() && !work.lossy() {
+        return Ok(());
+    }
+    for change in changes {
+        put(file, parts, change, work);
+    }
+    if changes.is_empty() {
+        separate(file, parts, wrong.shared, work)?;
+    }
+    Ok(())
+}
+
+fn put(file: &Arc<dyn Storage>, parts: &Parts, change: &Change, work: &mut Plan) {
+    let at = parts.regions.bat.offset + change.index * ENTRY_BYTES;
+    work.write(file, at, change.entry.0.to_le_bytes().to_vec(), change.what.as_str());
+}
+
+/// Goes through the BAT; of each kind no more than one round changes.
+fn find(parts: &Parts) -> Result<Wrong> {
+    let (shape, layout) = (parts.shape(), &parts.layout);
+    let mut stock = Stock::new(&shape, parts.file_len)?;
+    let mut wrong = Wrong::default();
+    let mut partial = PartialBlocks::default();
+    let given_up = |block: u64, index: u64| Change {
+        index,
+        entry: if shape.has_parent { UNDEFINED } else { Entry(0) },
+        what: format!("block {block} is given up"),
+    };
+    bat::scan(&*parts.file, &parts.regions.bat, layout, |index, slot, entry| {
+        let mut readable = true;
+        if let Err(misfit) = stock.take(slot, entry) {
+            readable = misfit.kind != MisfitKind::Nowhere;
+            match (misfit.kind, slot) {
+                (MisfitKind::Nowhere, Slot::Block(block)) => {
+                    wrong.lost.push(given_up(block, index));
+                }
+                (MisfitKind::Nowhere, _) => {
+                    let what = "a sector bitmap that is not there".to_owned();
+                    wrong.lost.push(Change { index, entry: Entry(0), what });
+                }
+                (MisfitKind::NoParent, _) => {
+                    let what = "a whole block, for there is no parent".to_owned();
+                    wrong.whole.push(Change { index, entry: Entry::present(entry.offset()), what });
+                }
+                (MisfitKind::Shared, _) => {
+                    let (name, len) = match slot {
+                        Slot::Block(block) => (format!("block {block}"), layout.block_size),
+                        _ => ("a sector bitmap".to_owned(), MIB),
+                    };
+                    let change = Change { index, entry, what: name };
+                    wrong.shared.push((change, entry.offset()..entry.offset() + len));
+                }
+            }
+        }
+        if shape.has_parent {
+            for (block, index) in partial.begin(index / (layout.chunk_ratio + 1)) {
+                wrong.lost.push(given_up(block, index));
+            }
+            match (slot, entry.state()) {
+                (Slot::Block(block), State::Partial) if readable => {
+                    partial.blocks.push((block, index));
+                }
+                (Slot::Bitmap(_), State::Present | State::Partial) if readable => {
+                    partial.blocks.clear();
+                }
+                _ => {}
+            }
+        }
+        wrong.lost.truncate(MAX_ENTRIES);
+        wrong.whole.truncate(MAX_ENTRIES);
+        wrong.shared.truncate(MAX_ENTRIES);
+    })?;
+    wrong.lost.extend(partial.blocks.into_iter().map(|(block, index)| given_up(block, index)));
+    Ok(wrong)
+}
+
+/// Copies what shares its place to the end of the file.
+fn separate(
+    file: &Arc<dyn Storage>,
+    parts: &Parts,
+    shared: Vec<(Change, Range<u64>)>,
+    work: &mut Plan,
+) -> Result<()> {
+    let stored = file.len().map_err(|e| Error::io("asking for the size", &e))?;
+    let (mut copies, mut entries) = (work.part(), work.part());
+    let mut place = parts.file_len;
+    for (change, from) in shared {
+        let len = from.end - from.start;
+        if place + len > MAX_FILE {
+            break;
+        }
+        // What the host does not have of the last block are zeroes.
+        let from = from.start..from.end.min(stored);
+        copies.copy(file, from, place, format!("a place of its own for {}", change.what));
+        let state = change.entry.0 & 7;
+        let what = format!("{}, which shared its place", change.what);
+        put(file, parts, &Change { entry: Entry(place | state), what, ..change }, &mut entries);
+        place += len;
+    }
+    if !copies.is_empty() {
+        work.set_len(file, place, "room for copies");
+        work.append(copies);
+        work.sync(file);
+        work.append(entries);
+    }
+    Ok(())
+}
