@@ -193,7 +193,7 @@ fn number(file: &MemoryFile, at: u64) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-/// Checks an image that is in order, and plans a repair if that is `planned`.
+/// Checks an image of which nothing is repaired, and plans that if it is `planned`.
 fn check(name: &str, file: Computed, planned: bool) -> Report {
     let image = file.base.path().to_owned();
     let host: Arc<dyn Host> = Arc::new(One(Arc::new(file)));
@@ -276,6 +276,36 @@ fn full_vmdk_of_nearly_2_tib() {
     let report = check("VMDK", Computed { base, len, fill: Box::new(fill) }, false);
     assert_eq!((report.errors, report.leaks), (0, 0), "{:?}", report.findings);
     assert_eq!(report.allocated_blocks, grains);
+}
+
+/// As many blocks in one place would be as many copies of it.
+#[test]
+fn disks_of_which_all_blocks_share_one_place_are_not_copied() {
+    let size = 2040u64 << 30;
+    let vhd = made("vhd", "dynamic", size, None).file(&path("vhd")).unwrap();
+    let table = 1536..1536 + size / (2 * MIB) * 4;
+    let (first, len) = (table.end.next_multiple_of(512), 2 * TIB - 1024);
+    let mut footer = [0; 512];
+    vhd.read_at(0, &mut footer).unwrap();
+    let head = MemoryFile::new(vhd.path(), &vhd.to_vec()[..1536]);
+    let fill = move |at: u64, buf: &mut [u8]| {
+        put_entries(at, buf, &table, 4, |_| Some(first / 512), true);
+        if at == len - 512 {
+            buf.copy_from_slice(&footer);
+        }
+    };
+    let report = check("VHD", Computed { base: head, len, fill: Box::new(fill) }, true);
+    assert!(report.errors > 0);
+    let vhdx = made("vhdx", "dynamic", TIB, Some(MIB)).file(&path("vhdx")).unwrap();
+    let entries = TIB / MIB + TIB / MIB / 4096 - 1;
+    let table = 3 * MIB..3 * MIB + entries * 8;
+    let place = table.end.next_multiple_of(MIB);
+    let fill = move |at: u64, buf: &mut [u8]| {
+        put_entries(at, buf, &table, 8, |n| (n % 4097 < 4096).then_some(place | 6), false);
+    };
+    let len = place + MIB;
+    let report = check("VHDX", Computed { base: vhdx, len, fill: Box::new(fill) }, true);
+    assert!(report.errors > 0);
 }
 
 /// Gives a sparse VMDK grains of `grain` sectors, and so more capacity, in header and descriptor.

@@ -33,6 +33,9 @@ use crate::storage::{Access, Host, Storage};
 
 /// Bytes of memory beyond which a plan takes no more, but for what has to happen at once.
 const MAX_BYTES: usize = 32 << 20;
+/// Bytes that a round copies at most: an image of which more shares its place is nonsense, and would
+/// fill the host.
+pub const MAX_COPIED: u64 = 16 << 30;
 /// Bytes that are copied at once.
 const COPIED: u64 = 1 << 20;
 /// Most rounds of one repair.
@@ -104,11 +107,6 @@ impl Plan {
     /// Whether nothing is to be done.
     pub fn is_empty(&self) -> bool {
         self.steps.is_empty()
-    }
-
-    /// Number of steps.
-    pub fn len(&self) -> usize {
-        self.steps.len()
     }
 
     /// Whether what does not have to happen at once had better wait for the next round.

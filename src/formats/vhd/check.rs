@@ -119,16 +119,16 @@ fn check_blocks(
     let survey = Survey::run(file, structure, footers.data_end, &mut |problem| {
         report.add(problem.severity, Some(problem.at), problem.what);
     })?;
-    let of_disk = |block: u32| u64::from(block) < structure.blocks;
-    let stored = || survey.stored.iter().filter(|(_, block)| of_disk(*block));
-    report.allocated_blocks = stored().count() as u64;
+    let stride = structure.stride();
+    let of_disk = |(_, block, _): &(u32, u32, bool)| u64::from(*block) < structure.blocks;
+    report.allocated_blocks = survey.places(stride).filter(of_disk).count() as u64;
     let batmap = load_batmap(file, structure, report)?;
     let bitmaps = BitmapCheck { file, footers, structure, batmap };
-    for (sector, block) in stored() {
-        bitmaps.run(*sector, *block, report)?;
+    // Of blocks that share their place one is looked at, or a small file would be read for ever.
+    for (sector, block, _) in survey.places(stride).filter(of_disk).filter(|place| !place.2) {
+        bitmaps.run(sector, block, report)?;
     }
 
-    let stride = structure.stride();
     let (gaps, end) = survey.gaps(structure, stride);
     for gap in gaps {
         let stored = repair::stored(file, gap.clone())?;

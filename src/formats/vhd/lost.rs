@@ -19,10 +19,9 @@ use super::structure::Structure;
 use super::survey::Survey;
 use crate::error::Result;
 use crate::formats::Plan;
+use crate::formats::repair::MAX_COPIED;
 use crate::storage::Storage;
 
-/// Most blocks that one round copies.
-const MAX_COPIES: usize = 4096;
 /// Copies have their data at multiples of this many bytes.
 const ALIGNMENT: u64 = 4096;
 
@@ -81,15 +80,14 @@ fn separate(
     plan: &mut Plan,
 ) {
     let stride = structure.stride();
+    let moved: Vec<_> = survey.places(stride).filter(|(_, _, inside)| *inside).collect();
+    if moved.len() as u64 * stride > MAX_COPIED {
+        return;
+    }
     let (mut copies, mut entries) = (plan.part(), plan.part());
-    let mut kept_until = 0;
     let mut end = footers.data_end;
-    for &(sector, block) in &survey.stored {
+    for (sector, block, _) in moved {
         let at = u64::from(sector) * SECTOR;
-        if at >= kept_until {
-            kept_until = at + stride;
-            continue;
-        }
         let entry_at = structure.table_at + u64::from(block) * 4;
         if u64::from(block) >= structure.blocks {
             let what = format!("block {block}, which is past the end of the disk");
@@ -98,7 +96,7 @@ fn separate(
         }
         let data_at = (end + structure.bitmap_size).next_multiple_of(ALIGNMENT);
         let place = data_at - structure.bitmap_size;
-        if place >= REACH || copies.len() >= MAX_COPIES {
+        if place >= REACH {
             break;
         }
         // Of the last block the file has what the disk has.

@@ -130,6 +130,20 @@ impl Survey {
         self.lost.truncate(MAX_LOST);
     }
 
+    /// First sector and number of each stored block, ascending by sector, and whether it begins inside
+    /// another one that does not.
+    pub(super) fn places(&self, stride: u64) -> impl Iterator<Item = (u32, u32, bool)> {
+        let mut end = 0;
+        self.stored.iter().map(move |&(sector, block)| {
+            let at = u64::from(sector) * SECTOR;
+            let inside = at < end;
+            if !inside {
+                end = at + stride;
+            }
+            (sector, block, inside)
+        })
+    }
+
     /// The gaps of at least `least` bytes between everything in use, ascending, and where the last
     /// thing in use ends.
     pub(super) fn gaps(&self, structure: &Structure, least: u64) -> (Vec<Range<u64>>, u64) {

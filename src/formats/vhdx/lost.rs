@@ -20,6 +20,7 @@ use super::open::Parts;
 use super::stock::{MisfitKind, Stock};
 use crate::error::{Error, Result};
 use crate::formats::Plan;
+use crate::formats::repair::MAX_COPIED;
 use crate::storage::Storage;
 
 /// Most entries that one round changes.
@@ -37,12 +38,24 @@ struct Change {
 /// Entries that cannot stay as they are.
 #[derive(Default)]
 struct Wrong {
-    /// Those whose block cannot be read.
-    lost: Vec<Change>,
+    /// Indices of those whose block or bitmap cannot be read, and what they become.
+    lost: Vec<(Range<u64>, Entry)>,
     /// Blocks that are whole ones.
     whole: Vec<Change>,
     /// Those whose place is another one's too, with it.
     shared: Vec<(Change, Range<u64>)>,
+    /// Bytes of all of those.
+    shared_bytes: u64,
+}
+
+impl Wrong {
+    fn lose(&mut self, index: u64, entry: Entry) {
+        match self.lost.last_mut() {
+            Some((run, same)) if run.end == index && *same == entry => run.end += 1,
+            _ => self.lost.push((index..index + 1, entry)),
+        }
+        self.lost.truncate(MAX_ENTRIES);
+    }
 }
 
 /// Plans the next round for an image whose log has nothing to say.
@@ -52,17 +65,34 @@ pub(super) fn repair_entries(
     work: &mut Plan,
 ) -> Result<()> {
     let wrong = find(parts)?;
-    let changes = if wrong.lost.is_empty() { &wrong.whole } else { &wrong.lost };
-    if !wrong.lost.is_empty() && !work.lossy() {
-        return Ok(());
-    }
-    for change in changes {
-        put(file, parts, change, work);
-    }
-    if changes.is_empty() {
+    if !wrong.lost.is_empty() {
+        if work.lossy() {
+            give_up(file, parts, &wrong.lost, work);
+        }
+    } else if !wrong.whole.is_empty() {
+        wrong.whole.iter().for_each(|change| put(file, parts, change, work));
+    } else if wrong.shared_bytes <= MAX_COPIED {
         separate(file, parts, wrong.shared, work)?;
     }
     Ok(())
+}
+
+/// Makes entries that lead nowhere such that say so.
+fn give_up(file: &Arc<dyn Storage>, parts: &Parts, lost: &[(Range<u64>, Entry)], work: &mut Plan) {
+    for (run, entry) in lost {
+        let what = match (parts.layout.slot(run.start), parts.layout.slot(run.end - 1)) {
+            (Slot::Block(first), Slot::Block(last)) if first < last => {
+                format!("blocks {first} to {last} are given up")
+            }
+            (Slot::Block(block), _) => format!("block {block} is given up"),
+            _ => "a sector bitmap that is not there".to_owned(),
+        };
+        let entries = entry.0.to_le_bytes().repeat((run.end - run.start) as usize);
+        if !work.is_full() {
+            let at = parts.regions.bat.offset + run.start * ENTRY_BYTES;
+            work.write(file, at, entries, what);
+        }
+    }
 }
 
 fn put(file: &Arc<dyn Storage>, parts: &Parts, change: &Change, work: &mut Plan) {
@@ -76,23 +106,14 @@ fn find(parts: &Parts) -> Result<Wrong> {
     let mut stock = Stock::new(&shape, parts.file_len)?;
     let mut wrong = Wrong::default();
     let mut partial = PartialBlocks::default();
-    let given_up = |block: u64, index: u64| Change {
-        index,
-        entry: if shape.has_parent { UNDEFINED } else { Entry(0) },
-        what: format!("block {block} is given up"),
-    };
+    let given_up = if shape.has_parent { UNDEFINED } else { Entry(0) };
     bat::scan(&*parts.file, &parts.regions.bat, layout, |index, slot, entry| {
         let mut readable = true;
         if let Err(misfit) = stock.take(slot, entry) {
             readable = misfit.kind != MisfitKind::Nowhere;
             match (misfit.kind, slot) {
-                (MisfitKind::Nowhere, Slot::Block(block)) => {
-                    wrong.lost.push(given_up(block, index));
-                }
-                (MisfitKind::Nowhere, _) => {
-                    let what = "a sector bitmap that is not there".to_owned();
-                    wrong.lost.push(Change { index, entry: Entry(0), what });
-                }
+                (MisfitKind::Nowhere, Slot::Block(_)) => wrong.lose(index, given_up),
+                (MisfitKind::Nowhere, _) => wrong.lose(index, Entry(0)),
                 (MisfitKind::NoParent, _) => {
                     let what = "a whole block, for there is no parent".to_owned();
                     wrong.whole.push(Change { index, entry: Entry::present(entry.offset()), what });
@@ -103,13 +124,14 @@ fn find(parts: &Parts) -> Result<Wrong> {
                         _ => ("a sector bitmap".to_owned(), MIB),
                     };
                     let change = Change { index, entry, what: name };
+                    wrong.shared_bytes = wrong.shared_bytes.saturating_add(len);
                     wrong.shared.push((change, entry.offset()..entry.offset() + len));
                 }
             }
         }
         if shape.has_parent {
-            for (block, index) in partial.begin(index / (layout.chunk_ratio + 1)) {
-                wrong.lost.push(given_up(block, index));
+            for (_, index) in partial.begin(index / (layout.chunk_ratio + 1)) {
+                wrong.lose(index, given_up);
             }
             match (slot, entry.state()) {
                 (Slot::Block(block), State::Partial) if readable => {
@@ -121,11 +143,10 @@ fn find(parts: &Parts) -> Result<Wrong> {
                 _ => {}
             }
         }
-        wrong.lost.truncate(MAX_ENTRIES);
         wrong.whole.truncate(MAX_ENTRIES);
         wrong.shared.truncate(MAX_ENTRIES);
     })?;
-    wrong.lost.extend(partial.blocks.into_iter().map(|(block, index)| given_up(block, index)));
+    partial.blocks.into_iter().for_each(|(_, index)| wrong.lose(index, given_up));
     Ok(wrong)
 }
 

@@ -93,6 +93,49 @@ pub fn find_footer(file: &dyn Storage, file_len: u64, header: &Header) -> Result
     Ok(Some(footer))
 }
 
+/// What stands at byte `at` of a stream.
+enum Piece {
+    /// A compressed grain, by its number on the disk.
+    Grain { number: u64, at: u64 },
+    /// The marker of metadata of a kind.
+    Marker { kind: u32, at: u64 },
+}
+
+/// Follows a stream with markers from sector `first` on: grains of `grain` sectors, of which the disk
+/// has `grains`. Ends where something makes no sense, or when `visit` has seen enough and returns `false`.
+fn follow(
+    file: &dyn Storage,
+    file_len: u64,
+    (grain, grains): (u64, u64),
+    first: u64,
+    visit: &mut dyn FnMut(Piece) -> Result<bool>,
+) -> Result<()> {
+    let mut sector = first.max(1);
+    while let Some(at) = layout::bytes(sector).filter(|at| at + SECTOR <= file_len) {
+        let marker = Marker::read(file, at)?;
+        let (value, size) = (marker.head.lba.get(), u64::from(marker.head.size.get()));
+        let (piece, legal, next) = if size > 0 {
+            let (number, end) = (value / grain, at + size_of::<GrainHead>() as u64 + size);
+            let legal = value.is_multiple_of(grain)
+                && number < grains
+                && size <= largest(grain * SECTOR)
+                && end <= file_len;
+            (Piece::Grain { number, at }, legal, end.div_ceil(SECTOR))
+        } else {
+            let kind = marker.kind.get();
+            // Of a grain table, or of something unknown, the length is believed up to a limit.
+            let known = matches!(kind, END_OF_STREAM | GRAIN_DIRECTORY | FOOTER);
+            let legal = known || value <= MAX_SKIPPED;
+            (Piece::Marker { kind, at }, legal, sector.saturating_add(1).saturating_add(value))
+        };
+        if !legal || !visit(piece)? {
+            break;
+        }
+        sector = next;
+    }
+    Ok(())
+}
+
 /// The grains of a stream without directory.
 #[derive(Debug)]
 pub struct Salvage {
@@ -109,37 +152,19 @@ impl Salvage {
         let mut grains: Vec<(u64, u32)> = Vec::new();
         let mut ascending = true;
         let mut complete = false;
-        let mut sector = header.overhead.max(1);
-        while let Some(at) = layout::bytes(sector).filter(|at| at + SECTOR <= file_len) {
-            let marker = Marker::read(file, at)?;
-            let (value, size) = (marker.head.lba.get(), marker.head.size.get());
-            if size > 0 {
-                let end = at + size_of::<GrainHead>() as u64 + u64::from(size);
-                let legal = value < header.capacity
-                    && value.is_multiple_of(header.grain)
-                    && u64::from(size) <= largest(header.grain * SECTOR)
-                    && end <= file_len;
-                let Ok(place) = u32::try_from(sector) else { break };
-                if !legal {
-                    break;
-                }
-                let grain = value / header.grain;
-                ascending &= grains.last().is_none_or(|(last, _)| *last < grain);
-                grains.push((grain, place));
-                sector = end.div_ceil(SECTOR);
-                continue;
+        follow(file, file_len, (header.grain, total), header.overhead, &mut |piece| match piece {
+            Piece::Grain { number, at } => {
+                let Ok(place) = u32::try_from(at / SECTOR) else { return Ok(false) };
+                ascending &= grains.last().is_none_or(|(last, _)| *last < number);
+                grains.push((number, place));
+                Ok(true)
             }
-            sector += match marker.kind.get() {
+            Piece::Marker { kind, .. } => {
                 // All grains come before the directory.
-                END_OF_STREAM | GRAIN_DIRECTORY | FOOTER => {
-                    complete = true;
-                    break;
-                }
-                // A grain table, or something unknown.
-                _ if value <= MAX_SKIPPED => 1 + value,
-                _ => break,
-            };
-        }
+                complete = matches!(kind, END_OF_STREAM | GRAIN_DIRECTORY | FOOTER);
+                Ok(!complete)
+            }
+        })?;
         if grains.is_empty() {
             return Err(Error::corrupt(
                 "the file was cut off: neither a grain directory nor any grain is left",
@@ -287,37 +312,24 @@ pub fn check_order(
 ) -> Result<()> {
     let file = &*tables.file;
     let file_len = tables.file_len.load(Ordering::Relaxed);
-    let mut sector = first.max(1);
-    while let Some(at) = layout::bytes(sector).filter(|at| at + SECTOR <= file_len) {
-        let marker = Marker::read(file, at)?;
-        let (value, size) = (marker.head.lba.get(), marker.head.size.get());
-        if size > 0 {
-            let grain = value / (tables.grain / SECTOR);
-            let legal = value.is_multiple_of(tables.grain / SECTOR) && grain < tables.grains();
-            if !legal || u64::from(size) > largest(tables.grain) {
-                return Ok(());
+    let shape = (tables.grain / SECTOR, tables.grains());
+    follow(file, file_len, shape, first, &mut |piece| match piece {
+        Piece::Grain { number, at } => {
+            let page = number / tables.entries_per_page();
+            if tables.read_page(cache, page, |view| view.grain(number))? != Grain::At(at) {
+                let what = "is stored here, but not looked for here";
+                found(at, format!("compressed grain {number} {what}"));
             }
-            let page = grain / tables.entries_per_page();
-            let named = tables.read_page(cache, page, |view| view.grain(grain))?;
-            if named != Grain::At(at) {
-                found(
-                    at,
-                    format!("compressed grain {grain} is stored here, but not looked for here"),
-                );
-            }
-            sector = (at + size_of::<GrainHead>() as u64 + u64::from(size)).div_ceil(SECTOR);
-        } else if marker.kind.get() == END_OF_STREAM {
+            Ok(true)
+        }
+        Piece::Marker { kind: END_OF_STREAM, at } => {
             let end = at + SECTOR;
             let stored = stored(file, end..file_len)?;
             if stored > 0 {
                 found(end, format!("{stored} bytes lie behind the end of the stream"));
             }
-            return Ok(());
-        } else if value <= MAX_SKIPPED || marker.kind.get() == GRAIN_DIRECTORY {
-            sector = sector.saturating_add(1).saturating_add(value);
-        } else {
-            return Ok(());
+            Ok(false)
         }
-    }
-    Ok(())
+        Piece::Marker { .. } => Ok(true),
+    })
 }
