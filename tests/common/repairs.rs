@@ -389,6 +389,15 @@ pub fn cases() -> Vec<Case> {
             put_vhd_entry(f, 2, vhd_entry(f, 0) + 100);
             put_vhd_entry(f, 4, vhd_entry(f, 0) + 200).and(None)
         }),
+        mixed_up(vhd, "two blocks share their place, the last one ends with the disk", |f| {
+            put_vhd_entry(f, 2, vhd_entry(f, 0));
+            let (last, footer) = (vhd_entry(f, 1), get(f, len(f) - 512, 512));
+            put_vhd_entry(f, 6, last);
+            put_vhd_entry(f, 1, u32::MAX);
+            let end = (u64::from(last) + 2) * 512;
+            f.set_len(end).unwrap();
+            put(f, end, &footer).and(None)
+        }),
         of_child(mixed_up(vhd, "two blocks share their place", |f| {
             put_vhd_entry(f, 2, vhd_entry(f, 0)).and(None)
         })),
@@ -456,6 +465,11 @@ pub fn cases() -> Vec<Case> {
         lossy(vhdx, "the log that should be replayed has no entries", |f| {
             put_headers(f, 48, &[7; 16], true);
             Some(MIB)
+        }),
+        case(large, "the log lies past the end, the last block is cut short", |f| {
+            f.set_len(len(f) - MIB).unwrap();
+            put_headers(f, 72, &(1u64 << 40).to_le_bytes(), true);
+            None
         }),
         case(vhdx, "the log lies past the end", |f| {
             put_headers(f, 72, &(1u64 << 40).to_le_bytes(), true);

@@ -85,7 +85,8 @@ fn separate(
         return;
     }
     let (mut copies, mut entries) = (plan.part(), plan.part());
-    let mut end = footers.data_end;
+    // The last block may be cut off behind the end of the disk.
+    let mut end = footers.data_end.max(survey.gaps(structure, stride).1);
     for (sector, block, _) in moved {
         let at = u64::from(sector) * SECTOR;
         let entry_at = structure.table_at + u64::from(block) * 4;

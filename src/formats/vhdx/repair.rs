@@ -108,9 +108,7 @@ fn replace_headers(
 /// Gives a log that lies where it cannot a place at the end of the file, or makes the headers forget one
 /// without entries; both only where every entry of the BAT is right.
 fn repair_log(file: &Arc<dyn Storage>, parts: &Parts, bad: BadLog, plan: &mut Plan) -> Result<()> {
-    if space(parts)?.is_none() {
-        return Ok(());
-    }
+    let Some(space) = space(parts)? else { return Ok(()) };
     let id = Uuid::new_v4();
     let mut headers = parts.headers.clone();
     if bad == BadLog::Lost {
@@ -119,7 +117,8 @@ fn repair_log(file: &Arc<dyn Storage>, parts: &Parts, bad: BadLog, plan: &mut Pl
             (h.file_write, h.log) = (id, Uuid::nil());
         });
     }
-    let at = parts.file_len;
+    // The last block may be cut short.
+    let at = parts.file_len.max(space.used_end());
     let what = "a header that says the file was changed";
     replace_headers(file, &mut headers, plan, what, |h| h.file_write = id)?;
     plan.sync(file);
