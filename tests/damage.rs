@@ -172,7 +172,11 @@ fn write(base: &Base, host: &Arc<MemoryHost>, rng: &mut Rng, before: &[Sample]) 
 /// Plans a repair, carries it out, and holds the disk against what could be read `before`. Whether
 /// the image was changed and is without errors now.
 fn repair(base: &Base, host: &Arc<MemoryHost>, rng: &mut Rng, before: &[Sample]) -> bool {
-    let scope = if rng.u32(..4) == 0 { Scope::Leaks } else { Scope::All };
+    let scope = match rng.u32(..4) {
+        0 => Scope::Leaks,
+        1 => Scope::Lossy,
+        _ => Scope::All,
+    };
     let reader = Guarded::reading(host);
     let plan = |host: Arc<dyn Host>, access, dry_run| {
         formats::repair(&host, &base.image, &OpenOptions::new(access), scope, dry_run)
