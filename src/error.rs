@@ -43,6 +43,8 @@ pub enum ErrorKind {
     ParentMissing,
     /// A parent was found but is not the disk the child was made from.
     ParentMismatch,
+    /// The caller ended the work before it was done.
+    Cancelled,
     /// An earlier failed write or flush of metadata made the image unusable until it is reopened.
     Failed,
 }

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Calls run down. `disk` never names a format, `formats` know nothing of FUSE or the command line,
-//! `storage` knows only the host. `error` and `codec` stand beside all of them.
+//! `storage` knows only the host. `error`, `codec` and `progress` stand beside all of them.
 //!
 //! # Terms
 //!
@@ -27,6 +27,7 @@ pub mod disk;
 pub mod error;
 pub mod formats;
 pub mod fuse;
+pub mod progress;
 pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};

@@ -14,6 +14,7 @@ pub mod log_sink;
 pub mod mount;
 pub mod output;
 pub mod pages;
+pub mod progress;
 pub mod running;
 
 use std::ffi::{OsStr, OsString};

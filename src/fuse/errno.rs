@@ -25,6 +25,7 @@ pub fn errno(error: &Error) -> i32 {
         ErrorKind::NotFound => libc::ENOENT,
         ErrorKind::Exists => libc::EEXIST,
         ErrorKind::Denied => host(&[libc::EPERM]).unwrap_or(libc::EACCES),
+        ErrorKind::Cancelled => libc::EINTR,
     }
 }
 
@@ -52,6 +53,7 @@ mod tests {
             (ErrorKind::ParentMissing, libc::EIO),
             (ErrorKind::ParentMismatch, libc::EIO),
             (ErrorKind::Failed, libc::EIO),
+            (ErrorKind::Cancelled, libc::EINTR),
         ] {
             assert_eq!(errno(&Error::new(kind, "x")), expected, "{kind:?}");
         }
