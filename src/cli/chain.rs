@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::output::{OutputArgs, iec, print_json, print_line};
+use super::source::image_of;
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, Result};
 use crate::formats::chain::{self, Merging};
@@ -46,8 +47,9 @@ impl ChainArgs {
     }
 
     /// Options for opening the image and its parents.
-    pub fn options(&self, access: Access) -> OpenOptions {
-        OpenOptions { parent: self.parent.clone(), ..self.parents.options(access) }
+    pub fn options(&self, access: Access) -> Result<OpenOptions> {
+        let parent = self.parent.as_deref().map(image_of).transpose()?;
+        Ok(OpenOptions { parent, ..self.parents.options(access) })
     }
 }
 
@@ -60,7 +62,7 @@ Examples:
   What a backup must copy after the one of an older generation:
     flatdisk map --since base.vhdx --json child.avhdx")]
 pub struct MapArgs {
-    /// The image.
+    /// The image, or its flat file in a mount.
     image: PathBuf,
     /// Only what changed after this ancestor of the image.
     #[arg(long, value_name = "ANCESTOR")]
@@ -77,11 +79,11 @@ pub struct MapArgs {
 /// Lists what every part of a disk is, and which image of the chain holds it.
 pub fn map(args: &MapArgs) -> Result<u8> {
     let host = HostFs::shared();
-    let options = OpenOptions { force: args.force, ..args.chain.options(Access::Peek) };
-    let image = formats::open(&host, &args.image, &options)?;
+    let options = OpenOptions { force: args.force, ..args.chain.options(Access::Peek)? };
+    let image = formats::open(&host, &image_of(&args.image)?, &options)?;
     let images: Vec<&Image> = image.chain().collect();
     let layers = match &args.since {
-        Some(ancestor) => generation(&host, &images, ancestor)?,
+        Some(ancestor) => generation(&host, &images, &image_of(ancestor)?)?,
         None => usize::MAX,
     };
     let mut printer = Printer { images, json: args.output.json(), lines: 0 };
@@ -179,20 +181,21 @@ pub struct CommitArgs {
 pub fn commit(args: &CommitArgs) -> Result<u8> {
     let options = args.parents.options(Access::Read);
     let how = Merging { over_siblings: args.force, keep: args.keep };
-    let merged = chain::merge(&HostFs::shared(), &args.child, &options, how, &mut |_| ())?;
+    let child = image_of(&args.child)?;
+    let merged = chain::merge(&HostFs::shared(), &child, &options, how, &mut |_| ())?;
     for sibling in &merged.siblings {
         let parent = merged.parent.display();
         eprintln!("flatdisk: {}: its parent {parent} has changed", sibling.display());
     }
     if args.output.json() {
         print_json(&json!({
-            "child": args.child,
+            "child": child,
             "parent": merged.parent,
             "bytes": merged.bytes,
             "invalid_siblings": merged.siblings,
         }))?;
     } else {
-        let (child, parent) = (args.child.display(), merged.parent.display());
+        let (child, parent) = (child.display(), merged.parent.display());
         print_line(&format!("merged {} of {child} into {parent}", iec(merged.bytes)))?;
     }
     Ok(0)
@@ -226,11 +229,12 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
     let options = args.parents.options(Access::Write);
     let host = HostFs::shared();
     let only = args.link_only;
-    let copied = chain::rebase(&host, &args.child, &args.parent, &options, only, &mut |_| ())?;
-    let (child, parent) = (args.child.display(), args.parent.display());
+    let (child, parent) = (image_of(&args.child)?, image_of(&args.parent)?);
+    let copied = chain::rebase(&host, &child, &parent, &options, only, &mut |_| ())?;
     if args.output.json() {
-        print_json(&json!({ "child": args.child, "parent": args.parent, "bytes": copied }))?;
+        print_json(&json!({ "child": child, "parent": parent, "bytes": copied }))?;
     } else {
+        let (child, parent) = (child.display(), parent.display());
         print_line(&format!("{child} is a child of {parent} now; {} copied", iec(copied)))?;
     }
     Ok(0)

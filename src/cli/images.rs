@@ -7,8 +7,9 @@ use serde_json::json;
 
 use super::chain::ParentArgs;
 use super::output::{OutputArgs, iec, parse_size, print_json, print_line};
+use super::source::image_of;
 use crate::error::{Error, Result};
-use crate::formats::{self, CreateSpec, Format};
+use crate::formats::{self, CreateSpec, Format, Image};
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
@@ -87,17 +88,23 @@ pub fn create(args: &CreateArgs) -> Result<u8> {
     })?;
     formats::create(format, &HostFs, &args.image, &spec)?;
     let subformat = spec.subformat.as_deref().or(format.subformats().first().copied());
-    created(args, format, subformat.unwrap_or_default(), spec.size)
+    created(args, format, subformat.unwrap_or_default(), spec.size, None)
 }
 
 /// Says what was made; `what` is the subformat, or whose child.
-fn created(args: &CreateArgs, format: &dyn Format, what: &str, size: u64) -> Result<u8> {
+fn created(
+    args: &CreateArgs,
+    format: &dyn Format,
+    what: &str,
+    size: u64,
+    parent: Option<&Image>,
+) -> Result<u8> {
     if args.output.json() {
         print_json(&json!({
             "filename": args.image,
             "format": format.name(),
             "virtual_size": size,
-            "parent": args.parent,
+            "parent": parent.map(|parent| &parent.path),
         }))?;
     } else if !args.quiet {
         let (image, format) = (args.image.display(), format.name().to_uppercase());
@@ -113,7 +120,8 @@ fn create_child(
     parent: &Path,
     spec: &CreateSpec,
 ) -> Result<u8> {
-    let parent = formats::open(&HostFs::shared(), parent, &args.parents.options(Access::Read))?;
+    let options = args.parents.options(Access::Read);
+    let parent = formats::open(&HostFs::shared(), &image_of(parent)?, &options)?;
     let size = parent.disk.size();
     if args.size.is_some_and(|wanted| wanted != size) {
         let what = format!("the parent {} has {size} bytes", parent.path.display());
@@ -124,5 +132,6 @@ fn create_child(
         None => formats::by_name(parent.info.format)?,
     };
     formats::create_child(format, &HostFs, &args.image, &parent, spec)?;
-    created(args, format, &format!("child of {}", parent.path.display()), size)
+    let what = format!("child of {}", parent.path.display());
+    created(args, format, &what, size, Some(&parent))
 }

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::chain::ChainArgs;
 use super::output::{OutputArgs, iec, print_json, print_line};
+use super::source::image_of;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::repair::Change;
 use crate::formats::{
@@ -25,7 +26,7 @@ Examples:
   A snapshot and all that it stands on:
     flatdisk info --chain server_1A2B.avhdx")]
 pub struct InfoArgs {
-    /// The image.
+    /// The image, or its flat file in a mount.
     image: PathBuf,
     /// Also show the image's parents, nearest first; implied by --parent.
     #[arg(long)]
@@ -54,10 +55,11 @@ struct ImageEntry {
 /// Shows what images say about themselves.
 pub fn info(args: &InfoArgs) -> Result<u8> {
     let host = HostFs::shared();
-    let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek) };
+    let path = image_of(&args.image)?;
+    let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek)? };
     let mut entries = Vec::new();
     if args.chain || args.parents.named() {
-        let image = formats::open(&host, &args.image, &options)?;
+        let image = formats::open(&host, &path, &options)?;
         for image in image.chain() {
             entries.push(ImageEntry {
                 filename: image.path.clone(),
@@ -68,7 +70,7 @@ pub fn info(args: &InfoArgs) -> Result<u8> {
         }
     } else {
         // A child is described even when its parent is not to be found.
-        let opened = open::open_alone(&host, &args.image, &options)?;
+        let opened = open::open_alone(&host, &path, &options)?;
         let mut allocated = 0;
         for file in opened.map.files() {
             allocated += file
@@ -76,7 +78,7 @@ pub fn info(args: &InfoArgs) -> Result<u8> {
                 .map_err(|e| Error::io("asking for the size", &e).in_file(file.path()))?;
         }
         entries.push(ImageEntry {
-            filename: args.image.clone(),
+            filename: path,
             info: opened.info,
             allocated,
             read_only: opened.read_only,
@@ -172,7 +174,7 @@ Exit status:
   3   there are no errors, but space that nothing uses
   After a repair it tells how the image is then, of a dry run how the image is now.")]
 pub struct CheckArgs {
-    /// The image.
+    /// The image, or its flat file in a mount.
     image: PathBuf,
     /// Put right what can be rebuilt without losing data: `leaks` only gives unused space back.
     #[arg(
@@ -232,9 +234,10 @@ const NOT_COMPLETED: u8 = 1;
 /// Checks every table of an image, and repairs it if asked to. Exit status, of the image as it is
 /// afterwards: 0 clean, 1 not completed, 2 errors, 3 only leaks.
 pub fn check(args: &CheckArgs) -> Result<u8> {
+    let path = image_of(&args.image)?;
     let done = match args.repair {
-        None => checked(args).map(|report| (report, None)),
-        Some(scope) => repaired(args, scope).map(|repair| {
+        None => checked(args, &path).map(|report| (report, None)),
+        Some(scope) => repaired(args, &path, scope).map(|repair| {
             let now = if args.dry_run { &repair.before } else { &repair.after };
             (now.clone(), Some(repair))
         }),
@@ -267,16 +270,16 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
         if let Some(repair) = &repair {
             print_repair(args, repair)?;
         }
-        print_report(&args.image, &report)?;
+        print_report(&path, &report)?;
     }
     Ok(report.exit_status())
 }
 
-fn checked(args: &CheckArgs) -> Result<Report> {
-    formats::check(&HostFs::shared(), &args.image, &args.parents.options(Access::Read))
+fn checked(args: &CheckArgs, path: &Path) -> Result<Report> {
+    formats::check(&HostFs::shared(), path, &args.parents.options(Access::Read)?)
 }
 
-fn repaired(args: &CheckArgs, scope: RepairScope) -> Result<Repair> {
+fn repaired(args: &CheckArgs, path: &Path, scope: RepairScope) -> Result<Repair> {
     let scope = match (scope, args.accept_loss) {
         (RepairScope::Leaks, false) => Scope::Leaks,
         (RepairScope::All, false) => Scope::All,
@@ -288,8 +291,8 @@ fn repaired(args: &CheckArgs, scope: RepairScope) -> Result<Repair> {
             );
         }
     };
-    let options = args.parents.options(Access::Write);
-    formats::repair(&HostFs::shared(), &args.image, &options, scope, args.dry_run)
+    let options = args.parents.options(Access::Write)?;
+    formats::repair(&HostFs::shared(), path, &options, scope, args.dry_run)
 }
 
 /// Prints what a repair changed, or would change.

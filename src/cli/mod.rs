@@ -16,6 +16,7 @@ pub mod output;
 pub mod pages;
 pub mod progress;
 pub mod running;
+pub mod source;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
