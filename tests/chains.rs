@@ -200,7 +200,7 @@ fn force_link(host: &Arc<dyn Host>, child: &Path, parent: &Path) {
     let identity = formats::open::open_alone(host, parent, &OpenOptions::new(Access::Peek));
     let identity = identity.unwrap().identity;
     let file = host.open(child, Access::Write).unwrap();
-    let ctx = OpenContext::new(host, child, &OpenOptions::new(Access::Write));
+    let ctx = OpenContext::new(host, &*file, &OpenOptions::new(Access::Write));
     let link = NewLink { identity: &identity, parent };
     formats::recognise(&*file).unwrap().relink(file, &ctx, &link).unwrap();
 }

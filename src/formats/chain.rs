@@ -128,7 +128,7 @@ pub fn merge(
         relink(host, path, &NewLink { identity: &parent, parent: &merged }, options)?;
         // The contents do not change, so children of the child go on knowing it.
         let file = host.open(path, Access::Write)?;
-        let ctx = OpenContext::new(host, path, &with(Access::Write, Some(seen.identity)));
+        let ctx = OpenContext::new(host, &*file, &with(Access::Write, Some(seen.identity)));
         recognise(&*file)?.empty(file, &ctx).in_file(path)?;
     } else {
         // Without its descriptor, the rest is no disk any more.
@@ -223,7 +223,8 @@ fn relink(
     let options = OpenOptions { access: Access::Write, ..options.clone() };
     let file = host.open(path, Access::Write)?;
     let format: &dyn Format = recognise(&*file)?;
-    format.relink(file, &OpenContext::new(host, path, &options), link).in_file(path)
+    let context = OpenContext::new(host, &*file, &options);
+    format.relink(file, &context, link).in_file(path)
 }
 
 /// Whether all of a child has room in its parent.

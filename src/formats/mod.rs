@@ -309,8 +309,8 @@ fn clean_up(host: &dyn Host, path: &Path, create: impl FnOnce() -> Result<()>) -
 
 /// Checks the image at `path`, and whether its parents are what they should be.
 pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Report> {
-    let ctx = OpenContext::new(host, path, options);
     let file = host.open(path, options.access)?;
+    let ctx = OpenContext::new(host, &*file, options);
     let format = recognise(&*file)?;
     check_with(format, &file, &ctx, host, path, options)
 }

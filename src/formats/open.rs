@@ -8,7 +8,7 @@ use crate::disk::Disk;
 use crate::disk::map::DiskRange;
 use crate::disk::tables::CacheBudget;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::storage::{Access, FileIdentity, Host, Storage};
+use crate::storage::{self, Access, FileIdentity, Host, Storage};
 
 use super::{Identity, ImageInfo, Opened, ParentLink, recognise, references};
 
@@ -68,11 +68,11 @@ pub struct OpenContext {
 }
 
 impl OpenContext {
-    /// A context for the image at `path`.
-    pub fn new(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Self {
+    /// A context for the image in `file`. The host is one for what that names.
+    pub fn new(host: &Arc<dyn Host>, file: &dyn Storage, options: &OpenOptions) -> Self {
         Self {
-            host: host.clone(),
-            dir: directory_of(path),
+            host: storage::named_in(host, file),
+            dir: directory_of(file.path()),
             access: options.access,
             force: options.force,
             next_identity: options.next_identity.clone(),
@@ -174,12 +174,15 @@ pub fn open(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<
 /// Opens the image at `path` without looking for its parents.
 pub fn open_alone(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Opened> {
     let file = host.open(path, options.access)?;
-    recognise(&*file)?.open(file, &OpenContext::new(host, path, options)).in_file(path)
+    let context = OpenContext::new(host, &*file, options);
+    recognise(&*file)?.open(file, &context).in_file(path)
 }
 
 /// One image of a chain.
 struct Link {
     path: PathBuf,
+    /// Where what it names comes from.
+    host: Arc<dyn Host>,
     file: FileIdentity,
     opened: Opened,
     /// When its file was last changed, where the host says.
@@ -198,8 +201,10 @@ impl Link {
         let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
         let modified = file.modified();
         let format = recognise(&*file)?;
-        let opened = format.open(file, &OpenContext::new(host, path, options)).in_file(path)?;
-        Ok(Self { path: path.to_owned(), file: identity, opened, modified, read_only: None })
+        let context = OpenContext::new(host, &*file, options);
+        let opened = format.open(file, &context).in_file(path)?;
+        let (path, host) = (path.to_owned(), context.host);
+        Ok(Self { path, host, file: identity, opened, modified, read_only: None })
     }
 
     fn size(&self) -> u64 {
@@ -291,6 +296,7 @@ fn find_parent(
         }
         tried.push(path.clone());
         // A file of the chain is told by its identity before its lock would say "in use".
+        let host = place.host(host, child);
         let peeked = place.open(host, Access::Peek).and_then(|file| in_chain(links, &*file, &path));
         if let Ok(Some(index)) = peeked {
             return Err(cycle(links, index));
@@ -387,6 +393,14 @@ impl Place {
         match self {
             Self::Given(path) => path.clone(),
             Self::Beneath(root, name) => root.join(name),
+        }
+    }
+
+    /// The host it comes from: the image's for what the image names.
+    fn host<'a>(&self, host: &'a Arc<dyn Host>, child: &'a Link) -> &'a Arc<dyn Host> {
+        match self {
+            Self::Given(_) => host,
+            Self::Beneath(..) => &child.host,
         }
     }
 

@@ -282,8 +282,8 @@ pub fn repair(
         false => host.clone(),
     };
     let options = &OpenOptions { access: Access::Write, ..options.clone() };
-    let ctx = OpenContext::new(host, path, options);
     let file = host.open(path, options.access)?;
+    let ctx = OpenContext::new(host, &*file, options);
     let in_file = |e: Error| e.in_file(path);
     let format = recognise(&*file)?;
     let check = || check_with(format, &file, &ctx, host, path, options);

@@ -36,7 +36,6 @@ use crate::disk::tables::CacheBudget;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::OpenOptions;
 use crate::storage::Access;
-use crate::storage::file::HostFs;
 
 /// How long a table stays changed in memory only when nobody asks for a flush. Five seconds are promised; the
 /// rest is for the flush itself.
@@ -105,16 +104,18 @@ impl Prepared {
         let mut open_options = OpenOptions::new(Access::Read);
         open_options.force = options.force;
         open_options.allow_parent.clone_from(&options.allow_parent);
+        let mut folders = Vec::new();
         for source in &request.sources {
             let real =
                 fs::canonicalize(source).map_err(|e| Error::io("open", &e).in_file(source))?;
             if real.is_dir() {
-                open_options.allow_parent.push(real);
+                folders.push(real);
             }
         }
+        open_options.allow_parent.extend_from_slice(&folders);
         open_options.budget = CacheBudget::new(options.cache);
         let given = given_parent(request)?;
-        let opener = Box::new(HostOpener::new(HostFs::shared(), open_options, given));
+        let opener = Box::new(HostOpener::new(open_options, &folders, given)?);
         let tree = Arc::new(Tree::new(&request.sources, opener, look)?);
         let source = match (&options.fsname, &request.sources[..]) {
             (Some(name), _) => name.clone(),

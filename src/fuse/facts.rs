@@ -16,7 +16,8 @@ use super::source::{self, Place, Stamp, identity};
 use crate::disk::map::DiskRange;
 use crate::error::{Error, Result};
 use crate::formats::{self, Image, ImageInfo, OpenOptions};
-use crate::storage::{Access, FileIdentity, Host, Storage};
+use crate::storage::reach::{Reach, Root};
+use crate::storage::{Access, FileIdentity, Host};
 
 /// How long a failure to open is believed.
 const FAILURE_LIFE: Duration = Duration::from_secs(1);
@@ -89,21 +90,32 @@ pub trait Opener: Send + Sync + 'static {
 /// Opens the host's images, each only through its own source directory.
 #[derive(Debug)]
 pub struct HostOpener {
-    host: Arc<dyn Host>,
     options: OpenOptions,
+    /// Directories outside the image's source that were permitted, opened once.
+    roots: Vec<Root>,
     /// An image whose parent the user named, and that parent.
     given: Option<(PathBuf, PathBuf)>,
 }
 
 impl HostOpener {
-    /// An opener with everything but the access as in `options`. The image `given.0` has the parent
-    /// `given.1`, wherever it says that its parent is.
+    /// An opener with everything but the access as in `options`. Of the directories that these permit,
+    /// `sources` are mounted too. The image `given.0` has the parent `given.1`, wherever it says that
+    /// its parent is.
     pub fn new(
-        host: Arc<dyn Host>,
         options: OpenOptions,
+        sources: &[PathBuf],
         given: Option<(PathBuf, PathBuf)>,
-    ) -> Self {
-        Self { host, options, given }
+    ) -> Result<Self> {
+        let open = |path: &Path| Root::open(path).map_err(|e| Error::io("open", &e).in_file(path));
+        let mut roots = Vec::new();
+        if let Some((_, parent)) = &given {
+            roots.push(open(parent.parent().unwrap_or(Path::new("/")))?.served());
+        }
+        for path in &options.allow_parent {
+            let root = open(path)?;
+            roots.push(if sources.contains(path) { root.served() } else { root });
+        }
+        Ok(Self { options, roots, given })
     }
 }
 
@@ -113,49 +125,10 @@ impl Opener for HostOpener {
         let given = self.given.iter().find(|(image, _)| *image == path);
         let parent = given.map(|(_, parent)| parent.clone());
         let options = OpenOptions { access, parent, ..self.options.clone() };
-        let root = place.source.root().to_owned();
-        let host: Arc<dyn Host> = Arc::new(Confined { host: self.host.clone(), root });
+        let own = std::iter::once(place.source.directory());
+        let roots = own.chain(&self.roots).cloned().collect();
+        let host: Arc<dyn Host> = Arc::new(Reach::new(roots, place.users.clone()));
         formats::open(&host, &path, &options)
-    }
-}
-
-/// A host whose files below `root` are opened without following symlinks out of it.
-#[derive(Debug)]
-struct Confined {
-    host: Arc<dyn Host>,
-    root: PathBuf,
-}
-
-impl Host for Confined {
-    fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        match path.strip_prefix(&self.root) {
-            Ok(relative) => self.host.open_beneath(&self.root, relative, access),
-            Err(_) => self.host.open(path, access),
-        }
-    }
-
-    fn open_beneath(&self, root: &Path, name: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        self.host.open_beneath(root, name, access)
-    }
-
-    fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
-        self.host.create(path)
-    }
-
-    fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
-        self.host.replace(path, contents)
-    }
-
-    fn remove(&self, path: &Path) -> Result<()> {
-        self.host.remove(path)
-    }
-
-    fn sync_dir(&self, dir: &Path) -> Result<()> {
-        self.host.sync_dir(dir)
-    }
-
-    fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
-        self.host.list(dir)
     }
 }
 
@@ -168,12 +141,20 @@ pub struct FactsCache {
 
 #[derive(Default)]
 struct Known {
-    by_path: HashMap<PathBuf, Entry>,
-    /// Paths of the images whose chain of parents holds this file.
-    children: HashMap<FileIdentity, BTreeSet<PathBuf>>,
+    images: HashMap<Key, Entry>,
+    /// The images whose chain of parents holds this file.
+    children: HashMap<FileIdentity, BTreeSet<Key>>,
+}
+
+/// An image by its path, and by who must be able to open it.
+type Key = (PathBuf, Vec<u32>);
+
+fn key(place: &Place) -> Key {
+    (place.path(), place.users.clone())
 }
 
 struct Entry {
+    place: Place,
     stamp: Stamp,
     /// Whether `stamp` tells the contents looked at from all later ones.
     settled: bool,
@@ -214,7 +195,8 @@ impl FactsCache {
         let path = place.path();
         let meta = place.stat().map_err(|e| Error::io("open", &e).in_file(&path))?;
         let stamp = Stamp::of(&meta);
-        if let Some(entry) = self.known.lock().by_path.get(&path)
+        let key = key(place);
+        if let Some(entry) = self.known.lock().images.get(&key)
             && entry.holds(&stamp)
         {
             return entry.outcome.clone();
@@ -224,42 +206,40 @@ impl FactsCache {
             self.opener.open(place, Access::Peek).map(|image| Arc::new(Facts::of(&image)));
         let mut known = self.known.lock();
         // Opened meanwhile: what the open image says counts.
-        if let Some(entry) = known.by_path.get(&path)
+        if let Some(entry) = known.images.get(&key)
             && entry.pins > 0
             && entry.holds(&stamp)
         {
             return entry.outcome.clone();
         }
-        known.insert(
-            path,
-            Entry { stamp, settled, looked: Instant::now(), pins: 0, outcome: outcome.clone() },
-        );
+        let (place, looked) = (place.clone(), Instant::now());
+        let entry = Entry { place, stamp, settled, looked, pins: 0, outcome: outcome.clone() };
+        known.insert(key, entry);
         outcome
     }
 
     /// Whether the image is known not to open; never looks.
     pub fn known_bad(&self, place: &Place) -> bool {
         let bad = |entry: &Entry| entry.outcome.is_err().then_some(entry.stamp);
-        let stamp = self.known.lock().by_path.get(&place.path()).and_then(bad);
+        let stamp = self.known.lock().images.get(&key(place)).and_then(bad);
         stamp.is_some_and(|stamp| place.stat().is_ok_and(|meta| Stamp::of(&meta) == stamp))
     }
 
     /// Holds `facts` to be true of the image until [`Self::unpin`].
     pub fn pin(&self, place: &Place, stamp: Stamp, facts: Arc<Facts>) {
-        let path = place.path();
+        let key = key(place);
         let mut known = self.known.lock();
         // An image that had the name before, and is still open, does not count.
         let same = |entry: &&Entry| entry.stamp.identity == stamp.identity;
-        let pins = known.by_path.get(&path).filter(same).map_or(0, |entry| entry.pins) + 1;
-        known.insert(
-            path,
-            Entry { stamp, settled: false, looked: Instant::now(), pins, outcome: Ok(facts) },
-        );
+        let pins = known.images.get(&key).filter(same).map_or(0, |entry| entry.pins) + 1;
+        let (place, looked) = (place.clone(), Instant::now());
+        let entry = Entry { place, stamp, settled: false, looked, pins, outcome: Ok(facts) };
+        known.insert(key, entry);
     }
 
     /// Undoes one [`Self::pin`] of the image that is, or was, the file `identity`.
     pub fn unpin(&self, place: &Place, identity: FileIdentity) {
-        if let Some(entry) = self.known.lock().by_path.get_mut(&place.path())
+        if let Some(entry) = self.known.lock().images.get_mut(&key(place))
             && entry.stamp.identity == identity
         {
             entry.pins = entry.pins.saturating_sub(1);
@@ -270,45 +250,45 @@ impl FactsCache {
     pub fn child_of(&self, identity: FileIdentity) -> Option<PathBuf> {
         let children: Vec<_> = {
             let known = self.known.lock();
-            let paths = known.children.get(&identity)?.iter();
-            paths.filter_map(|path| Some((path.clone(), known.by_path.get(path)?.stamp))).collect()
+            let children = known.children.get(&identity)?.iter();
+            let entry = |key| known.images.get(key).map(|entry| (entry.place.clone(), entry.stamp));
+            children.filter_map(entry).collect()
         };
-        for (path, stamp) in children {
-            let meta = std::fs::symlink_metadata(&path);
-            if meta.is_ok_and(|meta| source::identity(&meta) == stamp.identity) {
-                return Some(path);
+        for (place, stamp) in children {
+            if place.stat().is_ok_and(|meta| source::identity(&meta) == stamp.identity) {
+                return Some(place.path());
             }
-            self.known.lock().remove(&path);
+            self.known.lock().remove(&key(&place));
         }
         None
     }
 }
 
 impl Known {
-    fn insert(&mut self, path: PathBuf, entry: Entry) {
-        if self.by_path.len() >= MAX_KNOWN {
-            self.by_path.retain(|_, entry| entry.pins > 0);
+    fn insert(&mut self, key: Key, entry: Entry) {
+        if self.images.len() >= MAX_KNOWN {
+            self.images.retain(|_, entry| entry.pins > 0);
             self.children.clear();
-            let kept: Vec<_> = self.by_path.keys().cloned().collect();
-            kept.iter().for_each(|path| self.note_parents(path));
+            let kept: Vec<_> = self.images.keys().cloned().collect();
+            kept.iter().for_each(|key| self.note_parents(key));
         }
-        self.remove(&path);
-        self.by_path.insert(path.clone(), entry);
-        self.note_parents(&path);
+        self.remove(&key);
+        self.images.insert(key.clone(), entry);
+        self.note_parents(&key);
     }
 
-    fn note_parents(&mut self, path: &Path) {
-        let Some(Entry { outcome: Ok(facts), .. }) = self.by_path.get(path) else { return };
+    fn note_parents(&mut self, key: &Key) {
+        let Some(Entry { outcome: Ok(facts), .. }) = self.images.get(key) else { return };
         for (_, identity) in &facts.parents {
-            self.children.entry(*identity).or_default().insert(path.to_owned());
+            self.children.entry(*identity).or_default().insert(key.clone());
         }
     }
 
-    fn remove(&mut self, path: &Path) {
-        let Some(Entry { outcome: Ok(facts), .. }) = self.by_path.remove(path) else { return };
+    fn remove(&mut self, key: &Key) {
+        let Some(Entry { outcome: Ok(facts), .. }) = self.images.remove(key) else { return };
         for (_, identity) in &facts.parents {
             if let Some(children) = self.children.get_mut(identity) {
-                children.remove(path);
+                children.remove(key);
                 if children.is_empty() {
                     self.children.remove(identity);
                 }

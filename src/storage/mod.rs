@@ -3,7 +3,8 @@
 //! [`Storage`] is one host file; [`Host`] is where files come from. Everything above works on these
 //! two traits only, so that the same drivers run on real files ([`mod@file`]), in memory ([`memory`]),
 //! on a recorder ([`recording`]) whose every crash can be built ([`crash`]), on storage that fails on
-//! demand ([`faulty`]), and on a [`draft`] that changes nothing.
+//! demand ([`faulty`]), and on a [`draft`] that changes nothing. How far the names in an image reach on
+//! the host is told in [`reach`].
 //!
 //! # Contract of [`Storage`]
 //!
@@ -20,13 +21,17 @@ pub mod draft;
 pub mod faulty;
 pub mod file;
 pub mod memory;
+pub mod permissions;
+pub mod reach;
 #[doc(hidden)]
 pub mod recording;
 pub mod runs;
+pub mod user;
 
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -84,6 +89,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
+    /// In whose name the files are opened that this one names; `None` where files have no owners.
+    fn namer(&self) -> Option<&Namer> {
+        None
+    }
+
     /// The open host file itself, where there is one, for the kernel to use without us: from then on
     /// the file may change at any time.
     fn host_file(&self) -> Option<&std::fs::File> {
@@ -98,6 +108,15 @@ pub struct FileIdentity {
     pub device: u64,
     /// Inode number.
     pub inode: u64,
+}
+
+/// Who names the files that are named in a file: see [`Host::named_in`].
+#[derive(Debug)]
+pub struct Namer {
+    /// The file's owner when it was opened.
+    pub(crate) uid: u32,
+    /// The directory from which it was opened, if nobody else keeps that.
+    pub(crate) dir: Option<Arc<OwnedFd>>,
 }
 
 /// How a file is opened.
@@ -120,6 +139,12 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// be a symlink, and only regular files open.
     fn open_beneath(&self, root: &Path, name: &Path, access: Access) -> Result<Arc<dyn Storage>>;
 
+    /// The host as files are opened that `file` names: only if the owner of `file` may open them so.
+    /// `None` where that makes no difference.
+    fn named_in(&self, _file: &dyn Storage) -> Option<Arc<dyn Host>> {
+        None
+    }
+
     /// Makes a new, empty file, locked for writing; an existing one is an error.
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>>;
 
@@ -135,4 +160,9 @@ pub trait Host: Send + Sync + fmt::Debug {
 
     /// The files of a directory, by name. Used to find neighbours of an image.
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>>;
+}
+
+/// The host as files are opened that `file` names; see [`Host::named_in`].
+pub fn named_in(host: &Arc<dyn Host>, file: &dyn Storage) -> Arc<dyn Host> {
+    host.named_in(file).unwrap_or_else(|| host.clone())
 }

@@ -70,7 +70,7 @@ impl Tree {
             let folder = image.place.elsewhere(folder.to_owned());
             let Ok(listing) = self.listing(&folder) else { continue };
             for entry in listing.images.values().filter(|e| e.identity != image.identity) {
-                let _ = self.images.examine(&folder.elsewhere(entry.relative.clone()));
+                let _ = self.images.examine(&folder.image(entry));
             }
         }
         self.may_write(image, facts)

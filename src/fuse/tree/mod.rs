@@ -167,13 +167,9 @@ enum What {
 impl What {
     fn is(&self, found: &Found) -> bool {
         match (self, found) {
-            (Self::Folder(a), Found::Folder(b, _)) => a.path() == b.path(),
-            (Self::Image(a), Found::Image(b, identity)) => {
-                a.identity == *identity && a.place.path() == b.path()
-            }
-            (Self::Problem(a, seen), Found::Problem(b, identity)) => {
-                seen == identity && a.path() == b.path()
-            }
+            (Self::Folder(a), Found::Folder(b, _)) => a.is(b),
+            (Self::Image(a), Found::Image(b, identity)) => a.identity == *identity && a.place.is(b),
+            (Self::Problem(a, seen), Found::Problem(b, identity)) => seen == identity && a.is(b),
             _ => false,
         }
     }
@@ -195,7 +191,7 @@ impl Found {
             Self::Problem(place, identity) => (2, place, identity),
         };
         let mut hasher = DefaultHasher::new();
-        (tag, place.path().as_os_str().as_bytes(), identity).hash(&mut hasher);
+        (tag, place.path().as_os_str().as_bytes(), &place.users, identity).hash(&mut hasher);
         // Room for the numbers below, and for signed arithmetic of programs.
         (hasher.finish() >> 1).max(ROOT + 1)
     }
@@ -262,7 +258,7 @@ impl Tree {
         {
             let source = Source::open(source)?;
             tree.refuse_own(source.root())?;
-            tree.mirror = Some(Place { source, relative: PathBuf::new() });
+            tree.mirror = Some(Place::top(source));
         } else {
             for source in sources {
                 tree.pin_source(source)?;
