@@ -45,11 +45,13 @@ pub(super) struct User {
     groups: Vec<Gid>,
 }
 
+/// Users, and when they were looked up.
+type Users = HashMap<u32, (Instant, Arc<User>)>;
+
 impl User {
     /// The user `uid` with the groups that the host's user database gives.
     fn known(uid: u32) -> Arc<Self> {
-        static KNOWN: LazyLock<Mutex<HashMap<u32, (Instant, Arc<User>)>>> =
-            LazyLock::new(Mutex::default);
+        static KNOWN: LazyLock<Mutex<Users>> = LazyLock::new(Mutex::default);
         if let Some((looked, user)) = KNOWN.lock().get(&uid)
             && looked.elapsed() < GROUPS_LIFE
         {
