@@ -5,6 +5,7 @@
 //! above them.
 
 pub mod chain;
+mod foreign;
 pub mod open;
 pub mod references;
 pub mod repair;
@@ -254,11 +255,7 @@ pub fn recognise(file: &dyn Storage) -> Result<&'static dyn Format> {
     let claims: Vec<_> = FORMATS.into_iter().filter(|f| f.probe(&probe)).collect();
     let by_extension = by_extension(file.path()).map(Format::name);
     match claims[..] {
-        [] => {
-            let empty = "the file is empty";
-            let what = if probe.len == 0 { empty } else { "not a VHD, VHDX or VMDK image" };
-            Err(Error::new(ErrorKind::NotThisFormat, what).in_file(file.path()))
-        }
+        [] => Err(foreign::refuse(file, &probe)),
         [only] => Ok(only),
         _ => claims.iter().find(|f| Some(f.name()) == by_extension).copied().ok_or_else(|| {
             let names: Vec<_> = claims.iter().map(|f| f.name()).collect();
