@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{FIRST_HANDLE, Handle, Opened, READER, Tree, WRITER, What, not_permitted};
+use super::{Handle, Opened, READER, READS_TOO, Tree, WRITER, Wanted, What, not_permitted};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::Facts;
@@ -12,18 +12,31 @@ use crate::fuse::image::{ImageFile, stale};
 use crate::storage::Storage;
 
 impl Tree {
-    /// Opens a flat file. What it holds is never truncated.
+    /// Opens a file, to read it as well where it is opened to `write`; see [`Self::open_as`].
     pub fn open(&self, ino: u64, write: bool, truncate: bool) -> Result<Opened> {
+        self.open_as(ino, Wanted { write, read: true, truncate })
+    }
+
+    /// Opens a flat file. It is never truncated, but see [`super::anew`].
+    pub fn open_as(&self, ino: u64, wanted: Wanted) -> Result<Opened> {
         let node = self.node(ino)?;
+        let Wanted { write, read, truncate } = wanted;
         match &node.what {
-            What::Image(_) if truncate => {
-                Err(not_permitted("the size is the virtual disk's; open without truncating"))
-            }
+            What::Image(_) if truncate && (!write || self.look.writeback) => Err(not_permitted(
+                "the size is the virtual disk's; open without truncating (conv=notrunc, qemu-img -n)",
+            )),
             What::Image(image) => {
-                let keep_cache =
-                    image.open(&self.images, write, |facts| self.permit_write(image, facts))?;
-                let handle = if write { WRITER } else { READER };
-                Ok(Opened { handle, keep_cache, direct: false })
+                let permit = |facts: &Facts| self.permit_write(image, facts);
+                let keep_cache = image.open(&self.images, write, permit)?;
+                if !write {
+                    return Ok(Opened { handle: READER, keep_cache, direct: false });
+                }
+                let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
+                let handle = number | WRITER | if read { READS_TOO } else { 0 };
+                if truncate {
+                    self.anew.begin(handle);
+                }
+                Ok(Opened { handle, keep_cache, direct: truncate })
             }
             What::Problem(place, _) if !write => {
                 let text = self.problem_text(place)?.into_bytes();
@@ -115,7 +128,7 @@ impl Tree {
     }
 
     /// Runs `act` on an image's open disk.
-    fn with_disk<R>(&self, ino: u64, act: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
+    pub(super) fn with_disk<R>(&self, ino: u64, act: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
         match &self.node(ino)?.what {
             What::Image(image) => image.with_disk(&self.images, act),
             _ => Err(Error::invalid("not an image")),
@@ -124,7 +137,7 @@ impl Tree {
 
     /// close(2) of a file: whoever wrote learns whether that worked.
     pub fn flush(&self, ino: u64, handle: u64) -> Result<()> {
-        if handle == WRITER { self.sync(ino) } else { Ok(()) }
+        if handle & WRITER != 0 { self.sync(ino) } else { Ok(()) }
     }
 
     /// Makes all writes durable.
@@ -137,13 +150,15 @@ impl Tree {
 
     /// Ends the use of a file.
     pub fn release(&self, ino: u64, handle: u64) -> Result<()> {
-        if handle >= FIRST_HANDLE {
+        let write = handle & WRITER != 0;
+        if handle != READER && !write {
             self.handles.lock().remove(&handle);
             return Ok(());
         }
+        self.anew.end(handle);
         let node = self.node(ino)?;
         let What::Image(image) = &node.what else { return Ok(()) };
-        let released = image.release(&self.images, handle == WRITER);
+        let released = image.release(&self.images, write);
         if let Err(e) = &released {
             self.note_failure(e);
         }

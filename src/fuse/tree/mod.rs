@@ -15,6 +15,7 @@
 //! listing, in every mount, and before the node exists. A replaced image is another node, and
 //! programs that have the old one open keep it.
 
+mod anew;
 mod attributes;
 mod files;
 mod names;
@@ -27,8 +28,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 pub use attributes::IMAGE;
@@ -40,6 +41,7 @@ use crate::fuse::image::{ImageFile, Usage, stale};
 use crate::fuse::pulse::Pulse;
 use crate::fuse::source::{Listing, Place, Source};
 use crate::storage::FileIdentity;
+use anew::Anew;
 
 /// Inode number of the root.
 pub const ROOT: u64 = 1;
@@ -136,10 +138,24 @@ pub struct Opened {
     pub direct: bool,
 }
 
-/// Handles of flat files say only how they are open; the node has everything else.
+/// How a program opens a file.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wanted {
+    /// It will write.
+    pub write: bool,
+    /// It will read. Who does not write does.
+    pub read: bool,
+    /// It throws away what the file holds (`O_TRUNC`).
+    pub truncate: bool,
+}
+
+/// Handles of flat files say how they are open; the node has everything else. Readers share one,
+/// writers have a number each.
 const READER: u64 = 0;
-const WRITER: u64 = 1;
-const FIRST_HANDLE: u64 = 2;
+const WRITER: u64 = 1 << 63;
+/// Of a writer: it reads, too.
+const READS_TOO: u64 = 1 << 62;
+const FIRST_HANDLE: u64 = 1;
 
 #[derive(Debug)]
 enum Handle {
@@ -229,6 +245,9 @@ pub struct Tree {
     listings: Mutex<HashMap<PathBuf, Arc<Listing>>>,
     handles: Mutex<HashMap<u64, Handle>>,
     next_handle: AtomicU64,
+    anew: Anew,
+    /// Tells the kernel that its pages of a file are old.
+    old_pages: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
     /// Failed flushes and closes, for the end of the mount.
     failures: Mutex<Vec<String>>,
     /// What is asked of the tree, and of each image, counts as work here.
@@ -251,6 +270,8 @@ impl Tree {
             listings: Mutex::default(),
             handles: Mutex::default(),
             next_handle: AtomicU64::new(FIRST_HANDLE),
+            anew: Anew::default(),
+            old_pages: OnceLock::new(),
             failures: Mutex::default(),
             pulse: Pulse::default(),
         };
@@ -268,6 +289,12 @@ impl Tree {
         let root = Node { ino: ROOT, what: What::Root, lookups: AtomicU64::new(1) };
         tree.nodes.write().insert(ROOT, Arc::new(root));
         Ok(tree)
+    }
+
+    /// Has the kernel told by `tell` when its pages of a file are old. `tell` must not wait for the kernel.
+    pub fn on_old_pages(&self, tell: impl Fn(u64) + Send + Sync + 'static) {
+        // A tree is mounted once.
+        let _ = self.old_pages.set(Box::new(tell));
     }
 
     fn node(&self, ino: u64) -> Result<Arc<Node>> {

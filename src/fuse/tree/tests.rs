@@ -400,12 +400,81 @@ fn images_that_cannot_be_written_say_so_in_their_mode_and_at_open() {
 }
 
 #[test]
+fn what_a_program_that_writes_anew_skips_is_zero() {
+    let s = setup(&[("a.vhd", "")]);
+    let a = s.find("a.vhd.img").ino;
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let tell = told.clone();
+    s.tree.on_old_pages(move |ino| tell.lock().push(ino));
+    let old = s.tree.open(a, true, false).unwrap().handle;
+    let write = |handle, offset, data: &[u8]| {
+        s.tree.reach(a, handle, offset, data.len() as u64).unwrap();
+        s.tree.write(a, offset, data).unwrap();
+    };
+    let all = || {
+        let mut buf = vec![1; SIZE as usize];
+        assert_eq!(s.tree.read(a, old, 0, &mut buf).unwrap(), buf.len());
+        buf
+    };
+    let mut want = vec![7; SIZE as usize];
+    write(old, 0, &want);
+
+    let opened = s.tree.open(a, true, true).unwrap();
+    assert!(opened.direct);
+    assert!(all() == want, "nothing is truncated");
+    write(opened.handle, 0, b"head");
+    want[..4].copy_from_slice(b"head");
+    write(opened.handle, 10_000, b"body");
+    want[4..10_000].fill(0);
+    want[10_000..10_004].copy_from_slice(b"body");
+    // What comes out of order is kept, and who did not truncate skips nothing.
+    write(opened.handle, 100, b"late");
+    want[100..104].copy_from_slice(b"late");
+    write(old, 50_000, b"other");
+    want[50_000..50_005].copy_from_slice(b"other");
+    assert!(all() == want);
+    assert_eq!(*told.lock(), [a]);
+    assert!(!s.tree.open(a, false, false).unwrap().keep_cache, "the kernel's pages are old");
+    // Another size than the disk's it cannot get; its own extends it with zeroes.
+    assert!(!s.tree.truncate(a, Some(opened.handle), 20_000).unwrap());
+    assert!(all() == want);
+    assert!(!s.tree.truncate(a, Some(opened.handle), SIZE).unwrap());
+    want[10_004..].fill(0);
+    assert!(all() == want);
+    s.tree.release(a, opened.handle).unwrap();
+    write(old, 0, &vec![9; SIZE as usize]);
+    write(opened.handle, 4096, b"closed");
+    assert_eq!(all()[..4096], [9; 4096]);
+}
+
+#[test]
+fn only_who_reads_and_writes_clears_a_file_by_its_size() {
+    let s = setup(&[("a.vhd", "")]);
+    let a = s.find("a.vhd.img").ino;
+    let only = Wanted { write: true, read: false, truncate: false };
+    let writer = s.tree.open_as(a, only).unwrap().handle;
+    assert!(!s.tree.truncate(a, Some(writer), 0).unwrap());
+    assert!(!s.tree.truncate(a, None, 0).unwrap());
+    s.tree.write(a, 0, b"old").unwrap();
+    let both = s.tree.open(a, true, false).unwrap().handle;
+    assert!(s.tree.truncate(a, Some(both), 0).unwrap());
+    let start = || {
+        let mut buf = [1; 3];
+        s.tree.read(a, both, 0, &mut buf).unwrap();
+        buf
+    };
+    assert_eq!(&start(), b"old");
+    assert!(!s.tree.truncate(a, Some(both), SIZE).unwrap());
+    assert_eq!(start(), [0; 3]);
+}
+
+#[test]
 fn the_size_cannot_be_changed() {
     let s = setup(&[("a.vhd", "")]);
     let a = s.find("a.vhd.img");
     assert_eq!(a.size, SIZE);
     let change = |size, mode| s.tree.change(a.ino, size, mode, (None, None));
-    assert_eq!(errno(s.tree.open(a.ino, true, true)), libc::EPERM);
+    assert_eq!(errno(s.tree.open(a.ino, false, true)), libc::EPERM);
     assert_eq!(errno(change(Some(0), None)), libc::EPERM);
     assert_eq!(errno(change(None, Some(0o777))), libc::EPERM);
     change(Some(SIZE), None).unwrap();
