@@ -124,6 +124,18 @@ impl Error {
         self
     }
 
+    /// What the user can do about it.
+    pub fn hinted(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// The same with another hint, or none.
+    #[must_use]
+    pub fn hinting(mut self, hint: Option<String>) -> Self {
+        self.hint = hint.map(Cow::Owned);
+        self
+    }
+
     /// What sort of failure this is.
     pub fn kind(&self) -> ErrorKind {
         self.kind

@@ -11,7 +11,7 @@ use super::source::image_of;
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, Result};
 use crate::formats::chain::{self, Merging};
-use crate::formats::{self, Image, OpenOptions};
+use crate::formats::{self, Image, OpenOptions, Spelling};
 use crate::storage::file::HostFs;
 use crate::storage::{Access, Host};
 
@@ -26,7 +26,9 @@ pub struct ParentArgs {
 impl ParentArgs {
     /// Options for opening an image and its parents.
     pub fn options(&self, access: Access) -> OpenOptions {
-        OpenOptions { allow_parent: self.allow_parent.clone(), ..OpenOptions::new(access) }
+        let spelling = Spelling { allow_parent: "--parent-dir DIR", ..Spelling::default() };
+        let allow_parent = self.allow_parent.clone();
+        OpenOptions { allow_parent, spelling, ..OpenOptions::new(access) }
     }
 }
 
@@ -49,7 +51,16 @@ impl ChainArgs {
     /// Options for opening the image and its parents.
     pub fn options(&self, access: Access) -> Result<OpenOptions> {
         let parent = self.parent.as_deref().map(image_of).transpose()?;
-        Ok(OpenOptions { parent, ..self.parents.options(access) })
+        let options = self.parents.options(access);
+        let spelling = Spelling { parent: "--parent FILE", ..options.spelling };
+        Ok(OpenOptions { parent, spelling, ..options })
+    }
+
+    /// The same for a command that has `--force` too.
+    pub fn options_or_force(&self, access: Access, force: bool) -> Result<OpenOptions> {
+        let options = self.options(access)?;
+        let spelling = Spelling { force: "--force", ..options.spelling };
+        Ok(OpenOptions { force, spelling, ..options })
     }
 }
 
@@ -79,7 +90,7 @@ pub struct MapArgs {
 /// Lists what every part of a disk is, and which image of the chain holds it.
 pub fn map(args: &MapArgs) -> Result<u8> {
     let host = HostFs::shared();
-    let options = OpenOptions { force: args.force, ..args.chain.options(Access::Peek)? };
+    let options = args.chain.options_or_force(Access::Peek, args.force)?;
     let image = formats::open(&host, &image_of(&args.image)?, &options)?;
     let images: Vec<&Image> = image.chain().collect();
     let layers = match &args.since {
@@ -187,12 +198,16 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
         let parent = merged.parent.display();
         eprintln!("flatdisk: {}: its parent {parent} has changed", sibling.display());
     }
+    for left in &merged.left {
+        eprintln!("flatdisk: {}: left, it may belong to another disk", left.display());
+    }
     if args.output.json() {
         print_json(&json!({
             "child": child,
             "parent": merged.parent,
             "bytes": merged.bytes,
             "invalid_siblings": merged.siblings,
+            "left": merged.left,
         }))?;
     } else {
         let (child, parent) = (child.display(), merged.parent.display());
@@ -231,8 +246,17 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
     let only = args.link_only;
     let (child, parent) = (image_of(&args.child)?, image_of(&args.parent)?);
     let copied = chain::rebase(&host, &child, &parent, &options, only, &mut |_| ())?;
+    // As every later command opens it that is told of no directory.
+    let alone = ParentArgs { allow_parent: Vec::new() }.options(Access::Peek);
+    let refusal = formats::open(&host, &child, &alone).err();
+    if let Some(e) = &refusal {
+        eprintln!("flatdisk: without further options, later commands refuse it: {e}");
+    }
     if args.output.json() {
-        print_json(&json!({ "child": child, "parent": parent, "bytes": copied }))?;
+        let refused = refusal.map(|e| e.to_string());
+        print_json(
+            &json!({ "child": child, "parent": parent, "bytes": copied, "refused": refused }),
+        )?;
     } else {
         let (child, parent) = (child.display(), parent.display());
         print_line(&format!("{child} is a child of {parent} now; {} copied", iec(copied)))?;

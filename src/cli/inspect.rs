@@ -11,9 +11,7 @@ use super::output::{OutputArgs, iec, print_json, print_line};
 use super::source::image_of;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::repair::Change;
-use crate::formats::{
-    self, Finding, ImageInfo, OpenOptions, Repair, Report, Scope, Severity, open,
-};
+use crate::formats::{self, Finding, ImageInfo, Repair, Report, Scope, Severity, open};
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
@@ -56,10 +54,12 @@ struct ImageEntry {
 pub fn info(args: &InfoArgs) -> Result<u8> {
     let host = HostFs::shared();
     let path = image_of(&args.image)?;
-    let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek)? };
+    let options = args.parents.options_or_force(Access::Peek, args.force)?;
     let mut entries = Vec::new();
+    let mut missing = None;
     if args.chain || args.parents.named() {
-        let image = formats::open(&host, &path, &options)?;
+        let (image, lacks) = open::open_found(&host, &path, &options)?;
+        missing = lacks;
         for image in image.chain() {
             entries.push(ImageEntry {
                 filename: image.path.clone(),
@@ -85,7 +85,11 @@ pub fn info(args: &InfoArgs) -> Result<u8> {
         });
     }
     if args.output.json() {
-        print_json(&serde_json::json!({ "images": entries }))?;
+        let mut answer = serde_json::json!({ "images": entries });
+        if let Some(e) = &missing {
+            answer["missing"] = e.to_string().into();
+        }
+        print_json(&answer)?;
     } else {
         for (i, entry) in entries.iter().enumerate() {
             if i > 0 {
@@ -94,7 +98,9 @@ pub fn info(args: &InfoArgs) -> Result<u8> {
             print_entry(entry)?;
         }
     }
-    Ok(0)
+    let Some(e) = missing else { return Ok(0) };
+    eprintln!("flatdisk: {e}");
+    Ok(1)
 }
 
 fn print_entry(entry: &ImageEntry) -> Result<()> {

@@ -10,7 +10,7 @@
 //! 2. The child's data goes into the parent, which is closed: all of it is durable.
 //! 3. VMDK: the parent takes over the child's content id, which is now its own contents'. VHD: a
 //!    parent that has other children gets a new unique id, or they could not tell that it changed.
-//! 4. The child's files are removed; or its link follows what 1 and 3 did, and it is emptied.
+//! 4. The child is removed, with the files that are its own ([`Format::own_files`]); or its link follows what 1 and 3 did, and it is emptied.
 //!
 //! Killed before 4, the child is still there, and merging can be repeated. Only between 3 and 4 a VMDK
 //! or VHD child no longer matches its parent, which has everything by then.
@@ -27,9 +27,11 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::open::{directory_of, open_alone, parent_places};
+use super::open::open_alone;
+use super::places::{self, Place, directory_of};
 use super::{
-    Format, Identity, Image, NewLink, OpenContext, OpenOptions, by_extension, open, recognise,
+    Format, Identity, Image, NewLink, OpenContext, OpenOptions, ParentLink, by_extension, open,
+    recognise,
 };
 use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
@@ -54,6 +56,8 @@ pub struct Merged {
     pub bytes: u64,
     /// Other children of the parent, which show wrong contents now.
     pub siblings: Vec<PathBuf>,
+    /// Files that the child was made of and that are left, because they may be another's too.
+    pub left: Vec<PathBuf>,
 }
 
 /// How to merge.
@@ -97,6 +101,7 @@ pub fn merge(
         let both = Identity::VhdxDataWrite([&now[..], &next[..]].concat());
         relink(host, path, &NewLink { identity: &both, parent: &parent.path }, options)?;
     }
+    let own_files = own_files(host, path, &with(Access::Peek, None))?;
     let opened = open_alone(host, path, &with(Access::Read, None))?;
     if !opened.parent.is_some_and(|link| parent.identity.satisfies(&link.identity)) {
         let what = "the image was changed by another program just now";
@@ -123,6 +128,7 @@ pub fn merge(
         parent.disk.write_at(0, &[])?;
         parent.disk.close()?;
     }
+    let mut left = Vec::new();
     if how.keep {
         let parent = open_alone(host, &merged, &with(Access::Peek, None))?.identity;
         relink(host, path, &NewLink { identity: &parent, parent: &merged }, options)?;
@@ -133,10 +139,12 @@ pub fn merge(
     } else {
         // Without its descriptor, the rest is no disk any more.
         host.remove(path)?;
-        seen.info.extents.iter().try_for_each(|extent| host.remove(extent))?;
+        own_files.iter().try_for_each(|file| host.remove(file))?;
         host.sync_dir(&directory_of(path))?;
+        left = seen.info.extents;
+        left.retain(|file| !own_files.contains(file));
     }
-    Ok(Merged { parent: merged, bytes, siblings })
+    Ok(Merged { parent: merged, bytes, siblings, left })
 }
 
 /// Options for opening an image of the chain.
@@ -227,6 +235,14 @@ fn relink(
     format.relink(file, &context, link).in_file(path)
 }
 
+/// The files that go when the image at `path` does.
+fn own_files(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Vec<PathBuf>> {
+    let file = host.open(path, Access::Peek)?;
+    let format: &dyn Format = recognise(&*file)?;
+    let context = OpenContext::new(host, &*file, options);
+    format.own_files(file, &context).in_file(path)
+}
+
 /// Whether all of a child has room in its parent.
 fn fits_into(child: &Image, parent: &Image) -> Result<()> {
     if child.disk.size() != parent.disk.size() {
@@ -289,12 +305,9 @@ fn children(
             // What cannot be opened is nobody's child.
             let Ok(opened) = open_alone(host, &path, &peek) else { continue };
             let Some(link) = &opened.parent else { continue };
-            let leads_here = image.identity.satisfies(&link.identity)
-                && parent_places(&path, link, &options.allow_parent).iter().any(|place| {
-                    let file = place.open(host, Access::Peek);
-                    file.is_ok_and(|file| file.identity().is_ok_and(|id| id == wanted))
-                });
-            if leads_here {
+            if image.identity.satisfies(&link.identity)
+                && leads_to(host, &path, link, wanted, options)
+            {
                 let identity = file_identity(host, &path)?;
                 if found.iter().all(|(_, known)| *known != identity) {
                     found.push((path, identity));
@@ -303,6 +316,30 @@ fn children(
         }
     }
     Ok(found)
+}
+
+/// Whether the child at `path` finds the file `wanted`, which has the right id, for its parent.
+fn leads_to(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    link: &ParentLink,
+    wanted: FileIdentity,
+    options: &OpenOptions,
+) -> bool {
+    let file_at = |place: &Place| {
+        place.open(&**host, Access::Peek)?.identity().map_err(|e| Error::io("stat", &e))
+    };
+    let places = places::of_parent(path, link, &options.permitted());
+    let found: Vec<_> = places.iter().filter_map(|place| file_at(place).ok()).collect();
+    if !found.is_empty() {
+        return found.contains(&wanted);
+    }
+    // Without a file of the right name it is found by its id, where that tells it from others.
+    let alike = |place: &Place| {
+        let similar = place.similar(&**host, &options.folders);
+        similar.iter().any(|place| file_at(place).is_ok_and(|file| file == wanted))
+    };
+    !link.identity.anonymous() || places.iter().any(alike)
 }
 
 /// Writes what is the child's own into its parent; how many bytes that was.

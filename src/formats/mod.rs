@@ -5,8 +5,11 @@
 //! above them.
 
 pub mod chain;
+pub mod folders;
 mod foreign;
 pub mod open;
+mod parents;
+pub mod places;
 pub mod references;
 pub mod repair;
 pub mod report;
@@ -24,8 +27,9 @@ use crate::disk::LOOKUP_STEP;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Host, Storage};
+pub use folders::Label;
 use open::open_alone;
-pub use open::{Image, OpenContext, OpenOptions, open};
+pub use open::{Image, OpenContext, OpenOptions, Spelling, open};
 pub use repair::{Plan, Repair, Scope, repair};
 pub use report::{Finding, Lost, Report, Severity};
 
@@ -74,6 +78,11 @@ pub trait Format: Sync {
     /// changes begin with [`BlockMap::begin_writes`].
     fn open(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened>;
 
+    /// What the headers of the image in `file` say, without opening any other file that it is made of.
+    fn label(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Label> {
+        self.open(file, ctx).map(Label::of)
+    }
+
     /// Makes a new image at `path`, whose directory exists and which itself does not. What a failed
     /// creation leaves is removed by the caller of [`create`].
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()>;
@@ -87,6 +96,12 @@ pub trait Format: Sync {
         parent: &Image,
         spec: &CreateSpec,
     ) -> Result<()>;
+
+    /// Other files that hold parts of the image and are nobody else's: they go with it. What the image
+    /// only names, and files under names of another's parts, are not.
+    fn own_files(&self, _file: Arc<dyn Storage>, _ctx: &OpenContext) -> Result<Vec<PathBuf>> {
+        Ok(Vec::new())
+    }
 
     /// Points the child in `file`, open for writing, at another parent, or at the same one by another
     /// identity. Durable on return; a crash before leaves a child with the old link or the new one.
@@ -162,6 +177,34 @@ impl Identity {
             }
             _ => self == wanted,
         }
+    }
+}
+
+/// One value by which a disk is known to its children.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Id {
+    /// [`Identity::VhdUniqueId`]
+    Vhd([u8; 16]),
+    /// One of [`Identity::VhdxDataWrite`].
+    Vhdx(uuid::Uuid),
+    /// [`Identity::VmdkCid`]
+    Vmdk(u32),
+}
+
+impl Identity {
+    /// The values that it has: one identity satisfies another if they have one in common.
+    pub fn keys(&self) -> Vec<Id> {
+        match self {
+            Self::VhdUniqueId(id) => vec![Id::Vhd(*id)],
+            Self::VhdxDataWrite(ids) => ids.iter().map(|id| Id::Vhdx(*id)).collect(),
+            Self::VmdkCid(cid) => vec![Id::Vmdk(*cid)],
+        }
+    }
+
+    /// Whether it is one that disks have before they are written, which tells none from another.
+    pub fn anonymous(&self) -> bool {
+        const NEVER_WRITTEN: u32 = 0xffff_fffe;
+        matches!(self, Self::VmdkCid(0 | NEVER_WRITTEN))
     }
 }
 

@@ -34,7 +34,7 @@ use super::tree::{Look, Tree};
 use super::{Mounted, control, handed, privileges};
 use crate::disk::tables::CacheBudget;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::OpenOptions;
+use crate::formats::{OpenOptions, Spelling};
 use crate::storage::Access;
 
 /// How long a table stays changed in memory only when nobody asks for a flush. Five seconds are promised; the
@@ -104,18 +104,22 @@ impl Prepared {
         let mut open_options = OpenOptions::new(Access::Read);
         open_options.force = options.force;
         open_options.allow_parent.clone_from(&options.allow_parent);
-        let mut folders = Vec::new();
         for source in &request.sources {
             let real =
                 fs::canonicalize(source).map_err(|e| Error::io("open", &e).in_file(source))?;
             if real.is_dir() {
-                folders.push(real);
+                open_options.sources.push(real);
             }
         }
-        open_options.allow_parent.extend_from_slice(&folders);
+        let alone = request.sources.len() == 1 && open_options.sources.is_empty();
+        open_options.spelling = Spelling {
+            allow_parent: "-o allow_parent=DIR",
+            parent: if alone { "-o parent=FILE" } else { "" },
+            force: "-o force",
+        };
         open_options.budget = CacheBudget::new(options.cache);
         let given = given_parent(request)?;
-        let opener = Box::new(HostOpener::new(open_options, &folders, given)?);
+        let opener = Box::new(HostOpener::new(open_options, given)?);
         let tree = Arc::new(Tree::new(&request.sources, opener, look)?);
         let source = match (&options.fsname, &request.sources[..]) {
             (Some(name), _) => name.clone(),

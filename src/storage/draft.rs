@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 
 use super::runs::{Held, Runs};
-use super::{Access, FileIdentity, Host, Namer, Storage, file};
+use super::{Access, Entry, FileIdentity, Host, Namer, Storage, file};
 use crate::error::{Error, ErrorKind, Result};
 
 /// See the module's documentation. Names are as they are below: no file is made, removed or replaced.
@@ -113,6 +113,10 @@ impl Host for Draft {
 
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
         self.below.list(dir)
+    }
+
+    fn list_beneath(&self, root: &Path, dir: &Path, limit: usize) -> Result<Vec<Entry>> {
+        self.below.list_beneath(root, dir, limit)
     }
 }
 

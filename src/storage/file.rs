@@ -24,7 +24,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl, openat};
@@ -32,7 +32,7 @@ use nix::sys::stat::{Mode, fstat};
 use nix::unistd::{Whence, geteuid, lseek64};
 
 use super::reach::{Reach, Root, vmware_lock_of};
-use super::{Access, FileIdentity, Host, Namer, Storage};
+use super::{Access, Entry, FileIdentity, Host, Namer, Storage, replace};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The host's file system.
@@ -302,6 +302,13 @@ impl Storage for HostFile {
         self.file.metadata().ok()?.modified().ok()
     }
 
+    fn changed(&self) -> Option<SystemTime> {
+        let meta = self.file.metadata().ok()?;
+        let (seconds, nanos) = (meta.ctime(), meta.ctime_nsec());
+        let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanos).ok()?);
+        UNIX_EPOCH.checked_add(since)
+    }
+
     fn namer(&self) -> Option<&Namer> {
         Some(&self.namer)
     }
@@ -364,23 +371,7 @@ impl Host for HostFs {
     }
 
     fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
-        let failed = |e: io::Error| Error::io("replace", &e).in_file(path);
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(name);
-        let mode = std::fs::metadata(path).map(|m| m.mode()).unwrap_or(0o644);
-        let write = || -> io::Result<()> {
-            let file =
-                OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-            file.write_all_at(contents, 0)?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, path)
-        };
-        write().map_err(|e| {
-            let _ = std::fs::remove_file(&temporary);
-            failed(e)
-        })?;
-        self.sync_dir(path.parent().unwrap_or(Path::new(".")))
+        self.sync_dir(&replace::replace(path, contents)?)
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
@@ -398,6 +389,10 @@ impl Host for HostFs {
         let failed = |e: io::Error| Error::io("list", &e).in_file(dir);
         let entries = std::fs::read_dir(dir).map_err(failed)?;
         entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect()
+    }
+
+    fn list_beneath(&self, root: &Path, dir: &Path, limit: usize) -> Result<Vec<Entry>> {
+        Reach::default().list_beneath(root, dir, limit)
     }
 }
 

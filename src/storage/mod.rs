@@ -25,9 +25,11 @@ pub mod permissions;
 pub mod reach;
 #[doc(hidden)]
 pub mod recording;
+mod replace;
 pub mod runs;
 pub mod user;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -94,6 +96,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
+    /// When anything of the file was last changed, that time itself excepted (the inode's change time), where
+    /// the host says.
+    fn changed(&self) -> Option<SystemTime> {
+        None
+    }
+
     /// The open host file itself, where there is one, for the kernel to use without us: from then on
     /// the file may change at any time.
     fn host_file(&self) -> Option<&std::fs::File> {
@@ -117,6 +125,15 @@ pub struct Namer {
     pub(crate) uid: u32,
     /// The directory from which it was opened, if nobody else keeps that.
     pub(crate) dir: Option<Arc<OwnedFd>>,
+}
+
+/// What a directory holds under one name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The name.
+    pub name: OsString,
+    /// A directory; otherwise a regular file.
+    pub folder: bool,
 }
 
 /// How a file is opened.
@@ -145,11 +162,16 @@ pub trait Host: Send + Sync + fmt::Debug {
         None
     }
 
+    /// In whose names, beside ours, files are opened: what is read here is theirs to know.
+    fn users(&self) -> &[u32] {
+        &[]
+    }
+
     /// Makes a new, empty file, locked for writing; an existing one is an error.
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>>;
 
     /// Replaces the contents of a small file as one step: after a crash it holds either the old or
-    /// the new bytes. Durable on return.
+    /// the new bytes. Its owner, mode and extended attributes stay. Durable on return.
     fn replace(&self, path: &Path, contents: &[u8]) -> Result<()>;
 
     /// Removes a file.
@@ -160,6 +182,15 @@ pub trait Host: Send + Sync + fmt::Debug {
 
     /// The files of a directory, by name. Used to find neighbours of an image.
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>>;
+
+    /// Directories and regular files in the directory `dir`, which is relative to `root` and reached as
+    /// in [`Self::open_beneath`], looking at no more than `limit` entries and one. Everything else, such as
+    /// symlinks, is left out.
+    fn list_beneath(&self, root: &Path, dir: &Path, limit: usize) -> Result<Vec<Entry>> {
+        let files = self.list(&root.join(dir))?.into_iter();
+        let names = files.filter_map(|path| Some(path.file_name()?.to_owned()));
+        Ok(names.map(|name| Entry { name, folder: false }).take(limit.saturating_add(1)).collect())
+    }
 }
 
 /// The host as files are opened that `file` names; see [`Host::named_in`].

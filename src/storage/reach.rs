@@ -18,15 +18,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use nix::dir::Dir;
+use nix::dir::{Dir, Type};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2, readlink};
-use nix::sys::stat::{Mode, fstat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlink};
+use nix::sys::stat::{Mode, SFlag, fstat, fstatat};
 
 use super::file::{HostFile, HostFs, SAFE_OPEN, directory_of, flags, not_opened};
 use super::permissions::Wish;
 use super::user::{self, PATH};
-use super::{Access, FileIdentity, Host, Storage};
+use super::{Access, Entry, FileIdentity, Host, Storage};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A directory from which names lead down.
@@ -260,5 +260,44 @@ impl Host for Reach {
             }
         }
         Ok(files)
+    }
+
+    fn list_beneath(&self, root: &Path, dir: &Path, limit: usize) -> Result<Vec<Entry>> {
+        let path = root.join(dir);
+        let failed = |e: io::Error| Error::io("list", &e).in_file(&path);
+        let (root, way) = self.locate(root).map_err(failed)?;
+        let flags = SAFE_OPEN | OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+        let open = root.open_beneath(&self.users, &way.join(dir), flags).map_err(failed)?;
+        let mut dir = Dir::from_fd(open).map_err(|e| failed(e.into()))?;
+        let place = dir.as_fd().try_clone_to_owned().map_err(failed)?;
+        let mut found = Vec::new();
+        // Two entries are the directory itself and the one above; one more tells that there are too many.
+        for entry in dir.iter().take(limit.saturating_add(3)) {
+            let entry = entry.map_err(|e| failed(e.into()))?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." {
+                continue;
+            }
+            let folder = match entry.file_type() {
+                Some(Type::Directory) => true,
+                Some(Type::File) => false,
+                Some(_) => continue,
+                // The file system does not say in the directory itself.
+                None => match fstatat(&place, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                    Ok(stat) => match SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT {
+                        SFlag::S_IFDIR => true,
+                        SFlag::S_IFREG => false,
+                        _ => continue,
+                    },
+                    Err(_) => continue,
+                },
+            };
+            found.push(Entry { name: name.to_owned(), folder });
+        }
+        Ok(found)
+    }
+
+    fn users(&self) -> &[u32] {
+        &self.users
     }
 }

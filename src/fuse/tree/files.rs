@@ -1,15 +1,20 @@
 //! Open files: reading, writing, and who may.
 
-use std::path::PathBuf;
+use std::collections::{HashSet, VecDeque};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Handle, Opened, READER, READS_TOO, Tree, WRITER, Wanted, What, not_permitted};
+use super::{Handle, Opened, Pinned, READER, READS_TOO, Tree, WRITER, Wanted, What, not_permitted};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::Facts;
 use crate::fuse::image::{ImageFile, stale};
-use crate::storage::Storage;
+use crate::fuse::source::{self, Place};
+use crate::storage::{FileIdentity, Storage};
+
+/// Folders that are searched for children of an image at most.
+const MAX_WALKED: usize = 1 << 14;
 
 impl Tree {
     /// Opens a file, to read it as well where it is opened to `write`; see [`Self::open_as`].
@@ -50,10 +55,7 @@ impl Tree {
 
     /// Whether an image can be written as far as is known without looking further.
     pub(super) fn may_write(&self, image: &ImageFile, facts: &Facts) -> Result<()> {
-        let refuse = |why: String| {
-            let what = format!("cannot be written: {why}");
-            Err(Error::new(ErrorKind::ReadOnly, what).in_file(&image.place.path()))
-        };
+        let refuse = |why: String| Err(not_written(image, &why));
         if self.look.read_only {
             return refuse("the mount is read-only".into());
         }
@@ -66,27 +68,71 @@ impl Tree {
         if image.place.host_read_only() {
             return refuse("the host's file system is read-only".into());
         }
-        match self.images.child_of(image.identity) {
-            Some(child) => refuse(format!("{} is made from it", child.display())),
+        match self.images.child_of(image.identity, &facts.label) {
+            Some(child) => Err(made_from_it(image, &child)),
             None => Ok(()),
         }
     }
 
-    /// [`Self::may_write`], after looking at every image that may be a child: those beside the
-    /// image and in the directories above it.
+    /// [`Self::may_write`], after looking at every image that may be a child: all that the mount shows,
+    /// and those beside the image and in the directories above it.
     fn permit_write(&self, image: &ImageFile, facts: &Facts) -> Result<()> {
         self.may_write(image, facts)?;
         if self.look.nonpersistent.is_some() {
             return Ok(());
         }
-        for folder in image.place.relative.ancestors().skip(1) {
-            let folder = image.place.elsewhere(folder.to_owned());
-            let Ok(listing) = self.listing(&folder) else { continue };
-            for entry in listing.images.values().filter(|e| e.identity != image.identity) {
-                let _ = self.images.examine(&folder.image(entry));
+        let above = image.place.relative.ancestors().skip(1);
+        let above = above.map(|folder| image.place.elsewhere(folder.to_owned())).collect();
+        let child = self.find_image(above, |place, identity| {
+            identity != image.identity && self.images.is_child(place, image.identity, &facts.label)
+        });
+        match child {
+            Some(child) => Err(made_from_it(image, &child.path())),
+            None => self.may_write(image, facts),
+        }
+    }
+
+    /// The first image that is `wanted`, of those in `folders` and of all that the mount shows.
+    fn find_image(
+        &self,
+        folders: Vec<Place>,
+        wanted: impl Fn(&Place, FileIdentity) -> bool,
+    ) -> Option<Place> {
+        let in_folder = |folder: &Place| {
+            let listing = self.listing(folder).ok();
+            let images = listing.iter().flat_map(|listing| listing.images.values());
+            let images = images.map(|entry| (folder.image(entry), entry.identity));
+            let found = images.into_iter().find(|(place, identity)| wanted(place, *identity));
+            (found.map(|(place, _)| place), listing)
+        };
+        let mut known: HashSet<PathBuf> = folders.iter().map(Place::path).collect();
+        let mut shown: VecDeque<Place> = self.mirror.clone().into_iter().collect();
+        for Pinned { place, folder } in self.pinned.read().clone().into_values() {
+            match place.stat() {
+                Ok(_) if folder => shown.push_back(place),
+                Ok(meta) if wanted(&place, source::identity(&meta)) => return Some(place),
+                _ => {}
             }
         }
-        self.may_write(image, facts)
+        if let Some(found) = folders.iter().find_map(|folder| in_folder(folder).0) {
+            return Some(found);
+        }
+        while let Some(folder) = shown.pop_front() {
+            let (found, listing) = match known.insert(folder.path()) {
+                true => in_folder(&folder),
+                false => (None, self.listing(&folder).ok()),
+            };
+            if found.is_some() {
+                return found;
+            }
+            if known.len() >= MAX_WALKED {
+                log::warn!("too many folders to look for children in all of them");
+                return None;
+            }
+            let inner = listing.iter().flat_map(|listing| listing.folders.keys());
+            shown.extend(inner.map(|name| folder.elsewhere(folder.relative.join(name))));
+        }
+        None
     }
 
     /// The host file of an open image for the kernel to use; see [`ImageFile::lend`].
@@ -218,4 +264,13 @@ impl Tree {
             _ => Err(Error::invalid("not a symlink")),
         }
     }
+}
+
+fn not_written(image: &ImageFile, why: &str) -> Error {
+    let what = format!("cannot be written: {why}");
+    Error::new(ErrorKind::ReadOnly, what).in_file(&image.place.path())
+}
+
+fn made_from_it(image: &ImageFile, child: &Path) -> Error {
+    not_written(image, &format!("{} is made from it", child.display()))
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::*;
 use crate::disk::Disk;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source as Bytes, WritePlan};
-use crate::formats::{Identity, Image, ImageInfo};
+use crate::formats::{Identity, Image, ImageInfo, Label, ParentLink};
 use crate::fuse::source::identity;
 use crate::storage::memory::MemoryFile;
 use crate::storage::{Access, Storage};
@@ -18,7 +18,8 @@ use crate::storage::{Access, Storage};
 const SIZE: u64 = 1 << 20;
 
 /// Opens files whose text says what they are: words `bad`, `read-only`, `parent=NAME`,
-/// `extent=NAME`, `fails` (to flush). Like the host's locks it lets readers or one writer in.
+/// `extent=NAME`, `fails` (to flush), `id=NAME` instead of the file's own, `wants=NAME` for a parent that
+/// is not there. Like the host's locks it lets readers or one writer in.
 #[derive(Default)]
 struct Fake {
     opened: Mutex<Vec<(PathBuf, Access)>>,
@@ -98,7 +99,27 @@ impl BlockMap for FakeMap {
 
 struct FakeOpener(Arc<Fake>);
 
+/// The unique id called `name`.
+fn id(name: &str) -> Identity {
+    let mut id = [0; 16];
+    id.iter_mut().zip(name.bytes()).for_each(|(id, byte)| *id = byte);
+    Identity::VhdUniqueId(id)
+}
+
+fn fake_label(path: &Path) -> Option<Label> {
+    let text = fs::read_to_string(path).ok()?;
+    let value = |key: &str| text.split(' ').find_map(|w| w.strip_prefix(key));
+    let name = path.file_name()?.to_str()?;
+    let parent = value("parent=").map(|path| path.rsplit('/').next().unwrap_or_default());
+    let parent = parent.or(value("wants=")).map(id);
+    Some(Label { identity: id(value("id=").unwrap_or(name)), parent, size: SIZE })
+}
+
 impl Opener for FakeOpener {
+    fn label(&self, place: &Place) -> Option<Label> {
+        fake_label(&place.path())
+    }
+
     fn open(&self, place: &Place, access: Access) -> Result<Image> {
         let path = place.path();
         self.0.opened.lock().push((path.clone(), access));
@@ -108,6 +129,10 @@ impl Opener for FakeOpener {
         if has("bad") {
             return Err(Error::corrupt("a bad header").in_file(&path));
         }
+        if value("wants=").is_some() {
+            return Err(Error::new(ErrorKind::ParentMissing, "no parent").in_file(&path));
+        }
+        let label = fake_label(&path).ok_or_else(not_found)?;
         if access != Access::Peek {
             let mut users = self.0.users.lock();
             let count = users.entry(path.clone()).or_insert(0);
@@ -149,10 +174,15 @@ impl Opener for FakeOpener {
                 parent: value("parent="),
                 ..ImageInfo::default()
             },
-            identity: Identity::VmdkCid(1),
+            identity: label.identity,
             path,
             read_only,
             damage: Vec::new(),
+            link: label.parent.map(|identity| ParentLink {
+                identity,
+                candidates: Vec::new(),
+                modified: None,
+            }),
             parent,
         })
     }
@@ -384,6 +414,49 @@ fn children_that_nobody_looked_at_protect_their_parent_too() {
     assert_eq!(refused.kind(), ErrorKind::ReadOnly);
     assert!(refused.to_string().contains("child.vhd"), "{refused}");
     assert_eq!(s.tree.attributes(base.ino).unwrap().mode & 0o222, 0);
+}
+
+#[test]
+fn a_disk_is_protected_by_its_id_wherever_the_child_that_names_it_lies() {
+    let s = setup(&[
+        ("bases/Renamed.vhd", "id=b"),
+        ("bases/copy.vhd", "id=b"),
+        ("bases/other.vhd", ""),
+        ("vms/one/deep/child.vhd", "wants=b"),
+    ]);
+    let bases = s.find("bases").ino;
+    let base = |name: &str| s.tree.lookup(bases, OsStr::new(name)).unwrap();
+    for name in ["Renamed.vhd.img", "copy.vhd.img"] {
+        let refused = s.tree.open(base(name).ino, true, false).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ReadOnly, "{name}");
+        assert!(refused.to_string().contains("deep/child.vhd is made from it"), "{refused}");
+        assert_eq!(base(name).mode & 0o222, 0, "{name}");
+    }
+    assert!(s.tree.open(base("other.vhd.img").ino, true, false).is_ok());
+    fs::remove_file(s.path("vms/one/deep/child.vhd")).unwrap();
+    assert!(s.tree.open(base("copy.vhd.img").ino, true, false).is_ok());
+}
+
+#[test]
+fn a_child_in_another_source_protects_its_parent() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in [("a/x.vhd", ""), ("b/sub/child.vhd", "wants=x.vhd")] {
+        fs::create_dir_all(dir.path().join(name).parent().unwrap()).unwrap();
+        fs::write(dir.path().join(name), text).unwrap();
+    }
+    let written = |others: &[&str]| {
+        let sources: Vec<_> =
+            others.iter().chain(&["a"]).map(|name| dir.path().join(name)).collect();
+        let tree = tree_of(&sources, look()).unwrap();
+        let folder = match sources.len() {
+            1 => ROOT,
+            _ => tree.lookup(ROOT, OsStr::new("a")).unwrap().ino,
+        };
+        let image = tree.lookup(folder, OsStr::new("x.vhd.img")).unwrap().ino;
+        tree.open(image, true, false).map(drop).map_err(|e| e.kind())
+    };
+    assert_eq!(written(&[]), Ok(()));
+    assert_eq!(written(&["b"]), Err(ErrorKind::ReadOnly));
 }
 
 #[test]
