@@ -5,13 +5,14 @@
 //! ```text
 //! cli        commands, arguments, what is printed
 //! fuse       the mounted tree: names, inodes, handles, errno
+//! volumes    partitions, file systems and other contents of a disk
 //! disk       Disk: moves bytes; BlockMap: what a driver answers; table cache, block locks
 //! formats    vhd, vhdx, vmdk: BlockMap over tables on disk; open, create, check
 //! storage    positioned I/O on host files, or on what tests put in their place
 //! ```
 //!
-//! Calls run down. `disk` never names a format, `formats` know nothing of FUSE or the command line,
-//! `storage` knows only the host. `error`, `codec` and `progress` stand beside all of them.
+//! Calls run down. `disk` never names a format, `formats` and `volumes` know nothing of FUSE or the
+//! command line, `storage` knows only the host. `error`, `codec` and `progress` stand beside all of them.
 //!
 //! # Terms
 //!
@@ -29,5 +30,8 @@ pub mod formats;
 pub mod fuse;
 pub mod progress;
 pub mod storage;
+pub mod volumes;
 
+pub use disk::cursor::Cursor;
+pub use disk::window::Window;
 pub use error::{Error, ErrorKind, Result};

@@ -17,6 +17,7 @@ pub mod pages;
 pub mod progress;
 pub mod running;
 pub mod source;
+pub mod volumes;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -102,6 +103,11 @@ enum Command {
     /// Runs of stored data, of zeroes, and of what no image stores, in the order of the disk. With
     /// --json they are an array, of the shape that `qemu-img map --output=json` has.
     Map(chain::MapArgs),
+    /// List the partitions, file systems and other contents of disks.
+    ///
+    /// Partition tables (GPT from either copy, MBR with logical partitions), and in every partition, or
+    /// on a disk without a table, the file system or container with label and UUID.
+    Volumes(volumes::VolumesArgs),
     /// Merge a child into its parent.
     Commit(chain::CommitArgs),
     /// Give a child another parent.
@@ -172,6 +178,7 @@ fn run_command(command: &Command) -> u8 {
         Command::Check(args) => inspect::check(args),
         Command::Create(args) => images::create(args),
         Command::Map(args) => chain::map(args),
+        Command::Volumes(args) => volumes::volumes(args),
         Command::Commit(args) => chain::commit(args),
         Command::Rebase(args) => chain::rebase(args),
         Command::Browse(args) => return browse::browse(args),

@@ -53,6 +53,18 @@ pub fn print_text(text: &str) -> Result<()> {
     }
 }
 
+/// Text that a guest or a user chose, with nothing in it that a terminal obeys.
+pub fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() {
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+    }
+    out
+}
+
 /// Parses a size: bytes, or with a suffix K, M, G, T (also KiB, KB …), all powers of 1024.
 pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
     Config::new()
@@ -88,6 +100,11 @@ mod tests {
         for text in ["", "-1", "x", "1Q"] {
             assert!(parse_size(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn control_characters_reach_no_terminal() {
+        assert_eq!(escaped("a\u{1b}[2J\n\u{9b}é"), "a\\u{1b}[2J\\n\\u{9b}é");
     }
 
     #[test]

@@ -19,12 +19,15 @@
 //!
 //! A flush takes 2–4 and never 1, so it never waits for a writer.
 
+pub mod cursor;
 mod damage;
+pub mod flat;
 pub mod layers;
 mod locks;
 pub mod map;
 pub mod overlay;
 pub mod tables;
+pub mod window;
 
 use std::io;
 use std::ops::Range;
