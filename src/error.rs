@@ -49,6 +49,30 @@ pub enum ErrorKind {
     Failed,
 }
 
+impl ErrorKind {
+    /// Its name in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Io => "io",
+            Self::NoSpace => "no_space",
+            Self::Corrupt => "corrupt",
+            Self::Unsupported => "unsupported",
+            Self::NotThisFormat => "not_this_format",
+            Self::InvalidInput => "invalid_input",
+            Self::OutOfRange => "out_of_range",
+            Self::ReadOnly => "read_only",
+            Self::Busy => "busy",
+            Self::NotFound => "not_found",
+            Self::Exists => "exists",
+            Self::Denied => "denied",
+            Self::ParentMissing => "parent_missing",
+            Self::ParentMismatch => "parent_mismatch",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// A failure, with everything known about where it happened.
 #[derive(Debug, Clone)]
 pub struct Error {

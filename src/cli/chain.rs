@@ -99,10 +99,14 @@ pub fn map(args: &MapArgs) -> Result<u8> {
     };
     let mut printer = Printer { images, json: args.output.json(), lines: 0 };
     printer.begin()?;
-    layers::runs(&image.disk, layers, |run| {
+    let mut print = |run: Run| {
         let changed = !matches!(run.content, Content::Unallocated);
         if changed || args.since.is_none() { printer.run(&run) } else { Ok(()) }
-    })?;
+    };
+    match args.output.json() {
+        true => layers::runs_by_place(&image.disk, layers, &mut print)?,
+        false => layers::runs(&image.disk, layers, &mut print)?,
+    }
     printer.end()?;
     Ok(0)
 }
@@ -147,13 +151,23 @@ impl Printer<'_> {
         let image = self.images.get(run.layer).filter(|_| held).map(|image| &image.path);
         self.lines += 1;
         if self.json {
-            let entry = json!({
+            let mut entry = json!({
                 "start": run.start,
                 "length": run.len,
+                "depth": run.layer,
+                "present": held && run.content != Content::Damaged,
+                "zero": matches!(run.content, Content::Zero | Content::Unallocated),
+                "data": run.content == Content::Data,
+                "compressed": run.content == Content::Data && run.place.is_none(),
                 "state": state,
-                "depth": held.then_some(run.layer),
-                "image": image,
+                "image": image.map(|path| path.display().to_string()),
             });
+            if let Some(place) = run.place {
+                let disk = self.images.get(run.layer).map(|image| &image.disk);
+                let file = disk.and_then(|disk| disk.file_path(place.file));
+                entry["offset"] = place.at.into();
+                entry["filename"] = file.map(|path| path.display().to_string()).into();
+            }
             let separator = if self.lines == 1 { "  " } else { ", " };
             return print_line(&format!("{separator}{entry}"));
         }

@@ -25,7 +25,11 @@ Examples:
   A VHD for Azure, which wants fixed ones:
     flatdisk create --size 30G --subformat fixed disk.vhd
   A child that stores only what changes:
-    flatdisk create --parent disk.vhdx child.avhdx")]
+    flatdisk create --parent disk.vhdx child.avhdx
+
+Notes:
+  Fixed and flat images are made sparse: they take space on the host only as they are
+  written to, and a full host shows then.")]
 pub struct CreateArgs {
     /// The image to make; it must not exist.
     image: PathBuf,
@@ -41,7 +45,11 @@ pub struct CreateArgs {
     /// Subformat [default: dynamic for vhd and vhdx, monolithicSparse for vmdk].
     #[arg(long)]
     subformat: Option<String>,
-    /// Bytes per block [default: 2M for vhd; by size for vhdx; vmdk grains are always 64K].
+    /// Bytes per block or VMDK grain, a power of two [default: 2M, above 1T of vhdx 32M; 64K for vmdk; a
+    /// vhdx child has its parent's].
+    ///
+    /// From 4K to 256M for vhd, 1M to 256M for vhdx, 4K to 32M for sparse vmdk; fixed vhd and flat vmdk have
+    /// none.
     #[arg(long, value_parser = parse_size)]
     block_size: Option<u64>,
     /// Logical sector size in bytes, 512 or 4096 (vhdx) [default: 512].

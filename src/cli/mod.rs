@@ -23,7 +23,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 const HELP: &str = "\
 Examples:
@@ -101,7 +102,9 @@ enum Command {
     /// List what every part of a disk is, and which image holds it.
     ///
     /// Runs of stored data, of zeroes, and of what no image stores, in the order of the disk. With
-    /// --json they are an array, of the shape that `qemu-img map --output=json` has.
+    /// --json they are an array with the names of `qemu-img map --output=json` (`offset` and `filename` say
+    /// where data lies on the host, and where it goes on elsewhere a new run begins), and `state` and
+    /// `image` besides.
     Map(chain::MapArgs),
     /// List the partitions, file systems and other contents of disks.
     ///
@@ -138,10 +141,44 @@ pub fn run() -> ExitCode {
             if called_by_mount_fuse(&arguments) {
                 arguments.insert(1, "mount".into());
             }
-            parse(&arguments).map(|cli: Cli| run_command(&cli.command))
+            run_cli(&arguments)
         }
     };
     ExitCode::from(status.unwrap_or_else(|status| status))
+}
+
+/// Runs `flatdisk` with its arguments.
+fn run_cli(arguments: &[OsString]) -> Result<u8, u8> {
+    let matches =
+        Cli::command().try_get_matches_from(arguments).map_err(|e| refuse(&e, arguments))?;
+    let cli = Cli::from_arg_matches(&matches).map_err(|e| refuse(&e, arguments))?;
+    let json = matches.subcommand().is_some_and(|(_, command)| output::wants_json(command));
+    Ok(run_command(&cli.command, json))
+}
+
+/// Prints why arguments are wrong, or what they ask for, and returns the exit status.
+fn refuse(error: &clap::Error, arguments: &[OsString]) -> u8 {
+    let _ = error.print();
+    if let Some(advice) = advice(error, arguments) {
+        eprintln!("\n  tip: {advice}");
+    }
+    u8::from(error.use_stderr())
+}
+
+/// What to type instead, where an image or a folder stands in the place of a command or of a mount point.
+fn advice(error: &clap::Error, arguments: &[OsString]) -> Option<&'static str> {
+    let first = arguments.get(1)?;
+    match error.kind() {
+        ErrorKind::InvalidSubcommand if Path::new(first).exists() => Some(
+            "`flatdisk mount SOURCE MOUNTPOINT` shows images as flat files, `flatdisk info IMAGE` tells \
+             what one is",
+        ),
+        ErrorKind::MissingRequiredArgument if first == "mount" => Some(
+            "the mount point comes last and is an existing directory: mkdir flat; \
+                  flatdisk mount server.vhdx flat",
+        ),
+        _ => None,
+    }
 }
 
 /// Parses arguments; for wrong ones prints why and returns the exit status 1, which mount(8) wants
@@ -164,7 +201,7 @@ fn called_by_mount_fuse(arguments: &[OsString]) -> bool {
             || arguments.iter().any(|a| a == OsStr::new("-o")))
 }
 
-fn run_command(command: &Command) -> u8 {
+fn run_command(command: &Command, json: bool) -> u8 {
     let done = match command {
         Command::Mount(args) => return mount::mount(args),
         Command::Umount(args) => return running::umount(args),
@@ -187,7 +224,7 @@ fn run_command(command: &Command) -> u8 {
         Command::Man(args) => pages::man(args),
     };
     done.unwrap_or_else(|e| {
-        eprintln!("flatdisk: {e}");
+        output::report(&e, json);
         1
     })
 }

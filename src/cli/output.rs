@@ -1,6 +1,6 @@
 //! What commands print: sizes for people, JSON for programs.
 
-use clap::{Args, ValueEnum};
+use clap::{ArgMatches, Args, ValueEnum};
 use parse_size::Config;
 use serde::Serialize;
 
@@ -28,6 +28,47 @@ impl OutputArgs {
     /// Whether to print JSON.
     pub fn json(self) -> bool {
         self.json || self.output == OutputFormat::Json
+    }
+}
+
+/// Whether the arguments of a command ask for JSON; it may have no such option.
+pub fn wants_json(arguments: &ArgMatches) -> bool {
+    let flag = matches!(arguments.try_get_one("json"), Ok(Some(true)));
+    let format = arguments.try_get_one("output").ok().flatten();
+    flag || format == Some(&OutputFormat::Json)
+}
+
+/// A failure in JSON.
+#[derive(Debug, Serialize)]
+pub struct Failure {
+    kind: &'static str,
+    /// As far as it is text.
+    file: Option<String>,
+    /// In the file.
+    offset: Option<u64>,
+    what: String,
+    hint: Option<String>,
+}
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Self {
+        Self {
+            kind: error.kind().name(),
+            file: error.path().map(|path| path.display().to_string()),
+            offset: error.offset(),
+            what: error.what().to_owned(),
+            hint: error.hinted().map(str::to_owned),
+        }
+    }
+}
+
+/// Tells of a failure: a line to standard error, and for a program that asked for JSON an object to
+/// standard output, in place of the result.
+pub fn report(error: &Error, json: bool) {
+    eprintln!("flatdisk: {error}");
+    if json {
+        // Standard output may be what failed.
+        let _ = print_json(&Failure::from(error));
     }
 }
 

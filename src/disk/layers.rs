@@ -4,7 +4,7 @@
 //! extents of one step.
 
 use super::Disk;
-use super::map::{DiskRange, Source};
+use super::map::{DiskRange, FileIndex, Source};
 use crate::error::Result;
 
 /// Bytes of the disk that the first step covers; later ones adapt to how finely the disk is cut.
@@ -41,11 +41,51 @@ pub struct Run {
     pub content: Content,
     /// The layer that says so: 0 is the disk itself, 1 its parent, and so on.
     pub layer: usize,
+    /// Where the first byte of data is, unless it is compressed.
+    pub place: Option<Place>,
+}
+
+/// A byte of a layer's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Which of the layer's files; see [`Disk::file_path`].
+    pub file: FileIndex,
+    /// Byte offset there.
+    pub at: u64,
+}
+
+impl Run {
+    /// Whether data goes on in `next` where it ends here.
+    fn goes_on(&self, next: &Self) -> bool {
+        match (self.place, next.place) {
+            (Some(a), Some(b)) => a.file == b.file && a.at.checked_add(self.len) == Some(b.at),
+            (None, None) => true,
+            _ => false,
+        }
+    }
 }
 
 /// Calls `found` with every run of `disk` in order, joined where neighbours are alike. Only the first
 /// `layers` layers are looked at; what lies below counts as [`Content::Unallocated`] in the last one.
-pub fn runs(disk: &Disk, layers: usize, mut found: impl FnMut(Run) -> Result<()>) -> Result<()> {
+pub fn runs(disk: &Disk, layers: usize, found: impl FnMut(Run) -> Result<()>) -> Result<()> {
+    joined_runs(disk, layers, |_, _| true, found)
+}
+
+/// As [`runs`], but data that lies in several places of the host makes as many runs.
+pub fn runs_by_place(
+    disk: &Disk,
+    layers: usize,
+    found: impl FnMut(Run) -> Result<()>,
+) -> Result<()> {
+    joined_runs(disk, layers, Run::goes_on, found)
+}
+
+fn joined_runs(
+    disk: &Disk,
+    layers: usize,
+    alike: impl Fn(&Run, &Run) -> bool,
+    mut found: impl FnMut(Run) -> Result<()>,
+) -> Result<()> {
     let mut joined: Option<Run> = None;
     let mut list = Vec::new();
     let mut step = FIRST_STEP;
@@ -62,7 +102,10 @@ pub fn runs(disk: &Disk, layers: usize, mut found: impl FnMut(Run) -> Result<()>
         };
         for run in &list {
             match &mut joined {
-                Some(last) if (last.content, last.layer) == (run.content, run.layer) => {
+                Some(last)
+                    if (last.content, last.layer) == (run.content, run.layer)
+                        && alike(last, run) =>
+                {
                     last.len += run.len;
                 }
                 _ => joined.replace(*run).map_or(Ok(()), &mut found)?,
@@ -85,24 +128,35 @@ fn layer_runs(
     let past = inside.end.max(range.start)..range.end;
     for extent in disk.extents(inside)?.iter() {
         let part = extent.start.max(range.start)..extent.end().min(range.end);
+        let place = match extent.source {
+            Source::File { file, at } => Some(Place { file, at: at + (part.start - extent.start) }),
+            _ => None,
+        };
+        let mut push = |content| push(out, part.clone(), content, layer, place);
         match extent.source {
-            Source::File { .. } | Source::Packed { .. } => push(out, part, Content::Data, layer),
-            Source::Bad => push(out, part, Content::Damaged, layer),
-            Source::Zero if disk.parent().is_some() => push(out, part, Content::Zero, layer),
-            Source::Zero => push(out, part, Content::Unallocated, layer),
+            Source::File { .. } | Source::Packed { .. } => push(Content::Data),
+            Source::Bad => push(Content::Damaged),
+            Source::Zero if disk.parent().is_some() => push(Content::Zero),
+            Source::Zero => push(Content::Unallocated),
             Source::Parent => match disk.parent() {
-                _ if layer + 1 >= layers => push(out, part, Content::Unallocated, layer),
+                _ if layer + 1 >= layers => push(Content::Unallocated),
                 Some(parent) => layer_runs(parent, layer + 1, layers, part, out)?,
-                None => push(out, part, Content::Damaged, layer),
+                None => push(Content::Damaged),
             },
         }
     }
-    push(out, past, Content::Unallocated, layer);
+    push(out, past, Content::Unallocated, layer, None);
     Ok(())
 }
 
-fn push(out: &mut Vec<Run>, range: DiskRange, content: Content, layer: usize) {
+fn push(
+    out: &mut Vec<Run>,
+    range: DiskRange,
+    content: Content,
+    layer: usize,
+    place: Option<Place>,
+) {
     if !range.is_empty() {
-        out.push(Run { start: range.start, len: range.end - range.start, content, layer });
+        out.push(Run { start: range.start, len: range.end - range.start, content, layer, place });
     }
 }

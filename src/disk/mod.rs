@@ -31,6 +31,7 @@ pub mod window;
 
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -120,6 +121,11 @@ impl Disk {
     /// The disk this one is a child of.
     pub fn parent(&self) -> Option<&Arc<Disk>> {
         self.parent.as_ref()
+    }
+
+    /// The path of one of the image's files.
+    pub fn file_path(&self, file: map::FileIndex) -> Option<&Path> {
+        self.map.files().get(file).map(|file| file.path())
     }
 
     /// Whether anything was written since the disk was opened.
