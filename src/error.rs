@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 /// Result of every fallible operation of the crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What sort of failure an [`Error`] is. Closed on purpose: front ends map every kind.
+/// What sort of failure an [`Error`] is. The front ends here map every kind.
+#[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
     /// The host failed to read, write, or make something durable.

@@ -68,7 +68,7 @@ impl Run {
 /// Calls `found` with every run of `disk` in order, joined where neighbours are alike. Only the first
 /// `layers` layers are looked at; what lies below counts as [`Content::Unallocated`] in the last one.
 pub fn runs(disk: &Disk, layers: usize, found: impl FnMut(Run) -> Result<()>) -> Result<()> {
-    joined_runs(disk, layers, |_, _| true, found)
+    joined_runs(disk, 0..disk.size(), layers, |_, _| true, found)
 }
 
 /// As [`runs`], but data that lies in several places of the host makes as many runs.
@@ -77,11 +77,26 @@ pub fn runs_by_place(
     layers: usize,
     found: impl FnMut(Run) -> Result<()>,
 ) -> Result<()> {
-    joined_runs(disk, layers, Run::goes_on, found)
+    joined_runs(disk, 0..disk.size(), layers, Run::goes_on, found)
+}
+
+impl Disk {
+    /// Calls `found` with every run of a range in order, as [`runs_by_place`] does for all of a disk and
+    /// its parents.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange), a table that cannot be read, or what
+    /// `found` fails with.
+    pub fn map(&self, range: DiskRange, found: impl FnMut(Run) -> Result<()>) -> Result<()> {
+        let range = self.check_range(range.start, range.end.saturating_sub(range.start))?;
+        joined_runs(self, range, usize::MAX, Run::goes_on, found)
+    }
 }
 
 fn joined_runs(
     disk: &Disk,
+    range: DiskRange,
     layers: usize,
     alike: impl Fn(&Run, &Run) -> bool,
     mut found: impl FnMut(Run) -> Result<()>,
@@ -90,9 +105,9 @@ fn joined_runs(
     let mut list = Vec::new();
     let mut step = FIRST_STEP;
     let longest = if disk.is_coarse() { MAX_STEP } else { MAX_FINE_STEP };
-    let mut pos = 0;
-    while pos < disk.size() {
-        let end = disk.size().min(pos.saturating_add(step));
+    let mut pos = range.start;
+    while pos < range.end {
+        let end = range.end.min(pos.saturating_add(step));
         list.clear();
         layer_runs(disk, 0, layers, pos..end, &mut list)?;
         step = match list.len() {

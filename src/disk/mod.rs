@@ -493,6 +493,27 @@ impl Disk {
         Ok(())
     }
 
+    /// Makes a range read as zeroes, and keeps the blocks that the image has for it, which
+    /// [`Self::discard`] gives back. It makes no new ones where the range reads as zeroes already.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::write_at`].
+    pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        let range = self.check_range(offset, len)?;
+        self.ready_to_write()?;
+        let mut pos = range.start;
+        while pos < range.end {
+            let step = pos..range.end.min((pos / STEP + 1) * STEP);
+            let _held = self.locks.exclusive(&step);
+            let zeroed = self.zero_held(step.clone());
+            self.unflushed.store(true, Ordering::Release);
+            zeroed?;
+            pos = step.end;
+        }
+        Ok(())
+    }
+
     fn discard_held(&self, range: &DiskRange) -> Result<()> {
         let whole = range.start.next_multiple_of(Geometry::SECTOR)
             ..range.end / Geometry::SECTOR * Geometry::SECTOR;

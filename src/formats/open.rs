@@ -12,6 +12,7 @@ use crate::disk::Disk;
 use crate::disk::map::DiskRange;
 use crate::disk::tables::CacheBudget;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::file::HostFs;
 use crate::storage::{self, Access, FileIdentity, Host, Storage};
 
 use super::{Identity, ImageInfo, Opened, ParentLink, recognise};
@@ -63,6 +64,13 @@ pub struct OpenOptions {
     pub spelling: Spelling,
 }
 
+impl Default for OpenOptions {
+    /// For reading.
+    fn default() -> Self {
+        Self::new(Access::Read)
+    }
+}
+
 impl OpenOptions {
     /// Options for opening with `access`, everything else at its default.
     pub fn new(access: Access) -> Self {
@@ -77,6 +85,39 @@ impl OpenOptions {
             folders: Arc::default(),
             spelling: Spelling::default(),
         }
+    }
+
+    /// Whether the disk can be written; if so, nobody else may open the image.
+    #[must_use]
+    pub fn write(mut self, write: bool) -> Self {
+        self.access = if write { Access::Write } else { Access::Read };
+        self
+    }
+
+    /// Names the image's parent; see [`Self::parent`](field@Self::parent).
+    #[must_use]
+    pub fn parent(mut self, path: impl Into<PathBuf>) -> Self {
+        self.parent = Some(path.into());
+        self
+    }
+
+    /// Permits parents in one more directory; see [`Self::allow_parent`](field@Self::allow_parent).
+    #[must_use]
+    pub fn allow_parent(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.allow_parent.push(dir.into());
+        self
+    }
+
+    /// Opens an image of the host with all its parents.
+    ///
+    /// # Errors
+    ///
+    /// The file is not there ([`ErrorKind::NotFound`]), in use ([`ErrorKind::Busy`]), no image
+    /// ([`ErrorKind::NotThisFormat`]), damaged beyond reading ([`ErrorKind::Corrupt`]), of a kind that is
+    /// not supported, or lacks its parent ([`ErrorKind::ParentMissing`], [`ErrorKind::ParentMismatch`]).
+    /// An image that can only be read opens for writing all the same; its first write fails.
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Image> {
+        open(&HostFs::shared(), path.as_ref(), self)
     }
 
     /// Directories besides the image's own in which parents may lie.
