@@ -225,3 +225,19 @@ fn a_map_in_json_is_that_of_qemu_img() {
         assert_eq!(ours, theirs, "{image}");
     }
 }
+
+#[test]
+fn quiet_commands_print_nothing() {
+    let dir = scratch();
+    create(&dir.path().join("a.vhdx"), "4M", &[]);
+    create(&dir.path().join("b.vhdx"), "4M", &[]);
+    for command in [
+        &["create", "-q", "--parent", "a.vhdx", "c.vhdx"][..],
+        &["rebase", "-q", "c.vhdx", "--parent", "b.vhdx"],
+        &["commit", "-q", "c.vhdx"],
+    ] {
+        let output = outcome(flatdisk().current_dir(dir.path()).args(command));
+        assert!(output.status.success(), "{command:?}: {}", stderr(&output));
+        assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{command:?}");
+    }
+}

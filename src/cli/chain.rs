@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::output::{OutputArgs, iec, print_json, print_line};
+use super::progress::ProgressArgs;
 use super::source::image_of;
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, Result};
@@ -198,6 +199,11 @@ pub struct CommitArgs {
     force: bool,
     #[command(flatten)]
     parents: ParentArgs,
+    /// Print nothing on success.
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -207,7 +213,9 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
     let options = args.parents.options(Access::Read);
     let how = Merging { over_siblings: args.force, keep: args.keep };
     let child = image_of(&args.child)?;
-    let merged = chain::merge(&HostFs::shared(), &child, &options, how, &mut |_| ())?;
+    let bar = args.progress.start("merging", args.quiet)?;
+    let merged = chain::merge(&HostFs::shared(), &child, &options, how, &bar)?;
+    drop(bar);
     for sibling in &merged.siblings {
         let parent = merged.parent.display();
         eprintln!("flatdisk: {}: its parent {parent} has changed", sibling.display());
@@ -223,7 +231,7 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
             "invalid_siblings": merged.siblings,
             "left": merged.left,
         }))?;
-    } else {
+    } else if !args.quiet {
         let (child, parent) = (child.display(), merged.parent.display());
         print_line(&format!("merged {} of {child} into {parent}", iec(merged.bytes)))?;
     }
@@ -249,6 +257,11 @@ pub struct RebaseArgs {
     link_only: bool,
     #[command(flatten)]
     parents: ParentArgs,
+    /// Print nothing on success.
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -259,7 +272,9 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
     let host = HostFs::shared();
     let only = args.link_only;
     let (child, parent) = (image_of(&args.child)?, image_of(&args.parent)?);
-    let copied = chain::rebase(&host, &child, &parent, &options, only, &mut |_| ())?;
+    let bar = args.progress.start("copying", args.quiet)?;
+    let copied = chain::rebase(&host, &child, &parent, &options, only, &bar)?;
+    drop(bar);
     // As every later command opens it that is told of no directory.
     let alone = ParentArgs { allow_parent: Vec::new() }.options(Access::Peek);
     let refusal = formats::open(&host, &child, &alone).err();
@@ -271,7 +286,7 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
         print_json(
             &json!({ "child": child, "parent": parent, "bytes": copied, "refused": refused }),
         )?;
-    } else {
+    } else if !args.quiet {
         let (child, parent) = (child.display(), parent.display());
         print_line(&format!("{child} is a child of {parent} now; {} copied", iec(copied)))?;
     }

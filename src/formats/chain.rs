@@ -36,6 +36,7 @@ use super::{
 use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::progress::Progress;
 use crate::storage::{Access, FileIdentity, Host};
 
 /// Bytes copied or compared at a time.
@@ -70,13 +71,14 @@ pub struct Merging {
 }
 
 /// Merges the image at `path` into its parent and removes it. Other images that need the child, if it
-/// is not kept, or the parent are a reason to refuse. `progress` gets the bytes of the disk done.
+/// is not kept, or the parent are a reason to refuse. `progress` gets the bytes of the disk done; where it
+/// ends the work, the parent has a part of what is the child's, which still reads the same.
 pub fn merge(
     host: &Arc<dyn Host>,
     path: &Path,
     options: &OpenOptions,
     how: Merging,
-    progress: &mut dyn FnMut(u64),
+    progress: &dyn Progress,
 ) -> Result<Merged> {
     let with = |access, next_identity| opening(options, access, next_identity);
     let seen = open(host, path, &with(Access::Peek, None))?;
@@ -153,15 +155,15 @@ fn opening(options: &OpenOptions, access: Access, next_identity: Option<Identity
 }
 
 /// Gives the image at `path` the parent at `new`. Unless `link_only`, whatever would look different
-/// over it is copied into the child first. `progress` gets the bytes of the disk done. Returns the
-/// bytes copied.
+/// over it is copied into the child first. `progress` gets the bytes of the disk done; where it ends the
+/// work, the child has a copy of a part of what it shows. Returns the bytes copied.
 pub fn rebase(
     host: &Arc<dyn Host>,
     path: &Path,
     new: &Path,
     options: &OpenOptions,
     link_only: bool,
-    progress: &mut dyn FnMut(u64),
+    progress: &dyn Progress,
 ) -> Result<u64> {
     let with = |access, next_identity| opening(options, access, next_identity);
     // Open until the end, so that nobody writes to it.
@@ -343,11 +345,13 @@ fn leads_to(
 }
 
 /// Writes what is the child's own into its parent; how many bytes that was.
-fn copy_own(child: &Disk, parent: &Disk, progress: &mut dyn FnMut(u64)) -> Result<u64> {
+fn copy_own(child: &Disk, parent: &Disk, progress: &dyn Progress) -> Result<u64> {
     let mut buf = vec![0; CHUNK as usize];
     let (mut bytes, mut flushed) = (0, 0);
     let mut pos = 0;
+    progress.total(child.size());
     while pos < child.size() {
+        progress.go_on()?;
         let end = child.size().min(pos + STEP);
         for extent in child.extents(pos..end)?.iter() {
             match extent.source {
@@ -371,23 +375,21 @@ fn copy_own(child: &Disk, parent: &Disk, progress: &mut dyn FnMut(u64)) -> Resul
             parent.flush()?;
             flushed = bytes;
         }
+        progress.advance(end - pos);
         pos = end;
-        progress(pos);
     }
     Ok(bytes)
 }
 
 /// Writes into `child` what `old` shows through it and `new` would not; how many bytes that was.
-fn copy_differences(
-    child: &Disk,
-    old: &Disk,
-    new: &Disk,
-    progress: &mut dyn FnMut(u64),
-) -> Result<u64> {
+fn copy_differences(child: &Disk, old: &Disk, new: &Disk, progress: &dyn Progress) -> Result<u64> {
     let (mut before, mut after) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
     let (mut bytes, mut flushed) = (0, 0);
     let mut pos = 0;
+    let mut done = 0;
+    progress.total(child.size());
     while let Some(data) = next_data(old, new, pos)? {
+        progress.go_on()?;
         pos = data / SECTOR * SECTOR;
         let end = child.size().min(pos + CHUNK);
         if pos >= end {
@@ -408,7 +410,8 @@ fn copy_differences(
             flushed = bytes;
         }
         pos = end;
-        progress(pos);
+        progress.advance(pos - done);
+        done = pos;
     }
     Ok(bytes)
 }

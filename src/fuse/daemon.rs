@@ -246,6 +246,14 @@ pub fn check_host() -> Result<()> {
         return Err(Error::new(ErrorKind::NotFound, "there is no /dev/fuse")
             .hint("`modprobe fuse` may bring it"));
     }
+    let opened = fs::File::options().read(true).write(true).open("/dev/fuse");
+    if let Err(e) = opened.as_ref()
+        && e.kind() == io::ErrorKind::PermissionDenied
+    {
+        let hint = "its mode is 0666 as a rule; a container must be given the device, as with \
+                    `docker run --device /dev/fuse --cap-add SYS_ADMIN`";
+        return Err(Error::io("open", e).in_file(Path::new("/dev/fuse")).hint(hint));
+    }
     // mount(8) hands its environment on to a user's helper without PATH; execvp(3) looks here then.
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/bin:/usr/bin".into());
     let helper = || std::env::split_paths(&path).any(|dir| dir.join("fusermount3").exists());

@@ -240,7 +240,7 @@ pub fn record_relink(image: &Image, footer_copy: bool) -> Trace<'_> {
     let recorder = traced(&files);
     let recorded: Arc<dyn Host> = recorder.clone();
     let options = OpenOptions::new(Access::Read);
-    chain::rebase(&recorded, &child, &other, &options, true, &mut |_| ()).unwrap();
+    chain::rebase(&recorded, &child, &other, &options, true, &()).unwrap();
     let recording = recorder.recording();
     let done = recording.ops().len();
     let judge: Judge<'_> = Box::new(move |kept, _, state, _| {
