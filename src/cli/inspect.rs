@@ -10,7 +10,7 @@ use super::chain::ChainArgs;
 use super::output::{Failure, OutputArgs, iec, print_json, print_line, report};
 use super::source::image_of;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::repair::Change;
+use crate::formats::plan::Change;
 use crate::formats::{self, Finding, ImageInfo, Repair, Report, Scope, Severity, open};
 use crate::storage::Access;
 use crate::storage::file::HostFs;

@@ -16,6 +16,7 @@ pub mod output;
 pub mod pages;
 pub mod progress;
 pub mod running;
+pub mod size;
 pub mod source;
 pub mod volumes;
 
@@ -99,6 +100,12 @@ enum Command {
     Check(inspect::CheckArgs),
     /// Make a new image, or a child of another one.
     Create(images::CreateArgs),
+    /// Make a virtual disk larger or smaller, in place.
+    ///
+    /// All kinds that can be written: fixed and dynamic ones, split ones, and children that nothing stands
+    /// on (not of VMDK). Killed at any moment, the command leaves the old size or the new one. Partition
+    /// tables and file systems on the disk stay as they are.
+    Resize(size::ResizeArgs),
     /// List what every part of a disk is, and which image holds it.
     ///
     /// Runs of stored data, of zeroes, and of what no image stores, in the order of the disk. With
@@ -214,6 +221,7 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Info(args) => inspect::info(args),
         Command::Check(args) => inspect::check(args),
         Command::Create(args) => images::create(args),
+        Command::Resize(args) => size::resize(args),
         Command::Map(args) => chain::map(args),
         Command::Volumes(args) => volumes::volumes(args),
         Command::Commit(args) => chain::commit(args),

@@ -289,8 +289,8 @@ fn refuse_relatives(
     }
 }
 
-/// The images in `folders` whose parent is `image`.
-fn children(
+/// The images in `folders` whose parent is `image`, and which files they are.
+pub fn children(
     host: &Arc<dyn Host>,
     image: &Image,
     folders: &[PathBuf],

@@ -10,9 +10,11 @@ mod foreign;
 pub mod open;
 mod parents;
 pub mod places;
+pub mod plan;
 pub mod references;
 pub mod repair;
 pub mod report;
+pub mod resize;
 pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
@@ -30,6 +32,7 @@ use crate::storage::{Access, Host, Storage};
 pub use folders::Label;
 use open::open_alone;
 pub use open::{Image, OpenContext, OpenOptions, Spelling, open};
+use plan::Steps;
 pub use repair::{Plan, Repair, Scope, repair};
 pub use report::{Finding, Lost, Report, Severity};
 
@@ -41,7 +44,8 @@ pub static FORMATS: [&dyn Format; 3] = [&vhdx::Vhdx, &vmdk::Vmdk, &vhd::Vhd];
 pub struct Probe {
     /// The first 4096 bytes, or fewer when the file is shorter.
     pub head: Vec<u8>,
-    /// The last 2048 bytes, or fewer when the file is shorter.
+    /// The last 2048 bytes, or fewer when the file is shorter; of a file that ends with zeroes those
+    /// before them.
     pub tail: Vec<u8>,
     /// Length of the file.
     pub len: u64,
@@ -56,8 +60,35 @@ impl Probe {
         file.read_at(0, &mut head).map_err(failed)?;
         let mut tail = vec![0; len.min(2048) as usize];
         file.read_at(len - tail.len() as u64, &mut tail).map_err(failed)?;
+        if tail.iter().all(|byte| *byte == 0) {
+            let end = end_of_data(file, len)?;
+            tail.truncate(end.min(2048) as usize);
+            file.read_at(end - tail.len() as u64, &mut tail).map_err(failed)?;
+        }
         Ok(Self { head, tail, len })
     }
+}
+
+/// Where the zeroes begin that a file of `len` bytes ends with, rounded up to 512 bytes: behind the last
+/// data, as far as the host tells what are holes, with a look at 64 KiB before that.
+pub fn end_of_data(file: &dyn Storage, len: u64) -> Result<u64> {
+    const LOOK: u64 = 64 << 10;
+    const MAX_RANGES: usize = 1 << 16;
+    let failed = |e| Error::io("read", &e).in_file(file.path());
+    let (mut last, mut at) = (0..0, 0);
+    for _ in 0..MAX_RANGES {
+        let Some(data) = file.next_data(at).map_err(failed)?.filter(|data| data.end > at) else {
+            break;
+        };
+        at = data.end;
+        last = data;
+    }
+    let end = last.end.min(len);
+    let start = last.start.max(end.saturating_sub(LOOK)) / 512 * 512;
+    let mut bytes = vec![0; end.saturating_sub(start) as usize];
+    file.read_at(start, &mut bytes).map_err(failed)?;
+    let sectors = bytes.chunks(512).rposition(|sector| sector.iter().any(|byte| *byte != 0));
+    Ok(sectors.map_or(start, |index| start + (index as u64 + 1) * 512).min(len))
 }
 
 /// A disk image format.
@@ -111,6 +142,19 @@ pub trait Format: Sync {
     /// Takes everything out of the child in `file`, open for writing, so that it shows nothing but
     /// its parent. Durable on return; a crash before leaves a part in it.
     fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()>;
+
+    /// Plans the change of the disk in `file`, open for writing, to `size` bytes, a multiple of its
+    /// logical sector. A crash anywhere in it leaves the old size or the new one, every byte that both
+    /// have, and at worst space that nothing uses. What is behind the end of a smaller disk is given
+    /// up. Planned again for the size that the disk has, it finishes what a crash interrupted. Before
+    /// it plans, it may put right what every writer would, such as replaying a log.
+    fn resize(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        size: u64,
+        plan: &mut Steps,
+    ) -> Result<()>;
 
     /// Walks every structure of the image, adding what it finds to `report`. An error only means
     /// that checking could not go on; damage is a finding. Time is linear in the file's tables.

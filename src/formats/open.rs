@@ -138,6 +138,7 @@ impl OpenOptions {
 }
 
 /// What a driver needs besides the file itself: where other files come from, and what is allowed.
+#[derive(Clone)]
 pub struct OpenContext {
     host: Arc<dyn Host>,
     /// Directory of the image.

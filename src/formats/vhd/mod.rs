@@ -10,7 +10,7 @@
 //! `fixed` and `blocks` are the mappings, `differencing` is what a child adds to the latter; `bat`
 //! and `bitmaps` are the cached tables and `space` hands out room in the file. `survey` walks the
 //! whole BAT, before the first write and for a check. `repair` rebuilds what is there twice or follows
-//! from the rest.
+//! from the rest, `resize` changes the disk's size; `sound` is what such a change of the file begins with.
 //!
 //! # The order of writes
 //!
@@ -62,6 +62,8 @@ mod locators;
 mod lost;
 mod relink;
 mod repair;
+mod resize;
+mod sound;
 mod space;
 mod structure;
 mod survey;
@@ -73,6 +75,7 @@ pub use create::create_child;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::plan::Steps;
 use super::{
     CreateSpec, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan, Probe,
     Report,
@@ -144,6 +147,16 @@ impl Format for Vhd {
         let footers = Footers::find(&*file, false)?;
         let structure = Structure::read(&*file, &footers, false)?;
         sparse_map(file, footers, structure, ctx).forget()
+    }
+
+    fn resize(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        size: u64,
+        plan: &mut Steps,
+    ) -> Result<()> {
+        resize::resize(&file, ctx, size, plan)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {

@@ -31,11 +31,11 @@ const ADAPTERS: [&str; 4] = ["ide", "buslogic", "lsilogic", "legacyESX"];
 const DEFAULT_ADAPTER: &str = "lsilogic";
 
 /// Sectors of each extent of a split disk but the last: 2047 MiB, for hosts whose files end at 2 GiB.
-const SPLIT: u64 = 4_192_256;
+pub const SPLIT: u64 = 4_192_256;
 /// Largest disk made, in sectors: 64 TiB, beyond what any VMware product takes.
-const MAX_SECTORS: u64 = (64 << 40) / SECTOR;
+pub const MAX_SECTORS: u64 = (64 << 40) / SECTOR;
 /// Most extents of a disk made; readers have limits.
-const MAX_EXTENTS: u64 = 4096;
+pub const MAX_EXTENTS: u64 = 4096;
 /// Cylinders beyond which old IDE geometries do not count.
 const MAX_IDE_CYLINDERS: u64 = 16_383;
 
@@ -264,7 +264,7 @@ fn hardware(spec: &CreateSpec, sectors: u64) -> Result<Vec<(String, String)>> {
 
 /// Cylinders, heads and sectors per track of a disk. Guests address by sector; this is for firmware
 /// that asks.
-fn chs(sectors: u64, ide: bool) -> [u64; 3] {
+pub fn chs(sectors: u64, ide: bool) -> [u64; 3] {
     const GIB: u64 = (1 << 30) / SECTOR;
     let (heads, per_track) = match sectors.div_ceil(GIB) {
         _ if ide => (16, 63),
@@ -308,39 +308,56 @@ pub fn write_sparse(
     grain: u64,
     descriptor: Option<&str>,
 ) -> Result<()> {
-    let area = if descriptor.is_some() { DESCRIPTOR_SECTORS } else { 0 };
-    let layout = NewLayout::new(capacity, grain, area);
-    if layout.overhead >= u64::from(u32::MAX) {
-        let what = format!("grains of {} bytes are too small for this disk", grain * SECTOR);
-        return Err(Error::invalid(what));
+    let new = NewSparse::new(capacity, grain, descriptor)?;
+    file.set_len(new.len).map_err(|e| Error::io("extend", &e).in_file(file.path()))?;
+    for (at, bytes, what) in &new.parts {
+        codec::write_all(file, *at, bytes, what)?;
     }
-    let header = Header {
-        version: 1,
-        flags: FLAG_REDUNDANT | 1,
-        capacity,
-        grain,
-        descriptor_at: area.min(1),
-        descriptor_len: area,
-        entries_per_table: ENTRIES_PER_TABLE,
-        rgd: layout.rgd,
-        gd: layout.gd,
-        overhead: layout.overhead,
-        unclean: false,
-    };
-    file.set_len(layout.overhead * SECTOR)
-        .map_err(|e| Error::io("extend", &e).in_file(file.path()))?;
-    for directory in [layout.rgd, layout.gd] {
-        let entries = layout.directory(directory);
-        codec::write_all(file, directory * SECTOR, &entries, "a grain directory")?;
-    }
-    if let Some(text) = descriptor {
-        if text.len() as u64 > area * SECTOR {
-            return Err(Error::invalid("the descriptor does not fit into the image"));
-        }
-        codec::write_all(file, SECTOR, text.as_bytes(), "the descriptor")?;
-    }
-    codec::write_all(file, 0, &header.encode(), "the sparse header")?;
     file.sync().map_err(|e| Error::io("flush", &e).in_file(file.path()))
+}
+
+/// What a new sparse extent holds.
+pub struct NewSparse {
+    /// Bytes of the file.
+    pub len: u64,
+    /// What is not zero: byte offset, bytes, and what it is.
+    pub parts: Vec<(u64, Vec<u8>, &'static str)>,
+}
+
+impl NewSparse {
+    /// An extent of `capacity` sectors in grains of `grain`, with the text of an embedded descriptor.
+    pub fn new(capacity: u64, grain: u64, descriptor: Option<&str>) -> Result<Self> {
+        let area = if descriptor.is_some() { DESCRIPTOR_SECTORS } else { 0 };
+        let layout = NewLayout::new(capacity, grain, area);
+        if layout.overhead >= u64::from(u32::MAX) {
+            let what = format!("grains of {} bytes are too small for this disk", grain * SECTOR);
+            return Err(Error::invalid(what));
+        }
+        let header = Header {
+            version: 1,
+            flags: FLAG_REDUNDANT | 1,
+            capacity,
+            grain,
+            descriptor_at: area.min(1),
+            descriptor_len: area,
+            entries_per_table: ENTRIES_PER_TABLE,
+            rgd: layout.rgd,
+            gd: layout.gd,
+            overhead: layout.overhead,
+            unclean: false,
+        };
+        let mut parts: Vec<_> = [layout.rgd, layout.gd]
+            .map(|at| (at * SECTOR, layout.directory(at), "a grain directory"))
+            .into();
+        if let Some(text) = descriptor {
+            if text.len() as u64 > area * SECTOR {
+                return Err(Error::invalid("the descriptor does not fit into the image"));
+            }
+            parts.push((SECTOR, text.as_bytes().to_vec(), "the descriptor"));
+        }
+        parts.push((0, header.encode().to_vec(), "the sparse header"));
+        Ok(Self { len: layout.overhead * SECTOR, parts })
+    }
 }
 
 /// Gives a raw extent its length, durably. Its bytes are a hole of the host file.

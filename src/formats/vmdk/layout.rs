@@ -221,6 +221,18 @@ impl Header {
         None
     }
 
+    /// Replaces those fields of a header's bytes that say how large the extent is and where its tables
+    /// are, and the mark of one that was not closed.
+    pub fn patch(&self, bytes: &mut [u8; SECTOR as usize]) {
+        if let Ok(raw) = RawHeader::mut_from_bytes(bytes) {
+            raw.capacity = self.capacity.into();
+            raw.rgd_offset = self.rgd.into();
+            raw.gd_offset = self.gd.into();
+            raw.overhead = self.overhead.into();
+            raw.unclean_shutdown = self.unclean.into();
+        }
+    }
+
     /// The header's bytes.
     pub fn encode(&self) -> [u8; SECTOR as usize] {
         let raw = RawHeader {

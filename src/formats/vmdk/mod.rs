@@ -20,7 +20,8 @@
 //!    and syncs.
 //!
 //! Another parent ([`relink`]) comes with one step: a descriptor file is replaced, an embedded descriptor
-//! is written beside the old one and the header's sector turned to it.
+//! is written beside the old one and the header's sector turned to it ([`area`]). So does another size
+//! ([`resize`]), before which or behind which the extents get theirs.
 //!
 //! # What a crash leaves
 //!
@@ -38,6 +39,7 @@
 //! readers take for zeroes; over a parent they become 1 where the image has zeroed grains, and are
 //! written with zeroes where it has not.
 
+mod area;
 mod check;
 mod child;
 mod cowd;
@@ -51,9 +53,12 @@ mod link;
 mod map;
 mod relink;
 mod repair;
+mod resize;
 mod sesparse;
+mod settled;
 mod space;
 mod stream;
+mod tables;
 mod walk;
 mod write;
 
@@ -63,6 +68,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::places::directory_of;
+use super::plan::Steps;
 use super::{
     CreateSpec, Format, Identity, Image, ImageInfo, Label, NewLink, OpenContext, Opened, Plan,
     Probe, Report,
@@ -159,6 +165,16 @@ impl Format for Vmdk {
         }
         let geometry = geometry(&link);
         map(link, geometry, true, ctx).forget()
+    }
+
+    fn resize(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        size: u64,
+        plan: &mut Steps,
+    ) -> Result<()> {
+        resize::resize(file, ctx, size, plan)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
