@@ -6,8 +6,7 @@
 //! | `headers`, `regions`, `metadata`, `locator` | reading and writing each of them |
 //! | `log`, `overlay` | the log, and a file as its log makes it |
 //! | `bat`, `bitmap` | block allocation table and sector bitmaps |
-//! | `open`, `create`, `check`, `repair`, `relink`, `resize` | what [`Format`] asks for |
-//! | `settled`, `logged` | what a change of the file as a whole begins with, and its way through the log |
+//! | `open`, `create`, `check`, `repair`, `relink` | what [`Format`] asks for |
 //! | `blocks`, `writes`, `session` | the mapping, its changes, and making them durable |
 //! | `space`, `stock` | which parts of the file are in use |
 //!
@@ -63,7 +62,6 @@ mod headers;
 mod layout;
 mod locator;
 mod log;
-mod logged;
 mod lost;
 mod metadata;
 mod open;
@@ -71,9 +69,7 @@ mod overlay;
 mod regions;
 mod relink;
 mod repair;
-mod resize;
 mod session;
-mod settled;
 mod space;
 mod stock;
 #[cfg(test)]
@@ -83,8 +79,9 @@ mod writes;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::plan::Steps;
-use super::{CreateSpec, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report};
+use super::{
+    CreateSpec, Footprint, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report,
+};
 use crate::error::Result;
 use crate::storage::{Host, Storage};
 
@@ -118,6 +115,10 @@ impl Format for Vhdx {
         create::create(host, path, spec)
     }
 
+    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint> {
+        create::footprint(spec)
+    }
+
     fn create_child(
         &self,
         host: &dyn Host,
@@ -134,16 +135,6 @@ impl Format for Vhdx {
 
     fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
         relink::empty(file, ctx)
-    }
-
-    fn resize(
-        &self,
-        file: Arc<dyn Storage>,
-        ctx: &OpenContext,
-        size: u64,
-        plan: &mut Steps,
-    ) -> Result<()> {
-        resize::resize(file, ctx, size, plan)
     }
 
     fn check(&self, file: Arc<dyn Storage>, _: &OpenContext, report: &mut Report) -> Result<()> {
