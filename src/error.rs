@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 /// Result of every fallible operation of the crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What sort of failure an [`Error`] is. Closed on purpose: front ends map every kind.
+/// What sort of failure an [`Error`] is. The front ends here map every kind.
+#[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
     /// The host failed to read, write, or make something durable.
@@ -47,6 +48,30 @@ pub enum ErrorKind {
     Cancelled,
     /// An earlier failed write or flush of metadata made the image unusable until it is reopened.
     Failed,
+}
+
+impl ErrorKind {
+    /// Its name in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Io => "io",
+            Self::NoSpace => "no_space",
+            Self::Corrupt => "corrupt",
+            Self::Unsupported => "unsupported",
+            Self::NotThisFormat => "not_this_format",
+            Self::InvalidInput => "invalid_input",
+            Self::OutOfRange => "out_of_range",
+            Self::ReadOnly => "read_only",
+            Self::Busy => "busy",
+            Self::NotFound => "not_found",
+            Self::Exists => "exists",
+            Self::Denied => "denied",
+            Self::ParentMissing => "parent_missing",
+            Self::ParentMismatch => "parent_mismatch",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// A failure, with everything known about where it happened.
@@ -117,17 +142,22 @@ impl Error {
         self
     }
 
-    /// Puts another path in the place of the one there is.
-    #[must_use]
-    pub(crate) fn renamed(mut self, path: &Path) -> Self {
-        self.path = Some(path.to_owned());
-        self
-    }
-
     /// Adds what the user can do about it, unless a hint is there already.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
         self.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
+    /// What the user can do about it.
+    pub fn hinted(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// The same with another hint, or none.
+    #[must_use]
+    pub fn hinting(mut self, hint: Option<String>) -> Self {
+        self.hint = hint.map(Cow::Owned);
         self
     }
 

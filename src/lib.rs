@@ -5,14 +5,42 @@
 //! ```text
 //! cli        commands, arguments, what is printed
 //! fuse       the mounted tree: names, inodes, handles, errno
-//! copy       whole disks from any image to any other: one pipeline, its sources and sinks
+//! volumes    partitions, file systems and other contents of a disk
 //! disk       Disk: moves bytes; BlockMap: what a driver answers; table cache, block locks
 //! formats    vhd, vhdx, vmdk: BlockMap over tables on disk; open, create, check
 //! storage    positioned I/O on host files, or on what tests put in their place
 //! ```
 //!
-//! Calls run down. `disk` never names a format, `formats` know nothing of FUSE or the command line,
-//! `storage` knows only the host. `error`, `codec` and `progress` stand beside all of them.
+//! Calls run down. `disk` never names a format, `formats` and `volumes` know nothing of FUSE or the
+//! command line, `storage` knows only the host. `error`, `codec` and `progress` stand beside all of them.
+//!
+//! # Use
+//!
+//! ```
+//! # fn main() -> flatdisk::Result<()> {
+//! # let dir = std::env::temp_dir().join(format!("flatdisk-doc-{}", std::process::id()));
+//! # std::fs::create_dir_all(&dir).expect("a folder");
+//! # let path = dir.join("server.vhdx");
+//! use flatdisk::formats::{self, CreateSpec};
+//! use flatdisk::storage::file::HostFs;
+//!
+//! let spec = CreateSpec { size: 64 << 20, ..CreateSpec::default() };
+//! formats::create(formats::by_name("vhdx")?, &HostFs, &path, &spec)?;
+//!
+//! let image = flatdisk::OpenOptions::default().write(true).open(&path)?;
+//! image.disk.write_at(1 << 20, b"guest data")?;
+//! image.disk.flush()?;
+//! drop(image);
+//!
+//! let image = flatdisk::open(&path)?;
+//! let mut bytes = [0; 10];
+//! image.disk.read_at(1 << 20, &mut bytes)?;
+//! assert_eq!(&bytes, b"guest data");
+//! # drop(image);
+//! # std::fs::remove_dir_all(&dir).expect("remove the folder");
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! # Terms
 //!
@@ -24,12 +52,24 @@
 
 pub mod cli;
 pub mod codec;
-pub mod copy;
 pub mod disk;
 pub mod error;
 pub mod formats;
 pub mod fuse;
 pub mod progress;
 pub mod storage;
+pub mod volumes;
 
+pub use disk::cursor::Cursor;
+pub use disk::window::Window;
 pub use error::{Error, ErrorKind, Result};
+pub use formats::{Image, OpenOptions};
+
+/// Opens the image at `path` for reading, with all its parents.
+///
+/// # Errors
+///
+/// Those of [`OpenOptions::open`].
+pub fn open(path: impl AsRef<std::path::Path>) -> Result<Image> {
+    OpenOptions::default().open(path)
+}

@@ -123,3 +123,121 @@ fn common_mistakes_are_told_in_one_line() {
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("'info'"), "{}", stderr(&output));
 }
+
+fn parsed(output: &Output) -> serde_json::Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", stderr(output)))
+}
+
+#[test]
+fn failures_are_json_where_json_is_wanted() {
+    let dir = scratch();
+    let absent = dir.path().join("absent.vhd");
+    let text = dir.path().join("text");
+    std::fs::write(&text, "no image").unwrap();
+    for command in [&["info", "--json"][..], &["check", "--output=json"], &["map", "-J"]] {
+        let output = outcome(flatdisk().args(command).arg(&absent));
+        assert_eq!(output.status.code(), Some(1));
+        let failure = parsed(&output);
+        assert_eq!(failure["kind"], "not_found", "{command:?}: {failure}");
+        assert_eq!(failure["file"].as_str(), absent.to_str());
+        assert!(failure["what"].as_str().unwrap().contains("no such file"));
+        assert!(failure.get("offset").is_some() && failure.get("hint").is_some());
+        assert_eq!(stderr(&output).lines().count(), 1);
+    }
+    let failure = parsed(&outcome(flatdisk().args(["create", "--json", "-s1M"]).arg(&text)));
+    assert_eq!(
+        (&failure["kind"], &failure["hint"]),
+        (&"invalid_input".into(), &"use --format".into())
+    );
+}
+
+#[test]
+fn several_images_are_looked_at_and_the_worst_counts() {
+    let dir = scratch();
+    let path = |name: &str| dir.path().join(name);
+    create(&path("a.vhdx"), "4M", &[]);
+    create(&path("b.vhd"), "4M", &[]);
+    std::fs::write(path("text"), "no image").unwrap();
+    let run = |arguments: &[&str], images: &[&str]| {
+        outcome(flatdisk().args(arguments).args(images.iter().map(|name| path(name))))
+    };
+    for command in ["info", "check"] {
+        let good = run(&[command, "--json"], &["a.vhdx", "b.vhd"]);
+        assert_eq!(good.status.code(), Some(0));
+        let names: Vec<_> = parsed(&good)["images"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|image| image["filename"].as_str().unwrap().to_owned())
+            .collect();
+        assert_eq!(names, [path("a.vhdx"), path("b.vhd")].map(|p| p.to_str().unwrap().to_owned()));
+        let mixed = run(&[command], &["a.vhdx", "text", "b.vhd"]);
+        assert_eq!(mixed.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&mixed.stdout).contains("b.vhd"));
+        assert!(stderr(&mixed).contains("not a VHD, VHDX or VMDK image"));
+    }
+    let failed = parsed(&run(&["info", "-J"], &["text", "a.vhdx"]));
+    assert_eq!(failed["failures"][0]["kind"], "not_this_format");
+    assert_eq!(failed["images"].as_array().unwrap().len(), 1);
+    // Errors outweigh none.
+    let mut bytes = std::fs::read(path("b.vhd")).unwrap();
+    bytes.truncate(1500);
+    std::fs::write(path("b.vhd"), bytes).unwrap();
+    assert_eq!(run(&["check"], &["b.vhd", "a.vhdx"]).status.code(), Some(2));
+    assert_eq!(run(&["check"], &["b.vhd", "text", "a.vhdx"]).status.code(), Some(1));
+}
+
+#[test]
+fn an_image_in_the_place_of_a_command_gets_advice() {
+    let dir = scratch();
+    create(&dir.path().join("a.vhd"), "1M", &[]);
+    for (arguments, advice) in
+        [(vec![], "flatdisk info IMAGE"), (vec!["mount"], "mount point comes last")]
+    {
+        let output = outcome(flatdisk().current_dir(dir.path()).args(&arguments).arg("a.vhd"));
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).contains(advice), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_map_in_json_is_that_of_qemu_img() {
+    if !live::have(&["qemu-img", "qemu-io"]) {
+        return;
+    }
+    let dir = scratch();
+    let run = |program: &str, arguments: &[&str]| {
+        succeed(Command::new(program).args(arguments).current_dir(dir.path()))
+    };
+    run("qemu-img", &["create", "-q", "-fvmdk", "base.vmdk", "8M"]);
+    let writes = ["-c", "write -P5 1M 100k", "-c", "write -P6 5M 64k", "-c", "write -P7 3M 1M"];
+    run("qemu-io", &[&["-fvmdk"][..], &writes, &["base.vmdk"]].concat());
+    run("qemu-img", &["create", "-q", "-fvmdk", "-bbase.vmdk", "-Fvmdk", "top.vmdk"]);
+    run("qemu-io", &["-fvmdk", "-c", "write -P8 2M 64k", "-c", "write -P9 3M 64k", "top.vmdk"]);
+    let keys = ["start", "length", "depth", "present", "zero", "data", "compressed", "offset"];
+    for image in ["base.vmdk", "top.vmdk"] {
+        let runs = |text: String| {
+            let runs: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+            runs.iter().map(|run| keys.map(|key| run[key].clone())).collect::<Vec<_>>()
+        };
+        let theirs = runs(run("qemu-img", &["map", "--output=json", "-fvmdk", image]));
+        let ours = runs(run(env!("CARGO_BIN_EXE_flatdisk"), &["map", "--json", image]));
+        assert_eq!(ours, theirs, "{image}");
+    }
+}
+
+#[test]
+fn quiet_commands_print_nothing() {
+    let dir = scratch();
+    create(&dir.path().join("a.vhdx"), "4M", &[]);
+    create(&dir.path().join("b.vhdx"), "4M", &[]);
+    for command in [
+        &["create", "-q", "--parent", "a.vhdx", "c.vhdx"][..],
+        &["rebase", "-q", "c.vhdx", "--parent", "b.vhdx"],
+        &["commit", "-q", "c.vhdx"],
+    ] {
+        let output = outcome(flatdisk().current_dir(dir.path()).args(command));
+        assert!(output.status.success(), "{command:?}: {}", stderr(&output));
+        assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{command:?}");
+    }
+}

@@ -3,9 +3,12 @@
 
 mod live;
 
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use live::{Mount, can_mount, create, flatdisk, outcome, scratch, succeed};
+use live::kinds::KINDS;
+use live::{Mount, can_mount, create, flatdisk, have, outcome, run, scratch, sha256, succeed};
 use serde_json::Value;
 
 fn json(arguments: &[&str], path: &Path) -> Value {
@@ -42,4 +45,75 @@ fn a_flat_file_stands_for_its_image() {
     let text = outcome(flatdisk().arg("info").arg(mount.path().join("text.vhdx.error.txt")));
     assert_eq!(text.status.code(), Some(1));
     assert!(mount.unmount().success());
+}
+
+const SIZE: usize = 4 << 20;
+
+/// A raw disk with holes at its beginning, in its middle and at its end.
+fn sparse_raw(path: &Path) {
+    let file = File::create(path).unwrap();
+    file.set_len(SIZE as u64).unwrap();
+    for (at, byte) in [(1 << 20, 1), (2 << 20, 2), ((3 << 20) - 5000, 3)] {
+        file.write_all_at(&[byte; 5000], at).unwrap();
+    }
+}
+
+/// Programs that write a raw disk onto a flat file, `$1` and `$2`, as they are used on any other file.
+const RESTORING: [&str; 6] = [
+    "cp $1 $2",
+    "cp --sparse=always $1 $2",
+    "cat $1 >$2",
+    "dd if=$1 of=$2 bs=64k status=none",
+    "qemu-img convert -f raw -O raw $1 $2",
+    "qemu-img convert -n -f raw -O raw $1 $2",
+];
+
+#[test]
+fn raw_disks_are_written_onto_flat_files_by_the_usual_programs() {
+    if !can_mount() || !have(&["qemu-img"]) {
+        return;
+    }
+    let (images, raws) = (scratch(), scratch());
+    let raw = raws.path().join("raw");
+    sparse_raw(&raw);
+    let want = sha256(&raw);
+    let old = vec![0xaa; SIZE];
+    for kind in KINDS {
+        kind.make(images.path(), "4M", &old);
+    }
+    let mount = Mount::new(images.path(), &[]);
+    for kind in KINDS {
+        let flat = mount.flat(kind.image);
+        for command in RESTORING {
+            fs::write(&flat, &old).unwrap();
+            // Whoever has the file open meanwhile must not keep what was there before.
+            let reader = File::open(&flat).unwrap();
+            reader.read_exact_at(&mut vec![0; SIZE], 0).unwrap();
+            let lent = kind.image == "flat.vmdk";
+            let reader = (!lent).then_some(reader);
+            run("sh", &[&"-c", &command, &"sh", &raw, &flat]);
+            assert_eq!(sha256(&flat), want, "{command} onto {}", kind.image);
+            if let Some(reader) = reader {
+                let mut read = vec![0; SIZE];
+                live::wait_until("the reader sees what was written", || {
+                    reader.read_exact_at(&mut read, 0).unwrap();
+                    read == fs::read(&raw).unwrap()
+                });
+            }
+        }
+        // A stray redirection changes nothing, a boot sector only itself.
+        run("sh", &[&"-c", &"> $1", &"sh", &flat]);
+        assert_eq!(sha256(&flat), want);
+        run("sh", &[&"-c", &"printf boot | dd of=$1 status=none", &"sh", &flat]);
+        let bytes = fs::read(&flat).unwrap();
+        assert_eq!(&bytes[..4], b"boot");
+        assert!(bytes[4..] == fs::read(&raw).unwrap()[4..]);
+        let cut = outcome(std::process::Command::new("truncate").arg("-s0").arg(&flat));
+        assert!(!cut.status.success());
+    }
+    assert!(mount.unmount().success());
+    for kind in KINDS {
+        let checked = json(&["check"], &images.path().join(kind.image));
+        assert_eq!(checked["errors"], 0, "{}: {checked}", kind.image);
+    }
 }

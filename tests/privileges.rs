@@ -19,6 +19,8 @@ const STRANGER: u32 = 65534;
 const DAC_OVERRIDE: u64 = 1 << 1;
 const DAC_READ_SEARCH: u64 = 1 << 2;
 const SYS_ADMIN: u64 = 1 << 21;
+/// Setting ids: available, and in effect only for the moment that takes.
+const IDS: u64 = 1 << 6 | 1 << 7;
 
 /// Runs a shell command as the stranger.
 fn stranger(script: &str) -> Output {
@@ -76,8 +78,8 @@ fn roots_daemon_keeps_the_capabilities_it_needs_and_no_others() {
         live::wait_until("the threads run", || thread_status(mount.pid(), "CapEff").len() >= 8);
         for (set, expected) in [
             ("CapEff", needed),
-            ("CapPrm", needed),
-            ("CapBnd", needed),
+            ("CapPrm", needed | IDS),
+            ("CapBnd", needed | IDS),
             ("CapInh", 0),
             ("CapAmb", 0),
             ("NoNewPrivs", 1),

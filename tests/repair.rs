@@ -24,7 +24,7 @@ use flatdisk::storage::{Access, Host, Storage};
 const MIB: u64 = 1 << 20;
 
 /// The changes are what was recorded, one by one and in this order.
-fn assert_recorded(name: &str, changes: &[formats::repair::Change], recorder: &RecordingHost) {
+fn assert_recorded(name: &str, changes: &[formats::plan::Change], recorder: &RecordingHost) {
     let recording = recorder.recording();
     let made: Vec<&Op> = recording.ops().iter().filter(|op| op.change_is_seen()).collect();
     let told = || {
@@ -48,6 +48,12 @@ fn assert_recorded(name: &str, changes: &[formats::repair::Change], recorder: &R
                     let begins = *sector == at / 512 * 512;
                     at = until;
                     begins && until <= end.next_multiple_of(512)
+                }
+                // Zeroes that are copied.
+                (Change::Punch(range), "write") => {
+                    let begins = range.start == at / 512 * 512;
+                    at = range.end;
+                    begins && range.end <= end.next_multiple_of(512)
                 }
                 _ => false,
             };

@@ -7,11 +7,12 @@ use clap::Args;
 use serde_json::json;
 
 use super::output::{OutputArgs, iec, print_json, print_line};
+use super::progress::ProgressArgs;
 use super::source::image_of;
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, Result};
 use crate::formats::chain::{self, Merging};
-use crate::formats::{self, Image, OpenOptions};
+use crate::formats::{self, Image, OpenOptions, Spelling};
 use crate::storage::file::HostFs;
 use crate::storage::{Access, Host};
 
@@ -26,7 +27,9 @@ pub struct ParentArgs {
 impl ParentArgs {
     /// Options for opening an image and its parents.
     pub fn options(&self, access: Access) -> OpenOptions {
-        OpenOptions { allow_parent: self.allow_parent.clone(), ..OpenOptions::new(access) }
+        let spelling = Spelling { allow_parent: "--parent-dir DIR", ..Spelling::default() };
+        let allow_parent = self.allow_parent.clone();
+        OpenOptions { allow_parent, spelling, ..OpenOptions::new(access) }
     }
 }
 
@@ -49,7 +52,16 @@ impl ChainArgs {
     /// Options for opening the image and its parents.
     pub fn options(&self, access: Access) -> Result<OpenOptions> {
         let parent = self.parent.as_deref().map(image_of).transpose()?;
-        Ok(OpenOptions { parent, ..self.parents.options(access) })
+        let options = self.parents.options(access);
+        let spelling = Spelling { parent: "--parent FILE", ..options.spelling };
+        Ok(OpenOptions { parent, spelling, ..options })
+    }
+
+    /// The same for a command that has `--force` too.
+    pub fn options_or_force(&self, access: Access, force: bool) -> Result<OpenOptions> {
+        let options = self.options(access)?;
+        let spelling = Spelling { force: "--force", ..options.spelling };
+        Ok(OpenOptions { force, spelling, ..options })
     }
 }
 
@@ -79,7 +91,7 @@ pub struct MapArgs {
 /// Lists what every part of a disk is, and which image of the chain holds it.
 pub fn map(args: &MapArgs) -> Result<u8> {
     let host = HostFs::shared();
-    let options = OpenOptions { force: args.force, ..args.chain.options(Access::Peek)? };
+    let options = args.chain.options_or_force(Access::Peek, args.force)?;
     let image = formats::open(&host, &image_of(&args.image)?, &options)?;
     let images: Vec<&Image> = image.chain().collect();
     let layers = match &args.since {
@@ -88,10 +100,14 @@ pub fn map(args: &MapArgs) -> Result<u8> {
     };
     let mut printer = Printer { images, json: args.output.json(), lines: 0 };
     printer.begin()?;
-    layers::runs(&image.disk, layers, |run| {
+    let mut print = |run: Run| {
         let changed = !matches!(run.content, Content::Unallocated);
         if changed || args.since.is_none() { printer.run(&run) } else { Ok(()) }
-    })?;
+    };
+    match args.output.json() {
+        true => layers::runs_by_place(&image.disk, layers, &mut print)?,
+        false => layers::runs(&image.disk, layers, &mut print)?,
+    }
     printer.end()?;
     Ok(0)
 }
@@ -136,13 +152,23 @@ impl Printer<'_> {
         let image = self.images.get(run.layer).filter(|_| held).map(|image| &image.path);
         self.lines += 1;
         if self.json {
-            let entry = json!({
+            let mut entry = json!({
                 "start": run.start,
                 "length": run.len,
+                "depth": run.layer,
+                "present": held && run.content != Content::Damaged,
+                "zero": matches!(run.content, Content::Zero | Content::Unallocated),
+                "data": run.content == Content::Data,
+                "compressed": run.content == Content::Data && run.place.is_none(),
                 "state": state,
-                "depth": held.then_some(run.layer),
-                "image": image,
+                "image": image.map(|path| path.display().to_string()),
             });
+            if let Some(place) = run.place {
+                let disk = self.images.get(run.layer).map(|image| &image.disk);
+                let file = disk.and_then(|disk| disk.file_path(place.file));
+                entry["offset"] = place.at.into();
+                entry["filename"] = file.map(|path| path.display().to_string()).into();
+            }
             let separator = if self.lines == 1 { "  " } else { ", " };
             return print_line(&format!("{separator}{entry}"));
         }
@@ -173,6 +199,11 @@ pub struct CommitArgs {
     force: bool,
     #[command(flatten)]
     parents: ParentArgs,
+    /// Print nothing on success.
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -182,10 +213,15 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
     let options = args.parents.options(Access::Read);
     let how = Merging { over_siblings: args.force, keep: args.keep };
     let child = image_of(&args.child)?;
-    let merged = chain::merge(&HostFs::shared(), &child, &options, how, &mut |_| ())?;
+    let bar = args.progress.start("merging", args.quiet)?;
+    let merged = chain::merge(&HostFs::shared(), &child, &options, how, &bar)?;
+    drop(bar);
     for sibling in &merged.siblings {
         let parent = merged.parent.display();
         eprintln!("flatdisk: {}: its parent {parent} has changed", sibling.display());
+    }
+    for left in &merged.left {
+        eprintln!("flatdisk: {}: left, it may belong to another disk", left.display());
     }
     if args.output.json() {
         print_json(&json!({
@@ -193,8 +229,9 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
             "parent": merged.parent,
             "bytes": merged.bytes,
             "invalid_siblings": merged.siblings,
+            "left": merged.left,
         }))?;
-    } else {
+    } else if !args.quiet {
         let (child, parent) = (child.display(), merged.parent.display());
         print_line(&format!("merged {} of {child} into {parent}", iec(merged.bytes)))?;
     }
@@ -220,6 +257,11 @@ pub struct RebaseArgs {
     link_only: bool,
     #[command(flatten)]
     parents: ParentArgs,
+    /// Print nothing on success.
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -230,10 +272,21 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
     let host = HostFs::shared();
     let only = args.link_only;
     let (child, parent) = (image_of(&args.child)?, image_of(&args.parent)?);
-    let copied = chain::rebase(&host, &child, &parent, &options, only, &mut |_| ())?;
+    let bar = args.progress.start("copying", args.quiet)?;
+    let copied = chain::rebase(&host, &child, &parent, &options, only, &bar)?;
+    drop(bar);
+    // As every later command opens it that is told of no directory.
+    let alone = ParentArgs { allow_parent: Vec::new() }.options(Access::Peek);
+    let refusal = formats::open(&host, &child, &alone).err();
+    if let Some(e) = &refusal {
+        eprintln!("flatdisk: without further options, later commands refuse it: {e}");
+    }
     if args.output.json() {
-        print_json(&json!({ "child": child, "parent": parent, "bytes": copied }))?;
-    } else {
+        let refused = refusal.map(|e| e.to_string());
+        print_json(
+            &json!({ "child": child, "parent": parent, "bytes": copied, "refused": refused }),
+        )?;
+    } else if !args.quiet {
         let (child, parent) = (child.display(), parent.display());
         print_line(&format!("{child} is a child of {parent} now; {} copied", iec(copied)))?;
     }

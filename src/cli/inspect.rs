@@ -7,14 +7,11 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::chain::ChainArgs;
-use super::output::{OutputArgs, iec, print_json, print_line};
+use super::output::{Failure, OutputArgs, iec, print_json, print_line, report};
 use super::source::image_of;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::profile::azure_objections;
-use crate::formats::repair::Change;
-use crate::formats::{
-    self, Finding, ImageInfo, OpenOptions, Repair, Report, Scope, Severity, open,
-};
+use crate::formats::plan::Change;
+use crate::formats::{self, Finding, ImageInfo, Repair, Report, Scope, Severity, open};
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
@@ -25,10 +22,13 @@ Examples:
   The virtual size in bytes, for a script:
     flatdisk info --json server.vhdx | jq .images[0].virtual_size
   A snapshot and all that it stands on:
-    flatdisk info --chain server_1A2B.avhdx")]
+    flatdisk info --chain server_1A2B.avhdx
+  All images of a folder; what is none is told, and the exit status is 1:
+    flatdisk info /srv/images/*")]
 pub struct InfoArgs {
-    /// The image, or its flat file in a mount.
-    image: PathBuf,
+    /// Images, or their flat files in a mount.
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<PathBuf>,
     /// Also show the image's parents, nearest first; implied by --parent.
     #[arg(long)]
     chain: bool,
@@ -53,14 +53,56 @@ struct ImageEntry {
     read_only: Option<String>,
 }
 
-/// Shows what images say about themselves.
+/// Shows what images say about themselves. Of several, one that does not open keeps none of the others
+/// from being shown.
 pub fn info(args: &InfoArgs) -> Result<u8> {
-    let host = HostFs::shared();
-    let path = image_of(&args.image)?;
-    let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek)? };
     let mut entries = Vec::new();
+    let mut failures = Vec::new();
+    let mut missing = Vec::new();
+    for image in &args.images {
+        match entries_of(args, image) {
+            Ok((found, lacks)) => {
+                entries.extend(found);
+                missing.extend(lacks);
+            }
+            Err(e) if args.images.len() == 1 => return Err(e),
+            Err(e) => failures.push(e),
+        }
+    }
+    failures.iter().for_each(|e| report(e, false));
+    if args.output.json() {
+        let mut answer = serde_json::json!({ "images": entries });
+        if !failures.is_empty() {
+            let failures: Vec<_> = failures.iter().map(Failure::from).collect();
+            answer["failures"] = serde_json::json!(failures);
+        }
+        if let Some(e) = missing.first() {
+            answer["missing"] = e.to_string().into();
+        }
+        print_json(&answer)?;
+    } else {
+        for (i, entry) in entries.iter().enumerate() {
+            if i > 0 {
+                print_line("")?;
+            }
+            print_entry(entry)?;
+        }
+    }
+    missing.iter().for_each(|e| report(e, false));
+    Ok(u8::from(!failures.is_empty() || !missing.is_empty()))
+}
+
+/// What there is to say about one of the images, and its parents if those are wanted; and which of them
+/// is missing.
+fn entries_of(args: &InfoArgs, image: &Path) -> Result<(Vec<ImageEntry>, Option<Error>)> {
+    let host = HostFs::shared();
+    let path = image_of(image)?;
+    let options = args.parents.options_or_force(Access::Peek, args.force)?;
+    let mut entries = Vec::new();
+    let mut missing = None;
     if args.chain || args.parents.named() {
-        let image = formats::open(&host, &path, &options)?;
+        let (image, lacks) = open::open_found(&host, &path, &options)?;
+        missing = lacks;
         for image in image.chain() {
             entries.push(ImageEntry {
                 filename: image.path.clone(),
@@ -85,17 +127,7 @@ pub fn info(args: &InfoArgs) -> Result<u8> {
             read_only: opened.read_only,
         });
     }
-    if args.output.json() {
-        print_json(&serde_json::json!({ "images": entries }))?;
-    } else {
-        for (i, entry) in entries.iter().enumerate() {
-            if i > 0 {
-                print_line("")?;
-            }
-            print_entry(entry)?;
-        }
-    }
-    Ok(0)
+    Ok((entries, missing))
 }
 
 fn print_entry(entry: &ImageEntry) -> Result<()> {
@@ -173,10 +205,12 @@ Exit status:
   1   the check could not be completed
   2   there are errors
   3   there are no errors, but space that nothing uses
-  After a repair it tells how the image is then, of a dry run how the image is now.")]
+  After a repair it tells how the image is then, of a dry run how the image is now.
+  Of several images it tells the worst: 1, 2, 3, 0, in this order.")]
 pub struct CheckArgs {
-    /// The image, or its flat file in a mount.
-    image: PathBuf,
+    /// Images, or their flat files in a mount.
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<PathBuf>,
     /// Put right what can be rebuilt without losing data: `leaks` only gives unused space back.
     #[arg(
         long,
@@ -193,19 +227,10 @@ pub struct CheckArgs {
     /// Show what a repair would change, and change nothing.
     #[arg(long, requires = "repair")]
     dry_run: bool,
-    /// Also whether this cloud takes the image as it is; if not, it counts as an error.
-    #[arg(long = "for", value_name = "USE", conflicts_with = "repair")]
-    taker: Option<Taker>,
     #[command(flatten)]
     parents: ChainArgs,
     #[command(flatten)]
     output: OutputArgs,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Taker {
-    /// Fixed VHDs of whole MiB
-    Azure,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -241,33 +266,60 @@ struct RepairAnswer<'a> {
 /// Exit status of a check that could not be completed, as in qemu-img.
 const NOT_COMPLETED: u8 = 1;
 
-/// Checks every table of an image, and repairs it if asked to. Exit status, of the image as it is
-/// afterwards: 0 clean, 1 not completed, 2 errors, 3 only leaks.
+/// Checks every table of images, and repairs them if asked to. Exit status, of the image as it is
+/// afterwards, and of several the worst: 0 clean, 1 not completed, 2 errors, 3 only leaks.
 pub fn check(args: &CheckArgs) -> Result<u8> {
-    let path = image_of(&args.image)?;
-    let done = match args.repair {
-        None => checked(args, &path).map(|report| (report, None)),
-        Some(scope) => repaired(args, &path, scope).map(|repair| {
-            let now = if args.dry_run { &repair.before } else { &repair.after };
-            (now.clone(), Some(repair))
-        }),
-    };
-    let (report, repair) = match done {
-        Ok(done) => done,
-        // An image too damaged to open was checked; anything else kept the check from happening.
-        Err(e) if e.kind() == ErrorKind::Corrupt => {
-            let mut report = Report::new("unknown");
-            report.add(Severity::Error, e.offset(), e.what());
-            (report, None)
+    if let [image] = &args.images[..] {
+        let path = image_of(image)?;
+        let checked = check_one(args, &path)?;
+        if args.output.json() {
+            print_json(&checked.answer(args))?;
+        } else {
+            checked.print(args, &path)?;
         }
-        Err(e) => {
-            log::debug!("check not completed: {e}");
-            eprintln!("flatdisk: {e}");
-            return Ok(NOT_COMPLETED);
+        return Ok(checked.report.exit_status());
+    }
+    let mut answers = Vec::new();
+    let mut worst = 0;
+    for image in &args.images {
+        let checked = image_of(image).and_then(|path| Ok((check_one(args, &path)?, path)));
+        let status = checked.as_ref().map_or(NOT_COMPLETED, |(c, _)| c.report.exit_status());
+        worst =
+            [NOT_COMPLETED, 2, 3].into_iter().find(|s| [worst, status].contains(s)).unwrap_or(0);
+        match checked {
+            Ok((checked, path)) if args.output.json() => {
+                let mut answer = serde_json::json!(checked.answer(args));
+                answer["filename"] = path.display().to_string().into();
+                answers.push(answer);
+            }
+            Ok((checked, path)) => {
+                print_line(&format!("{}:", path.display()))?;
+                checked.print(args, &path)?;
+            }
+            Err(e) => {
+                report(&e, false);
+                let mut answer = serde_json::json!(Failure::from(&e));
+                answer["filename"] = image.display().to_string().into();
+                answers.push(answer);
+            }
         }
-    };
+    }
     if args.output.json() {
-        let repair = repair.as_ref().map(|repair| RepairAnswer {
+        print_json(&serde_json::json!({ "images": answers }))?;
+    }
+    Ok(worst)
+}
+
+/// The outcome of a check, and of a repair if one was wanted.
+struct Checked {
+    /// How the image is now.
+    report: Report,
+    repair: Option<Repair>,
+}
+
+impl Checked {
+    fn answer(&self, args: &CheckArgs) -> CheckAnswer<'_> {
+        let repair = self.repair.as_ref().map(|repair| RepairAnswer {
             dry_run: args.dry_run,
             errors_before: repair.before.errors,
             leaks_before: repair.before.leaks,
@@ -275,28 +327,38 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
             leaks_after: repair.after.leaks,
             changes: &repair.changes,
         });
-        print_json(&CheckAnswer { report: &report, repair })?;
-    } else {
-        if let Some(repair) = &repair {
+        CheckAnswer { report: &self.report, repair }
+    }
+
+    fn print(&self, args: &CheckArgs, path: &Path) -> Result<()> {
+        if let Some(repair) = &self.repair {
             print_repair(args, repair)?;
         }
-        print_report(&path, &report)?;
+        print_report(path, &self.report)
     }
-    Ok(report.exit_status())
+}
+
+fn check_one(args: &CheckArgs, path: &Path) -> Result<Checked> {
+    let done = match args.repair {
+        None => checked(args, path).map(|report| Checked { report, repair: None }),
+        Some(scope) => repaired(args, path, scope).map(|repair| {
+            let now = if args.dry_run { &repair.before } else { &repair.after };
+            Checked { report: now.clone(), repair: Some(repair) }
+        }),
+    };
+    match done {
+        // An image too damaged to open was checked; anything else kept the check from happening.
+        Err(e) if e.kind() == ErrorKind::Corrupt => {
+            let mut report = Report::new("unknown");
+            report.add(Severity::Error, e.offset(), e.what());
+            Ok(Checked { report, repair: None })
+        }
+        done => done,
+    }
 }
 
 fn checked(args: &CheckArgs, path: &Path) -> Result<Report> {
-    let host = HostFs::shared();
-    let mut report = formats::check(&host, path, &args.parents.options(Access::Read)?)?;
-    if let Some(Taker::Azure) = args.taker {
-        let file = host.open(path, Access::Peek)?;
-        let len = file.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
-        let info = formats::open(&host, path, &args.parents.options(Access::Peek)?)?.info;
-        for what in azure_objections(info.format, &info.subformat, info.virtual_size, len) {
-            report.add(Severity::Error, None, what);
-        }
-    }
-    Ok(report)
+    formats::check(&HostFs::shared(), path, &args.parents.options(Access::Read)?)
 }
 
 fn repaired(args: &CheckArgs, path: &Path, scope: RepairScope) -> Result<Repair> {

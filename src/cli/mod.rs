@@ -6,9 +6,7 @@
 
 pub mod attach;
 pub mod browse;
-pub mod bytes;
 pub mod chain;
-pub mod convert;
 pub mod images;
 pub mod inspect;
 pub mod install;
@@ -18,14 +16,16 @@ pub mod output;
 pub mod pages;
 pub mod progress;
 pub mod running;
+pub mod size;
 pub mod source;
-pub mod spec;
+pub mod volumes;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 const HELP: &str = "\
 Examples:
@@ -100,23 +100,24 @@ enum Command {
     Check(inspect::CheckArgs),
     /// Make a new image, or a child of another one.
     Create(images::CreateArgs),
-    /// Make any image out of any other: other formats, raw disks, pipes, devices.
-    Convert(Box<convert::ConvertArgs>),
-    /// Say how large an image of another format would be.
-    Measure(bytes::MeasureArgs),
-    /// Compare two disks, whatever their formats.
-    Compare(bytes::CompareArgs),
-    /// Print the digest of a disk.
-    Hash(bytes::HashArgs),
-    /// Write bytes of a disk to standard output.
-    Cat(bytes::CatArgs),
-    /// Write bytes into a disk.
-    Write(bytes::WriteArgs),
+    /// Make a virtual disk larger or smaller, in place.
+    ///
+    /// All kinds that can be written: fixed and dynamic ones, split ones, and children that nothing stands
+    /// on (not of VMDK). Killed at any moment, the command leaves the old size or the new one. Partition
+    /// tables and file systems on the disk stay as they are.
+    Resize(size::ResizeArgs),
     /// List what every part of a disk is, and which image holds it.
     ///
     /// Runs of stored data, of zeroes, and of what no image stores, in the order of the disk. With
-    /// --json they are an array, of the shape that `qemu-img map --output=json` has.
+    /// --json they are an array with the names of `qemu-img map --output=json` (`offset` and `filename` say
+    /// where data lies on the host, and where it goes on elsewhere a new run begins), and `state` and
+    /// `image` besides.
     Map(chain::MapArgs),
+    /// List the partitions, file systems and other contents of disks.
+    ///
+    /// Partition tables (GPT from either copy, MBR with logical partitions), and in every partition, or
+    /// on a disk without a table, the file system or container with label and UUID.
+    Volumes(volumes::VolumesArgs),
     /// Merge a child into its parent.
     Commit(chain::CommitArgs),
     /// Give a child another parent.
@@ -147,10 +148,44 @@ pub fn run() -> ExitCode {
             if called_by_mount_fuse(&arguments) {
                 arguments.insert(1, "mount".into());
             }
-            parse(&arguments).map(|cli: Cli| run_command(&cli.command))
+            run_cli(&arguments)
         }
     };
     ExitCode::from(status.unwrap_or_else(|status| status))
+}
+
+/// Runs `flatdisk` with its arguments.
+fn run_cli(arguments: &[OsString]) -> Result<u8, u8> {
+    let matches =
+        Cli::command().try_get_matches_from(arguments).map_err(|e| refuse(&e, arguments))?;
+    let cli = Cli::from_arg_matches(&matches).map_err(|e| refuse(&e, arguments))?;
+    let json = matches.subcommand().is_some_and(|(_, command)| output::wants_json(command));
+    Ok(run_command(&cli.command, json))
+}
+
+/// Prints why arguments are wrong, or what they ask for, and returns the exit status.
+fn refuse(error: &clap::Error, arguments: &[OsString]) -> u8 {
+    let _ = error.print();
+    if let Some(advice) = advice(error, arguments) {
+        eprintln!("\n  tip: {advice}");
+    }
+    u8::from(error.use_stderr())
+}
+
+/// What to type instead, where an image or a folder stands in the place of a command or of a mount point.
+fn advice(error: &clap::Error, arguments: &[OsString]) -> Option<&'static str> {
+    let first = arguments.get(1)?;
+    match error.kind() {
+        ErrorKind::InvalidSubcommand if Path::new(first).exists() => Some(
+            "`flatdisk mount SOURCE MOUNTPOINT` shows images as flat files, `flatdisk info IMAGE` tells \
+             what one is",
+        ),
+        ErrorKind::MissingRequiredArgument if first == "mount" => Some(
+            "the mount point comes last and is an existing directory: mkdir flat; \
+                  flatdisk mount server.vhdx flat",
+        ),
+        _ => None,
+    }
 }
 
 /// Parses arguments; for wrong ones prints why and returns the exit status 1, which mount(8) wants
@@ -173,7 +208,7 @@ fn called_by_mount_fuse(arguments: &[OsString]) -> bool {
             || arguments.iter().any(|a| a == OsStr::new("-o")))
 }
 
-fn run_command(command: &Command) -> u8 {
+fn run_command(command: &Command, json: bool) -> u8 {
     let done = match command {
         Command::Mount(args) => return mount::mount(args),
         Command::Umount(args) => return running::umount(args),
@@ -186,13 +221,9 @@ fn run_command(command: &Command) -> u8 {
         Command::Info(args) => inspect::info(args),
         Command::Check(args) => inspect::check(args),
         Command::Create(args) => images::create(args),
-        Command::Convert(args) => convert::convert(args),
-        Command::Measure(args) => bytes::measure(args),
-        Command::Compare(args) => return bytes::compare(args),
-        Command::Hash(args) => bytes::hash(args),
-        Command::Cat(args) => bytes::cat(args),
-        Command::Write(args) => bytes::write(args),
+        Command::Resize(args) => size::resize(args),
         Command::Map(args) => chain::map(args),
+        Command::Volumes(args) => volumes::volumes(args),
         Command::Commit(args) => chain::commit(args),
         Command::Rebase(args) => chain::rebase(args),
         Command::Browse(args) => return browse::browse(args),
@@ -201,7 +232,7 @@ fn run_command(command: &Command) -> u8 {
         Command::Man(args) => pages::man(args),
     };
     done.unwrap_or_else(|e| {
-        eprintln!("flatdisk: {e}");
+        output::report(&e, json);
         1
     })
 }

@@ -115,7 +115,7 @@ struct Words {
     /// Write through to the image at once [default].
     #[arg(long)]
     nowriteback: bool,
-    /// Never let the kernel read the flat extents of a read-only mount by itself.
+    /// Never let the kernel read and write flat extents by itself; by default it does where it can.
     #[arg(long)]
     nopassthrough: bool,
     /// Images stay as they are: what is written goes to scratch files in DIR [default: $TMPDIR or

@@ -1,6 +1,6 @@
 //! What commands print: sizes for people, JSON for programs.
 
-use clap::{Args, ValueEnum};
+use clap::{ArgMatches, Args, ValueEnum};
 use parse_size::Config;
 use serde::Serialize;
 
@@ -31,6 +31,47 @@ impl OutputArgs {
     }
 }
 
+/// Whether the arguments of a command ask for JSON; it may have no such option.
+pub fn wants_json(arguments: &ArgMatches) -> bool {
+    let flag = matches!(arguments.try_get_one("json"), Ok(Some(true)));
+    let format = arguments.try_get_one("output").ok().flatten();
+    flag || format == Some(&OutputFormat::Json)
+}
+
+/// A failure in JSON.
+#[derive(Debug, Serialize)]
+pub struct Failure {
+    kind: &'static str,
+    /// As far as it is text.
+    file: Option<String>,
+    /// In the file.
+    offset: Option<u64>,
+    what: String,
+    hint: Option<String>,
+}
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Self {
+        Self {
+            kind: error.kind().name(),
+            file: error.path().map(|path| path.display().to_string()),
+            offset: error.offset(),
+            what: error.what().to_owned(),
+            hint: error.hinted().map(str::to_owned),
+        }
+    }
+}
+
+/// Tells of a failure: a line to standard error, and for a program that asked for JSON an object to
+/// standard output, in place of the result.
+pub fn report(error: &Error, json: bool) {
+    eprintln!("flatdisk: {error}");
+    if json {
+        // Standard output may be what failed.
+        let _ = print_json(&Failure::from(error));
+    }
+}
+
 /// Prints a value as indented JSON.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value)
@@ -51,6 +92,18 @@ pub fn print_text(text: &str) -> Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other.map_err(|e| Error::io("writing to standard output", &e)),
     }
+}
+
+/// Text that a guest or a user chose, with nothing in it that a terminal obeys.
+pub fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() {
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+    }
+    out
 }
 
 /// Parses a size: bytes, or with a suffix K, M, G, T (also KiB, KB …), all powers of 1024.
@@ -88,6 +141,11 @@ mod tests {
         for text in ["", "-1", "x", "1Q"] {
             assert!(parse_size(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn control_characters_reach_no_terminal() {
+        assert_eq!(escaped("a\u{1b}[2J\n\u{9b}é"), "a\\u{1b}[2J\\n\\u{9b}é");
     }
 
     #[test]

@@ -12,9 +12,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::fuse::mounts;
-
-/// The attribute of a flat file that names its image.
-const ATTRIBUTE: &str = "user.flatdisk.image";
+use crate::fuse::tree::IMAGE;
 
 /// The image that `path` stands for: that of a flat file if it lies in a live mount of flatdisk, and
 /// itself otherwise, also if it does not exist or does not answer. Anybody can give a file the attribute,
@@ -38,11 +36,11 @@ fn lies_in_our_mount(device: u64) -> Result<bool> {
     Ok(mounts.any(|mount| mount.is_ours() && mount.number() == Some(device)))
 }
 
-/// The value of [`ATTRIBUTE`], if the file has it.
+/// The value of [`IMAGE`], if the file has it.
 fn attribute(path: &Path) -> std::result::Result<Option<PathBuf>, Errno> {
     // No path is longer.
     let mut value = vec![0; libc::PATH_MAX as usize];
-    match rustix::fs::getxattr(path, ATTRIBUTE, value.as_mut_slice()) {
+    match rustix::fs::getxattr(path, IMAGE, value.as_mut_slice()) {
         Ok(len) => {
             value.truncate(len);
             Ok(Some(OsString::from_vec(value).into()))
@@ -63,7 +61,7 @@ mod tests {
         std::fs::write(&path, "x").unwrap();
         let flags = rustix::fs::XattrFlags::empty();
         // Where the file system has no attributes there is nothing to be fooled by.
-        let _ = rustix::fs::setxattr(&path, ATTRIBUTE, b"/etc/passwd", flags);
+        let _ = rustix::fs::setxattr(&path, IMAGE, b"/etc/passwd", flags);
         assert_eq!(image_of(&path).unwrap(), path);
         let absent = dir.path().join("absent");
         assert_eq!(image_of(&absent).unwrap(), absent);

@@ -172,51 +172,11 @@ mod tests {
     use super::*;
     use crate::storage::memory::MemoryFile;
 
-    /// 1 MiB of `0x11` that cannot be written, under an overlay.
+    /// 1 MiB of `0x11` under an overlay.
     fn disk() -> (Arc<MemoryFile>, Disk) {
         let below = MemoryFile::new("below", &[0x11; 1 << 20]);
-        let map = Flat {
-            files: [below.clone()],
-            geometry: Geometry {
-                size: 1 << 20,
-                logical_sector: 512,
-                physical_sector: 512,
-                block_size: 1 << 20,
-            },
-        };
-        let disk = Disk::new(Box::new(map), None, Some("below".into()));
+        let disk = crate::disk::flat::raw(below.clone(), 512).unwrap();
         (below, nonpersistent(Arc::new(disk), MemoryFile::new("scratch", &[])))
-    }
-
-    struct Flat {
-        files: [Arc<dyn Storage>; 1],
-        geometry: Geometry,
-    }
-
-    impl BlockMap for Flat {
-        fn geometry(&self) -> &Geometry {
-            &self.geometry
-        }
-        fn files(&self) -> &[Arc<dyn Storage>] {
-            &self.files
-        }
-        fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()> {
-            out.push(want.start, want.end - want.start, Source::File { file: 0, at: want.start });
-            Ok(())
-        }
-        fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan> {
-            unreachable!("everything is mapped")
-        }
-        fn commit_write(&self, _plan: WritePlan) -> Result<()> {
-            Ok(())
-        }
-        fn abort_write(&self, _plan: WritePlan) {}
-        fn flush(&self) -> Result<()> {
-            Ok(())
-        }
-        fn close(&self) -> Result<()> {
-            Ok(())
-        }
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! 2. The child's data goes into the parent, which is closed: all of it is durable.
 //! 3. VMDK: the parent takes over the child's content id, which is now its own contents'. VHD: a
 //!    parent that has other children gets a new unique id, or they could not tell that it changed.
-//! 4. The child's files are removed; or its link follows what 1 and 3 did, and it is emptied.
+//! 4. The child is removed, with the files that are its own ([`Format::own_files`]); or its link follows what 1 and 3 did, and it is emptied.
 //!
 //! Killed before 4, the child is still there, and merging can be repeated. Only between 3 and 4 a VMDK
 //! or VHD child no longer matches its parent, which has everything by then.
@@ -27,13 +27,16 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::open::{directory_of, open_alone, parent_places};
+use super::open::open_alone;
+use super::places::{self, Place, directory_of};
 use super::{
-    Format, Identity, Image, NewLink, OpenContext, OpenOptions, by_extension, open, recognise,
+    Format, Identity, Image, NewLink, OpenContext, OpenOptions, ParentLink, by_extension, open,
+    recognise,
 };
 use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::progress::Progress;
 use crate::storage::{Access, FileIdentity, Host};
 
 /// Bytes copied or compared at a time.
@@ -54,6 +57,8 @@ pub struct Merged {
     pub bytes: u64,
     /// Other children of the parent, which show wrong contents now.
     pub siblings: Vec<PathBuf>,
+    /// Files that the child was made of and that are left, because they may be another's too.
+    pub left: Vec<PathBuf>,
 }
 
 /// How to merge.
@@ -66,13 +71,14 @@ pub struct Merging {
 }
 
 /// Merges the image at `path` into its parent and removes it. Other images that need the child, if it
-/// is not kept, or the parent are a reason to refuse. `progress` gets the bytes of the disk done.
+/// is not kept, or the parent are a reason to refuse. `progress` gets the bytes of the disk done; where it
+/// ends the work, the parent has a part of what is the child's, which still reads the same.
 pub fn merge(
     host: &Arc<dyn Host>,
     path: &Path,
     options: &OpenOptions,
     how: Merging,
-    progress: &mut dyn FnMut(u64),
+    progress: &dyn Progress,
 ) -> Result<Merged> {
     let with = |access, next_identity| opening(options, access, next_identity);
     let seen = open(host, path, &with(Access::Peek, None))?;
@@ -97,6 +103,7 @@ pub fn merge(
         let both = Identity::VhdxDataWrite([&now[..], &next[..]].concat());
         relink(host, path, &NewLink { identity: &both, parent: &parent.path }, options)?;
     }
+    let own_files = own_files(host, path, &with(Access::Peek, None))?;
     let opened = open_alone(host, path, &with(Access::Read, None))?;
     if !opened.parent.is_some_and(|link| parent.identity.satisfies(&link.identity)) {
         let what = "the image was changed by another program just now";
@@ -123,20 +130,23 @@ pub fn merge(
         parent.disk.write_at(0, &[])?;
         parent.disk.close()?;
     }
+    let mut left = Vec::new();
     if how.keep {
         let parent = open_alone(host, &merged, &with(Access::Peek, None))?.identity;
         relink(host, path, &NewLink { identity: &parent, parent: &merged }, options)?;
         // The contents do not change, so children of the child go on knowing it.
         let file = host.open(path, Access::Write)?;
-        let ctx = OpenContext::new(host, path, &with(Access::Write, Some(seen.identity)));
+        let ctx = OpenContext::new(host, &*file, &with(Access::Write, Some(seen.identity)));
         recognise(&*file)?.empty(file, &ctx).in_file(path)?;
     } else {
         // Without its descriptor, the rest is no disk any more.
         host.remove(path)?;
-        seen.info.extents.iter().try_for_each(|extent| host.remove(extent))?;
+        own_files.iter().try_for_each(|file| host.remove(file))?;
         host.sync_dir(&directory_of(path))?;
+        left = seen.info.extents;
+        left.retain(|file| !own_files.contains(file));
     }
-    Ok(Merged { parent: merged, bytes, siblings })
+    Ok(Merged { parent: merged, bytes, siblings, left })
 }
 
 /// Options for opening an image of the chain.
@@ -145,15 +155,15 @@ fn opening(options: &OpenOptions, access: Access, next_identity: Option<Identity
 }
 
 /// Gives the image at `path` the parent at `new`. Unless `link_only`, whatever would look different
-/// over it is copied into the child first. `progress` gets the bytes of the disk done. Returns the
-/// bytes copied.
+/// over it is copied into the child first. `progress` gets the bytes of the disk done; where it ends the
+/// work, the child has a copy of a part of what it shows. Returns the bytes copied.
 pub fn rebase(
     host: &Arc<dyn Host>,
     path: &Path,
     new: &Path,
     options: &OpenOptions,
     link_only: bool,
-    progress: &mut dyn FnMut(u64),
+    progress: &dyn Progress,
 ) -> Result<u64> {
     let with = |access, next_identity| opening(options, access, next_identity);
     // Open until the end, so that nobody writes to it.
@@ -223,7 +233,16 @@ fn relink(
     let options = OpenOptions { access: Access::Write, ..options.clone() };
     let file = host.open(path, Access::Write)?;
     let format: &dyn Format = recognise(&*file)?;
-    format.relink(file, &OpenContext::new(host, path, &options), link).in_file(path)
+    let context = OpenContext::new(host, &*file, &options);
+    format.relink(file, &context, link).in_file(path)
+}
+
+/// The files that go when the image at `path` does.
+fn own_files(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Vec<PathBuf>> {
+    let file = host.open(path, Access::Peek)?;
+    let format: &dyn Format = recognise(&*file)?;
+    let context = OpenContext::new(host, &*file, options);
+    format.own_files(file, &context).in_file(path)
 }
 
 /// Whether all of a child has room in its parent.
@@ -270,8 +289,8 @@ fn refuse_relatives(
     }
 }
 
-/// The images in `folders` whose parent is `image`.
-fn children(
+/// The images in `folders` whose parent is `image`, and which files they are.
+pub fn children(
     host: &Arc<dyn Host>,
     image: &Image,
     folders: &[PathBuf],
@@ -288,12 +307,9 @@ fn children(
             // What cannot be opened is nobody's child.
             let Ok(opened) = open_alone(host, &path, &peek) else { continue };
             let Some(link) = &opened.parent else { continue };
-            let leads_here = image.identity.satisfies(&link.identity)
-                && parent_places(&path, link, &options.allow_parent).iter().any(|place| {
-                    let file = place.open(host, Access::Peek);
-                    file.is_ok_and(|file| file.identity().is_ok_and(|id| id == wanted))
-                });
-            if leads_here {
+            if image.identity.satisfies(&link.identity)
+                && leads_to(host, &path, link, wanted, options)
+            {
                 let identity = file_identity(host, &path)?;
                 if found.iter().all(|(_, known)| *known != identity) {
                     found.push((path, identity));
@@ -304,12 +320,38 @@ fn children(
     Ok(found)
 }
 
+/// Whether the child at `path` finds the file `wanted`, which has the right id, for its parent.
+fn leads_to(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    link: &ParentLink,
+    wanted: FileIdentity,
+    options: &OpenOptions,
+) -> bool {
+    let file_at = |place: &Place| {
+        place.open(&**host, Access::Peek)?.identity().map_err(|e| Error::io("stat", &e))
+    };
+    let places = places::of_parent(path, link, &options.permitted());
+    let found: Vec<_> = places.iter().filter_map(|place| file_at(place).ok()).collect();
+    if !found.is_empty() {
+        return found.contains(&wanted);
+    }
+    // Without a file of the right name it is found by its id, where that tells it from others.
+    let alike = |place: &Place| {
+        let similar = place.similar(&**host, &options.folders);
+        similar.iter().any(|place| file_at(place).is_ok_and(|file| file == wanted))
+    };
+    !link.identity.anonymous() || places.iter().any(alike)
+}
+
 /// Writes what is the child's own into its parent; how many bytes that was.
-fn copy_own(child: &Disk, parent: &Disk, progress: &mut dyn FnMut(u64)) -> Result<u64> {
+fn copy_own(child: &Disk, parent: &Disk, progress: &dyn Progress) -> Result<u64> {
     let mut buf = vec![0; CHUNK as usize];
     let (mut bytes, mut flushed) = (0, 0);
     let mut pos = 0;
+    progress.total(child.size());
     while pos < child.size() {
+        progress.go_on()?;
         let end = child.size().min(pos + STEP);
         for extent in child.extents(pos..end)?.iter() {
             match extent.source {
@@ -333,23 +375,21 @@ fn copy_own(child: &Disk, parent: &Disk, progress: &mut dyn FnMut(u64)) -> Resul
             parent.flush()?;
             flushed = bytes;
         }
+        progress.advance(end - pos);
         pos = end;
-        progress(pos);
     }
     Ok(bytes)
 }
 
 /// Writes into `child` what `old` shows through it and `new` would not; how many bytes that was.
-fn copy_differences(
-    child: &Disk,
-    old: &Disk,
-    new: &Disk,
-    progress: &mut dyn FnMut(u64),
-) -> Result<u64> {
+fn copy_differences(child: &Disk, old: &Disk, new: &Disk, progress: &dyn Progress) -> Result<u64> {
     let (mut before, mut after) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
     let (mut bytes, mut flushed) = (0, 0);
     let mut pos = 0;
+    let mut done = 0;
+    progress.total(child.size());
     while let Some(data) = next_data(old, new, pos)? {
+        progress.go_on()?;
         pos = data / SECTOR * SECTOR;
         let end = child.size().min(pos + CHUNK);
         if pos >= end {
@@ -370,7 +410,8 @@ fn copy_differences(
             flushed = bytes;
         }
         pos = end;
-        progress(pos);
+        progress.advance(pos - done);
+        done = pos;
     }
     Ok(bytes)
 }

@@ -5,12 +5,16 @@
 //! above them.
 
 pub mod chain;
+pub mod folders;
+mod foreign;
 pub mod open;
-pub mod profile;
-pub mod raw;
+mod parents;
+pub mod places;
+pub mod plan;
 pub mod references;
 pub mod repair;
 pub mod report;
+pub mod resize;
 pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
@@ -25,8 +29,10 @@ use crate::disk::LOOKUP_STEP;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Host, Storage};
+pub use folders::Label;
 use open::open_alone;
-pub use open::{Image, OpenContext, OpenOptions, open};
+pub use open::{Image, OpenContext, OpenOptions, Spelling, open};
+use plan::Steps;
 pub use repair::{Plan, Repair, Scope, repair};
 pub use report::{Finding, Lost, Report, Severity};
 
@@ -38,7 +44,8 @@ pub static FORMATS: [&dyn Format; 3] = [&vhdx::Vhdx, &vmdk::Vmdk, &vhd::Vhd];
 pub struct Probe {
     /// The first 4096 bytes, or fewer when the file is shorter.
     pub head: Vec<u8>,
-    /// The last 2048 bytes, or fewer when the file is shorter.
+    /// The last 2048 bytes, or fewer when the file is shorter; of a file that ends with zeroes those
+    /// before them.
     pub tail: Vec<u8>,
     /// Length of the file.
     pub len: u64,
@@ -53,8 +60,35 @@ impl Probe {
         file.read_at(0, &mut head).map_err(failed)?;
         let mut tail = vec![0; len.min(2048) as usize];
         file.read_at(len - tail.len() as u64, &mut tail).map_err(failed)?;
+        if tail.iter().all(|byte| *byte == 0) {
+            let end = end_of_data(file, len)?;
+            tail.truncate(end.min(2048) as usize);
+            file.read_at(end - tail.len() as u64, &mut tail).map_err(failed)?;
+        }
         Ok(Self { head, tail, len })
     }
+}
+
+/// Where the zeroes begin that a file of `len` bytes ends with, rounded up to 512 bytes: behind the last
+/// data, as far as the host tells what are holes, with a look at 64 KiB before that.
+pub fn end_of_data(file: &dyn Storage, len: u64) -> Result<u64> {
+    const LOOK: u64 = 64 << 10;
+    const MAX_RANGES: usize = 1 << 16;
+    let failed = |e| Error::io("read", &e).in_file(file.path());
+    let (mut last, mut at) = (0..0, 0);
+    for _ in 0..MAX_RANGES {
+        let Some(data) = file.next_data(at).map_err(failed)?.filter(|data| data.end > at) else {
+            break;
+        };
+        at = data.end;
+        last = data;
+    }
+    let end = last.end.min(len);
+    let start = last.start.max(end.saturating_sub(LOOK)) / 512 * 512;
+    let mut bytes = vec![0; end.saturating_sub(start) as usize];
+    file.read_at(start, &mut bytes).map_err(failed)?;
+    let sectors = bytes.chunks(512).rposition(|sector| sector.iter().any(|byte| *byte != 0));
+    Ok(sectors.map_or(start, |index| start + (index as u64 + 1) * 512).min(len))
 }
 
 /// A disk image format.
@@ -75,12 +109,14 @@ pub trait Format: Sync {
     /// changes begin with [`BlockMap::begin_writes`].
     fn open(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened>;
 
+    /// What the headers of the image in `file` say, without opening any other file that it is made of.
+    fn label(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Label> {
+        self.open(file, ctx).map(Label::of)
+    }
+
     /// Makes a new image at `path`, whose directory exists and which itself does not. What a failed
     /// creation leaves is removed by the caller of [`create`].
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()>;
-
-    /// How the files of what `spec` asks for grow with what is stored in them.
-    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint>;
 
     /// Makes a child of `parent` at `path`, as [`Self::create`] does. The guest's sizes are the
     /// parent's; of `spec` only the block and log size count.
@@ -92,6 +128,12 @@ pub trait Format: Sync {
         spec: &CreateSpec,
     ) -> Result<()>;
 
+    /// Other files that hold parts of the image and are nobody else's: they go with it. What the image
+    /// only names, and files under names of another's parts, are not.
+    fn own_files(&self, _file: Arc<dyn Storage>, _ctx: &OpenContext) -> Result<Vec<PathBuf>> {
+        Ok(Vec::new())
+    }
+
     /// Points the child in `file`, open for writing, at another parent, or at the same one by another
     /// identity. Durable on return; a crash before leaves a child with the old link or the new one.
     /// The child's own identity stays.
@@ -100,6 +142,19 @@ pub trait Format: Sync {
     /// Takes everything out of the child in `file`, open for writing, so that it shows nothing but
     /// its parent. Durable on return; a crash before leaves a part in it.
     fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()>;
+
+    /// Plans the change of the disk in `file`, open for writing, to `size` bytes, a multiple of its
+    /// logical sector. A crash anywhere in it leaves the old size or the new one, every byte that both
+    /// have, and at worst space that nothing uses. What is behind the end of a smaller disk is given
+    /// up. Planned again for the size that the disk has, it finishes what a crash interrupted. Before
+    /// it plans, it may put right what every writer would, such as replaying a log.
+    fn resize(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        size: u64,
+        plan: &mut Steps,
+    ) -> Result<()>;
 
     /// Walks every structure of the image, adding what it finds to `report`. An error only means
     /// that checking could not go on; damage is a finding. Time is linear in the file's tables.
@@ -149,7 +204,7 @@ pub struct NewLink<'a> {
 /// What identifies the contents that a child was made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Identity {
-    /// VHD: the footer's unique id; all zero for a raw disk, which has none.
+    /// VHD: the footer's unique id.
     VhdUniqueId([u8; 16]),
     /// VHDX: the data-write GUID; a child may accept two values.
     VhdxDataWrite(Vec<uuid::Uuid>),
@@ -158,9 +213,6 @@ pub enum Identity {
 }
 
 impl Identity {
-    /// What children of a raw disk know it by. Only Xen makes such children, of the VHD format.
-    pub const RAW: Self = Self::VhdUniqueId([0; 16]);
-
     /// Whether a parent with identity `self` is what a child asks for with `wanted`.
     pub fn satisfies(&self, wanted: &Self) -> bool {
         match (self, wanted) {
@@ -169,6 +221,34 @@ impl Identity {
             }
             _ => self == wanted,
         }
+    }
+}
+
+/// One value by which a disk is known to its children.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Id {
+    /// [`Identity::VhdUniqueId`]
+    Vhd([u8; 16]),
+    /// One of [`Identity::VhdxDataWrite`].
+    Vhdx(uuid::Uuid),
+    /// [`Identity::VmdkCid`]
+    Vmdk(u32),
+}
+
+impl Identity {
+    /// The values that it has: one identity satisfies another if they have one in common.
+    pub fn keys(&self) -> Vec<Id> {
+        match self {
+            Self::VhdUniqueId(id) => vec![Id::Vhd(*id)],
+            Self::VhdxDataWrite(ids) => ids.iter().map(|id| Id::Vhdx(*id)).collect(),
+            Self::VmdkCid(cid) => vec![Id::Vmdk(*cid)],
+        }
+    }
+
+    /// Whether it is one that disks have before they are written, which tells none from another.
+    pub fn anonymous(&self) -> bool {
+        const NEVER_WRITTEN: u32 = 0xffff_fffe;
+        matches!(self, Self::VmdkCid(0 | NEVER_WRITTEN))
     }
 }
 
@@ -237,83 +317,6 @@ pub struct CreateSpec {
     pub log_size: Option<u64>,
     /// VMDK adapter type.
     pub adapter: Option<String>,
-    /// What is allocated of a fixed or flat disk.
-    pub preallocation: Preallocation,
-    /// VMDK: version of the virtual hardware.
-    pub hw_version: Option<u32>,
-    /// VMDK: version of VMware's tools in the guest.
-    pub tools_version: Option<u32>,
-    /// VMDK: bytes in each part of a disk in parts.
-    pub split_size: Option<u64>,
-    /// VMDK: whether grains can be marked as zero. Children can by default.
-    pub zeroed_grains: Option<bool>,
-    /// The image's own id, as [`ImageInfo::uuid`] shows it, instead of a new one.
-    pub uuid: Option<String>,
-}
-
-/// How the files of an image grow with what is stored in it, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Footprint {
-    /// Before anything is stored.
-    pub empty: u64,
-    /// Bytes of the disk that are stored as one: a block, a grain.
-    pub unit: u64,
-    /// What storing one of them takes.
-    pub stored: u64,
-}
-
-impl Footprint {
-    /// That of `units` stored units.
-    pub fn with(&self, units: u64) -> u64 {
-        self.empty.saturating_add(units.saturating_mul(self.stored))
-    }
-
-    /// Of a disk whose bytes lie in the file as they are, with `empty` bytes beside them: what is not
-    /// written is a hole of the host file.
-    fn flat(empty: u64) -> Self {
-        const PAGE: u64 = 4096;
-        Self { empty, unit: PAGE, stored: PAGE }
-    }
-}
-
-/// What is allocated of a fixed or flat disk when it is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Preallocation {
-    /// Nothing: the host gives space as the disk is written, and may run out of it then.
-    #[default]
-    Off,
-    /// All of it, where the host can without writing; elsewhere nothing.
-    Falloc,
-    /// All of it, by writing zeroes.
-    Full,
-}
-
-/// Gives a new file the length that `range` ends with, and allocates `range`.
-pub fn preallocate(
-    file: &dyn Storage,
-    range: std::ops::Range<u64>,
-    how: Preallocation,
-) -> Result<()> {
-    const ZEROES: u64 = 1 << 20;
-    let failed = |e: &std::io::Error| Error::io("allocating", e).in_file(file.path());
-    file.set_len(range.end).map_err(|e| failed(&e))?;
-    match how {
-        Preallocation::Off => Ok(()),
-        Preallocation::Falloc if range.is_empty() => Ok(()),
-        Preallocation::Falloc => {
-            file.allocate(range.start, range.end - range.start).map_err(|e| failed(&e))
-        }
-        Preallocation::Full => {
-            let zeroes = vec![0; ZEROES.min(range.end - range.start) as usize];
-            let mut at = range.start;
-            while at < range.end {
-                let part = ZEROES.min(range.end - at) as usize;
-                file.write_at(at, &zeroes[..part]).map_err(|e| failed(&e))?;
-                at += part as u64;
-            }
-            Ok(())
-        }
-    }
 }
 
 /// The format called `name`.
@@ -339,11 +342,7 @@ pub fn recognise(file: &dyn Storage) -> Result<&'static dyn Format> {
     let claims: Vec<_> = FORMATS.into_iter().filter(|f| f.probe(&probe)).collect();
     let by_extension = by_extension(file.path()).map(Format::name);
     match claims[..] {
-        [] => {
-            let empty = "the file is empty";
-            let what = if probe.len == 0 { empty } else { "not a VHD, VHDX or VMDK image" };
-            Err(Error::new(ErrorKind::NotThisFormat, what).in_file(file.path()))
-        }
+        [] => Err(foreign::refuse(file, &probe)),
         [only] => Ok(only),
         _ => claims.iter().find(|f| Some(f.name()) == by_extension).copied().ok_or_else(|| {
             let names: Vec<_> = claims.iter().map(|f| f.name()).collect();
@@ -394,8 +393,8 @@ fn clean_up(host: &dyn Host, path: &Path, create: impl FnOnce() -> Result<()>) -
 
 /// Checks the image at `path`, and whether its parents are what they should be.
 pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Report> {
-    let ctx = OpenContext::new(host, path, options);
     let file = host.open(path, options.access)?;
+    let ctx = OpenContext::new(host, &*file, options);
     let format = recognise(&*file)?;
     check_with(format, &file, &ctx, host, path, options)
 }

@@ -4,19 +4,38 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::folders::Folders;
+use super::parents::{Found, find_parent};
+use super::places::{self, directory_of};
+
 use crate::disk::Disk;
 use crate::disk::map::DiskRange;
 use crate::disk::tables::CacheBudget;
-use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::storage::{Access, FileIdentity, Host, Storage};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::file::HostFs;
+use crate::storage::{self, Access, FileIdentity, Host, Storage};
 
-use super::{Identity, ImageInfo, Opened, ParentLink, raw, recognise, references};
+use super::{Identity, ImageInfo, Opened, ParentLink, recognise};
 
 /// Longest chain of parents that is followed.
 pub const MAX_CHAIN: usize = 256;
 
+/// What drivers hint at where `force` would go on; said as the program spells it.
+const FORCE_HINT: &str = "`-o force` reads it all the same";
+
 /// How far apart two times of one change may be: images tell seconds, some file systems every other.
 const TIME_STEP: Duration = Duration::from_secs(3);
+
+/// How the options are spelled that a hint may name, by the program that opens; empty where it has none.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Spelling {
+    /// Of [`OpenOptions::allow_parent`], with a value.
+    pub allow_parent: &'static str,
+    /// Of [`OpenOptions::parent`], with a value.
+    pub parent: &'static str,
+    /// Of [`OpenOptions::force`].
+    pub force: &'static str,
+}
 
 /// How to open an image.
 #[derive(Debug, Clone)]
@@ -25,8 +44,11 @@ pub struct OpenOptions {
     pub access: Access,
     /// Read on where the image contradicts itself or its parent changed. Never writes.
     pub force: bool,
-    /// Directories besides the image's own in which parents may lie.
+    /// Directories besides the image's own in which parents may lie, and extents that the image names by
+    /// a path.
     pub allow_parent: Vec<PathBuf>,
+    /// Directories that are shown as a whole: parents may lie in them too.
+    pub sources: Vec<PathBuf>,
     /// The image's parent, instead of looking where the image says. It must be the right one all the
     /// same; the parent's own parents are looked for as ever.
     pub parent: Option<PathBuf>,
@@ -36,6 +58,17 @@ pub struct OpenOptions {
     pub next_identity: Option<Identity>,
     /// Memory for tables, shared by all images of a process.
     pub budget: Arc<CacheBudget>,
+    /// What is known of folders, shared by all images of a process.
+    pub folders: Arc<Folders>,
+    /// What hints call the options.
+    pub spelling: Spelling,
+}
+
+impl Default for OpenOptions {
+    /// For reading.
+    fn default() -> Self {
+        Self::new(Access::Read)
+    }
 }
 
 impl OpenOptions {
@@ -45,14 +78,67 @@ impl OpenOptions {
             access,
             force: false,
             allow_parent: Vec::new(),
+            sources: Vec::new(),
             parent: None,
             next_identity: None,
             budget: CacheBudget::new(CacheBudget::DEFAULT),
+            folders: Arc::default(),
+            spelling: Spelling::default(),
+        }
+    }
+
+    /// Whether the disk can be written; if so, nobody else may open the image.
+    #[must_use]
+    pub fn write(mut self, write: bool) -> Self {
+        self.access = if write { Access::Write } else { Access::Read };
+        self
+    }
+
+    /// Names the image's parent; see [`Self::parent`](field@Self::parent).
+    #[must_use]
+    pub fn parent(mut self, path: impl Into<PathBuf>) -> Self {
+        self.parent = Some(path.into());
+        self
+    }
+
+    /// Permits parents in one more directory; see [`Self::allow_parent`](field@Self::allow_parent).
+    #[must_use]
+    pub fn allow_parent(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.allow_parent.push(dir.into());
+        self
+    }
+
+    /// Opens an image of the host with all its parents.
+    ///
+    /// # Errors
+    ///
+    /// The file is not there ([`ErrorKind::NotFound`]), in use ([`ErrorKind::Busy`]), no image
+    /// ([`ErrorKind::NotThisFormat`]), damaged beyond reading ([`ErrorKind::Corrupt`]), of a kind that is
+    /// not supported, or lacks its parent ([`ErrorKind::ParentMissing`], [`ErrorKind::ParentMismatch`]).
+    /// An image that can only be read opens for writing all the same; its first write fails.
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Image> {
+        open(&HostFs::shared(), path.as_ref(), self)
+    }
+
+    /// Directories besides the image's own in which parents may lie.
+    pub(super) fn permitted(&self) -> Vec<PathBuf> {
+        [&self.allow_parent[..], &self.sources].concat()
+    }
+
+    /// The error with what may be typed about it.
+    fn spelled(&self, e: Error) -> Error {
+        match self.spelling.force {
+            force if e.hinted() == Some(FORCE_HINT) && force != "force" => {
+                let hint = (!force.is_empty()).then(|| format!("`{force}` reads it all the same"));
+                e.hinting(hint)
+            }
+            _ => e,
         }
     }
 }
 
 /// What a driver needs besides the file itself: where other files come from, and what is allowed.
+#[derive(Clone)]
 pub struct OpenContext {
     host: Arc<dyn Host>,
     /// Directory of the image.
@@ -65,18 +151,24 @@ pub struct OpenContext {
     pub next_identity: Option<Identity>,
     /// Memory for tables.
     pub budget: Arc<CacheBudget>,
+    folders: Arc<Folders>,
+    allow_parent: Vec<PathBuf>,
+    spelling: Spelling,
 }
 
 impl OpenContext {
-    /// A context for the image at `path`.
-    pub fn new(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Self {
+    /// A context for the image in `file`. The host is one for what that names.
+    pub fn new(host: &Arc<dyn Host>, file: &dyn Storage, options: &OpenOptions) -> Self {
         Self {
-            host: host.clone(),
-            dir: directory_of(path),
+            host: storage::named_in(host, file),
+            dir: directory_of(file.path()),
             access: options.access,
             force: options.force,
             next_identity: options.next_identity.clone(),
             budget: options.budget.clone(),
+            folders: options.folders.clone(),
+            allow_parent: options.allow_parent.clone(),
+            spelling: options.spelling,
         }
     }
 
@@ -92,8 +184,13 @@ impl OpenContext {
 
     /// Opens an extent file that the image names, with the image's own access.
     pub fn open_extent(&self, name: &str) -> Result<Arc<dyn Storage>> {
-        let relative = references::beneath(name)?;
-        self.host.open_beneath(&self.dir, &relative, self.access)
+        let (places, refusal) =
+            places::of_extent(&self.dir, name, &self.allow_parent, &self.spelling);
+        let opened = places::open_first(&*self.host, &self.folders, &places, name, self.access);
+        opened.map_err(|e| match refusal {
+            Some(refusal) if e.kind() == ErrorKind::NotFound && places.len() < 2 => refusal,
+            _ => e,
+        })
     }
 }
 
@@ -112,6 +209,8 @@ pub struct Image {
     pub read_only: Option<String>,
     /// Parts of the disk known to be lost.
     pub damage: Vec<DiskRange>,
+    /// How the image names its parent, for a child.
+    pub link: Option<ParentLink>,
     /// The parent's image, for a child.
     pub parent: Option<Box<Image>>,
 }
@@ -125,15 +224,32 @@ impl Image {
 
 /// Opens the image at `path` with all its parents.
 pub fn open(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Image> {
+    match open_found(host, path, options)? {
+        (image, None) => Ok(image),
+        (_, Some(e)) => Err(e),
+    }
+}
+
+/// Opens the image at `path` with those of its parents that are found, and says why the next one is not.
+/// What that one holds reads as an error.
+pub fn open_found(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<(Image, Option<Error>)> {
     let file = host.open(path, options.access)?;
+    let mut missing = None;
     let mut links = vec![Link::open(host, file, path, options)?];
     while let Some(wanted) = links[links.len() - 1].opened.parent.clone() {
         let found = match find_parent(host, &links, &wanted, options) {
             Ok(found) => found,
             Err(e) if options.force && e.kind() == ErrorKind::ParentMissing => {
-                Found { parent: None, doubt: Some(e) }
+                Found { doubt: Some(e), ..Found::default() }
             }
-            Err(e) => return Err(e),
+            Err(e) => {
+                missing = Some(e);
+                break;
+            }
         };
         if let Some(doubt) = found.doubt {
             log::warn!("{doubt}; reading by force");
@@ -144,6 +260,7 @@ pub fn open(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<
         }
         let Some(parent) = found.parent else { break };
         let child = links.len() - 1;
+        links[child].opened.info.warnings.extend(found.remark);
         links[child].compare(&parent, &wanted);
         links.push(parent);
     }
@@ -165,23 +282,28 @@ pub fn open(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<
             path: link.path,
             read_only,
             damage: link.opened.damage,
+            link: link.opened.parent,
             parent: image,
         }));
     }
-    image.map(|image| *image).ok_or_else(|| Error::invalid("an empty chain").in_file(path))
+    let image = image.ok_or_else(|| Error::invalid("an empty chain").in_file(path))?;
+    Ok((*image, missing))
 }
 
 /// Opens the image at `path` without looking for its parents.
 pub fn open_alone(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Opened> {
     let file = host.open(path, options.access)?;
-    recognise(&*file)?.open(file, &OpenContext::new(host, path, options)).in_file(path)
+    let opened = recognise(&*file)?.open(file.clone(), &OpenContext::new(host, &*file, options));
+    opened.map_err(|e| options.spelled(e.in_file(path)))
 }
 
 /// One image of a chain.
-struct Link {
-    path: PathBuf,
-    file: FileIdentity,
-    opened: Opened,
+pub(super) struct Link {
+    pub path: PathBuf,
+    /// Where what it names comes from.
+    pub host: Arc<dyn Host>,
+    pub file: FileIdentity,
+    pub opened: Opened,
     /// When its file was last changed, where the host says.
     modified: Option<SystemTime>,
     /// Why it must not be written, beside what the driver says.
@@ -189,7 +311,7 @@ struct Link {
 }
 
 impl Link {
-    fn open(
+    pub fn open(
         host: &Arc<dyn Host>,
         file: Arc<dyn Storage>,
         path: &Path,
@@ -198,24 +320,19 @@ impl Link {
         let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
         let modified = file.modified();
         let format = recognise(&*file)?;
-        let opened = format.open(file, &OpenContext::new(host, path, options)).in_file(path)?;
-        Ok(Self { path: path.to_owned(), file: identity, opened, modified, read_only: None })
+        let context = OpenContext::new(host, &*file, options);
+        let opened = format.open(file, &context);
+        let opened = opened.map_err(|e| options.spelled(e.in_file(path)))?;
+        let (path, host) = (path.to_owned(), context.host);
+        Ok(Self { path, host, file: identity, opened, modified, read_only: None })
     }
 
-    /// A parent that is a raw disk, whatever a guest wrote to it.
-    fn open_raw(file: Arc<dyn Storage>, path: &Path) -> Result<Self> {
-        let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
-        let modified = file.modified();
-        let opened = raw::as_parent(file).in_file(path)?;
-        Ok(Self { path: path.to_owned(), file: identity, opened, modified, read_only: None })
-    }
-
-    fn size(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         self.opened.map.geometry().size
     }
 
     /// Why this parent cannot be what the image was made from, whatever its identity.
-    fn misfit(&self, parent: &Self) -> Option<String> {
+    pub fn misfit(&self, parent: &Self) -> Option<String> {
         let name = parent.path.display();
         let [own, below] = [self, parent].map(|link| link.opened.map.geometry().logical_sector);
         if own != below {
@@ -252,211 +369,5 @@ impl Link {
                  something else by now"
             ));
         }
-    }
-}
-
-/// A parent that was found.
-struct Found {
-    /// `None` if it is missing, and going on without it was asked for.
-    parent: Option<Link>,
-    /// Why it should not be trusted, if it is taken by force only.
-    doubt: Option<Error>,
-}
-
-/// Finds and opens the parent of the last of `links`, looking on where a place holds another disk.
-fn find_parent(
-    host: &Arc<dyn Host>,
-    links: &[Link],
-    wanted: &ParentLink,
-    options: &OpenOptions,
-) -> Result<Found> {
-    let child = &links[links.len() - 1];
-    if links.len() >= MAX_CHAIN {
-        let what = format!("more than {MAX_CHAIN} generations of parents");
-        return Err(Error::corrupt(what).in_file(&child.path));
-    }
-    // Unique ids are never inherited, so an image that has this one can only be a copy of a
-    // descendant. Other formats' identities are of contents, which parent and child may have alike.
-    let same_id = |link: &Link| link.opened.identity == wanted.identity;
-    if let (Identity::VhdUniqueId(_), Some(index)) =
-        (&wanted.identity, links.iter().position(same_id))
-    {
-        return Err(cycle(links, index));
-    }
-    let places = match &options.parent {
-        Some(parent) if links.len() == 1 => vec![Place::Given(parent.clone())],
-        _ => parent_places(&child.path, wanted, &options.allow_parent),
-    };
-    let access = if options.access == Access::Write { Access::Read } else { options.access };
-    let options = OpenOptions { access, next_identity: None, ..options.clone() };
-    let mut tried: Vec<PathBuf> = Vec::new();
-    let mut failed = None;
-    let mut other: Option<Link> = None;
-    for place in places {
-        let path = place.path();
-        if tried.contains(&path) {
-            continue;
-        }
-        tried.push(path.clone());
-        // A file of the chain is told by its identity before its lock would say "in use".
-        let peeked = place.open(host, Access::Peek).and_then(|file| in_chain(links, &*file, &path));
-        if let Ok(Some(index)) = peeked {
-            return Err(cycle(links, index));
-        }
-        let opened = peeked.and_then(|_| place.open(host, access)).and_then(|file| {
-            match wanted.identity == Identity::RAW {
-                true => Link::open_raw(file, &path),
-                false => Link::open(host, file, &path, &options),
-            }
-        });
-        match opened {
-            Ok(link) if link.opened.identity.satisfies(&wanted.identity) => {
-                return match child.misfit(&link) {
-                    None => Ok(Found { parent: Some(link), doubt: None }),
-                    Some(what) => doubtful(child, link, what, options.force),
-                };
-            }
-            Ok(link) => other = other.or(Some(link)),
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Err(e) if e.kind() == ErrorKind::Busy => return Err(e),
-            Err(e) => failed = failed.or(Some(e)),
-        }
-    }
-    let tried = list(&tried);
-    if let Some(link) = other {
-        let what = format!(
-            "the parent {} has {}, but the image was made from {}; tried {tried}",
-            link.path.display(),
-            link.opened.identity,
-            wanted.identity
-        );
-        return doubtful(child, link, what, options.force);
-    }
-    if let Some(e) = failed {
-        let what = format!("the parent with {} does not open: {e}; tried {tried}", wanted.identity);
-        return Err(Error::new(e.kind(), what).in_file(&child.path));
-    }
-    let mut what = format!("the parent with {} was not found; ", wanted.identity);
-    what += &match tried.is_empty() {
-        true => "the image does not say where it is".to_owned(),
-        false => format!("tried {tried}"),
-    };
-    let outside = outside_places(&child.path, wanted, &options.allow_parent);
-    if !outside.is_empty() {
-        what += &format!("; {} lies outside the permitted directories", list(&outside));
-    }
-    Err(Error::new(ErrorKind::ParentMissing, what).in_file(&child.path).hint(
-        "`--parent-dir DIR` or `-o allow_parent=DIR` adds a directory, `parent=FILE` names it",
-    ))
-}
-
-/// Takes the wrong parent if `force` says so.
-fn doubtful(child: &Link, parent: Link, what: String, force: bool) -> Result<Found> {
-    let doubt = Error::new(ErrorKind::ParentMismatch, what).in_file(&child.path);
-    if !force {
-        return Err(doubt.hint("`-o force` reads it all the same"));
-    }
-    Ok(Found { parent: Some(parent), doubt: Some(doubt) })
-}
-
-/// Which of `links` the file is, if it is one of them.
-fn in_chain(links: &[Link], file: &dyn Storage, path: &Path) -> Result<Option<usize>> {
-    let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
-    Ok(links.iter().position(|link| link.file == identity))
-}
-
-/// The last of `links` has number `index` for its parent.
-fn cycle(links: &[Link], index: usize) -> Error {
-    let child = &links[links.len() - 1];
-    let own = &child.opened.identity;
-    let what = if index + 1 == links.len() {
-        format!("the image names itself as its parent ({own})")
-    } else {
-        let (name, ancestor) = (links[index].path.display(), &links[index].opened.identity);
-        format!(
-            "the image with {own} names {name} with {ancestor} as its parent, which descends from it"
-        )
-    };
-    Error::corrupt(what).in_file(&child.path)
-}
-
-fn list(paths: &[PathBuf]) -> String {
-    let paths: Vec<_> = paths.iter().map(|p| p.display().to_string()).collect();
-    paths.join(", ")
-}
-
-/// Where a parent may be.
-pub(super) enum Place {
-    /// A file that the user named.
-    Given(PathBuf),
-    /// A permitted directory, and a name beneath it that the image has given.
-    Beneath(PathBuf, PathBuf),
-}
-
-impl Place {
-    fn path(&self) -> PathBuf {
-        match self {
-            Self::Given(path) => path.clone(),
-            Self::Beneath(root, name) => root.join(name),
-        }
-    }
-
-    /// Opens the file there.
-    pub fn open(&self, host: &Arc<dyn Host>, access: Access) -> Result<Arc<dyn Storage>> {
-        match self {
-            Self::Given(path) => host.open(path, access),
-            Self::Beneath(root, name) => host.open_beneath(root, name, access),
-        }
-    }
-}
-
-/// Where the parent of the image at `child` may be by what the image says, best first.
-pub(super) fn parent_places(
-    child: &Path,
-    link: &ParentLink,
-    allow_parent: &[PathBuf],
-) -> Vec<Place> {
-    let dir = directory_of(child);
-    let mut places = Vec::new();
-    for name in &link.candidates {
-        if let Ok(relative) = references::beneath(name) {
-            places.push(Place::Beneath(dir.clone(), relative));
-        } else if let Some(absolute) = references::climb(&references::resolved(&dir), name) {
-            for root in std::iter::once(&dir).chain(allow_parent) {
-                if let Ok(below) = absolute.strip_prefix(references::resolved(root)) {
-                    places.push(Place::Beneath(root.clone(), below.to_owned()));
-                }
-            }
-        }
-    }
-    for name in &link.candidates {
-        if let Some(last) = references::last_component(name) {
-            for root in std::iter::once(&dir).chain(allow_parent) {
-                places.push(Place::Beneath(root.clone(), last.clone()));
-            }
-        }
-    }
-    places
-}
-
-/// What the image names and nothing permits to open.
-fn outside_places(child: &Path, link: &ParentLink, allow_parent: &[PathBuf]) -> Vec<PathBuf> {
-    let dir = directory_of(child);
-    let roots: Vec<_> =
-        std::iter::once(&dir).chain(allow_parent).map(|d| references::resolved(d)).collect();
-    let named = link.candidates.iter().filter(|name| references::beneath(name).is_err());
-    let mut outside: Vec<_> = named
-        .filter_map(|name| references::climb(&references::resolved(&dir), name))
-        .filter(|path| !roots.iter().any(|root| path.starts_with(root)))
-        .collect();
-    outside.dedup();
-    outside
-}
-
-/// The directory in which a file lies.
-pub fn directory_of(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
-        _ => PathBuf::from("."),
     }
 }

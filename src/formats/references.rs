@@ -59,6 +59,13 @@ pub fn last_component(name: &str) -> Option<PathBuf> {
     beneath(last).ok()
 }
 
+/// The last component of a path on another machine, or in another folder, under which the file may lie
+/// beside the image now. `None` for what never was a path of a file.
+pub fn moved(name: &str) -> Option<PathBuf> {
+    let path = name.len() <= MAX_NAME && !name.contains("://") && !name.ends_with(['/', '\\']);
+    (path && !name.chars().any(char::is_control)).then(|| last_component(name)).flatten()
+}
+
 /// Resolves a relative name with `..` against `dir` by text alone, for checking against a list of
 /// permitted directories. `None` for forms that are never allowed.
 pub fn climb(dir: &Path, name: &str) -> Option<PathBuf> {
@@ -190,6 +197,20 @@ mod tests {
         assert_eq!(climb(dir, "/x/y").unwrap(), Path::new("/x/y"));
         assert_eq!(climb(dir, r"\\host\share\x"), None);
         assert_eq!(climb(Path::new("/"), "../x"), None);
+    }
+
+    #[test]
+    fn only_paths_of_files_may_have_moved() {
+        for name in
+            ["/Users/u/disk.img", r"D:\VMs\disk.img", r"..\x\disk.img", r"\\host\s\disk.img"]
+        {
+            assert_eq!(moved(name).unwrap(), Path::new("disk.img"), "{name}");
+        }
+        for name in
+            ["http://host/disk.img", "vsan://x/y", "/x/\n/disk.img", "/x/..", "/x/", "/", ""]
+        {
+            assert_eq!(moved(name), None, "{name}");
+        }
     }
 
     #[test]

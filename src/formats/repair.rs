@@ -2,7 +2,7 @@
 //!
 //! A driver's [`Format::repair`](super::Format::repair) turns what its check finds into a [`Plan`]: the
 //! changes that put right what can be rebuilt from what is left, in the order in which they must
-//! happen. A plan is printed or carried out, by the same code for all formats.
+//! happen. A plan is printed or carried out, by the same [code](super::plan) for all formats.
 //!
 //! # What a plan promises
 //!
@@ -17,27 +17,19 @@
 //! nothing is left to plan. Files grow in a round of its own, when no table leads past their end any
 //! more: what lies there must not come to be part of a disk.
 
-use std::fmt;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::ops::{Deref, DerefMut, Range};
+use std::path::Path;
 use std::sync::Arc;
 
-use serde::Serialize;
-
+use super::plan::{Change, Steps};
 use super::{OpenContext, OpenOptions, Report, check_with, recognise};
-use crate::codec;
-use crate::disk::sync_file;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::draft::Draft;
 use crate::storage::{Access, Host, Storage};
 
-/// Bytes of memory beyond which a plan takes no more, but for what has to happen at once.
-const MAX_BYTES: usize = 32 << 20;
 /// Bytes that a round copies at most: an image of which more shares its place is nonsense, and would
 /// fill the host.
 pub const MAX_COPIED: u64 = 16 << 30;
-/// Bytes that are copied at once.
-const COPIED: u64 = 1 << 20;
 /// Most rounds of one repair.
 const MAX_ROUNDS: usize = 1000;
 /// Bytes that are looked at together when unused space is searched for contents.
@@ -55,37 +47,19 @@ pub enum Scope {
     Lossy,
 }
 
-/// One step of a plan.
-#[derive(Debug, Clone)]
-struct Step {
-    file: Arc<dyn Storage>,
-    action: Action,
-}
-
-#[derive(Debug, Clone)]
-enum Action {
-    Write { at: u64, data: Vec<u8>, what: String },
-    Copy { from: Range<u64>, to: u64, what: String },
-    Punch { range: Range<u64>, what: String },
-    SetLen { len: u64, what: String },
-    Sync,
-}
-
-/// Steps in order. See the module's documentation.
+/// Steps that mend an image. See the module's documentation.
 #[derive(Debug)]
 pub struct Plan {
     scope: Scope,
     /// A check found no errors.
     sound: bool,
-    steps: Vec<Step>,
-    /// Memory that the steps take, in bytes.
-    bytes: usize,
+    steps: Steps,
 }
 
 impl Plan {
     /// A plan without steps, for an image of which a check gave `report`.
     pub fn new(scope: Scope, report: &Report) -> Self {
-        Self { scope, sound: report.errors == 0, steps: Vec::new(), bytes: 0 }
+        Self { scope, sound: report.errors == 0, steps: Steps::new() }
     }
 
     /// Whether more than leaks is to be repaired.
@@ -104,156 +78,28 @@ impl Plan {
         self.sound && self.is_empty()
     }
 
-    /// Whether nothing is to be done.
-    pub fn is_empty(&self) -> bool {
-        self.steps.is_empty()
-    }
-
-    /// Whether what does not have to happen at once had better wait for the next round.
-    pub fn is_full(&self) -> bool {
-        self.bytes >= MAX_BYTES
-    }
-
-    /// Writes `data` at byte `at`; `what` names the structure.
-    pub fn write(
-        &mut self,
-        file: &Arc<dyn Storage>,
-        at: u64,
-        data: Vec<u8>,
-        what: impl Into<String>,
-    ) {
-        self.bytes += data.len() + size_of::<Step>();
-        self.push(file, Action::Write { at, data, what: what.into() });
-    }
-
-    /// Copies the bytes of a range that lies inside the file to byte `to`.
-    pub fn copy(
-        &mut self,
-        file: &Arc<dyn Storage>,
-        from: Range<u64>,
-        to: u64,
-        what: impl Into<String>,
-    ) {
-        self.push(file, Action::Copy { from, to, what: what.into() });
-    }
-
-    /// Makes a range read as zeroes and gives its space back.
-    pub fn punch(&mut self, file: &Arc<dyn Storage>, range: Range<u64>, what: impl Into<String>) {
-        self.push(file, Action::Punch { range, what: what.into() });
-    }
-
-    /// Cuts or extends the file.
-    pub fn set_len(&mut self, file: &Arc<dyn Storage>, len: u64, what: impl Into<String>) {
-        self.push(file, Action::SetLen { len, what: what.into() });
-    }
-
-    /// Makes the steps so far, if there are any, durable before the next one begins. The last ones are
-    /// made durable by carrying the plan out.
-    pub fn sync(&mut self, file: &Arc<dyn Storage>) {
-        if !self.is_empty() {
-            self.push(file, Action::Sync);
-        }
-    }
-
-    fn push(&mut self, file: &Arc<dyn Storage>, action: Action) {
-        self.steps.push(Step { file: file.clone(), action });
-    }
-
     /// A plan for the same image, to be put together first and appended later.
     pub fn part(&self) -> Self {
-        Self { steps: Vec::new(), bytes: 0, ..*self }
+        Self { steps: Steps::new(), ..*self }
     }
 
     /// Appends the steps of another plan.
     pub fn append(&mut self, part: Self) {
-        self.bytes += part.bytes;
-        self.steps.extend(part.steps);
-    }
-
-    /// The changes, in order.
-    pub fn changes(&self) -> Vec<Change> {
-        self.steps.iter().filter_map(Step::describe).collect()
-    }
-
-    /// Carries the plan out; durable on return.
-    fn carry_out(&self) -> Result<()> {
-        self.steps.iter().try_for_each(Step::carry_out)?;
-        let mut done: Vec<&Arc<dyn Storage>> = Vec::new();
-        for step in &self.steps {
-            if !done.iter().any(|file| Arc::ptr_eq(file, &step.file)) {
-                sync_file(&*step.file)?;
-                done.push(&step.file);
-            }
-        }
-        Ok(())
+        self.steps.append(part.steps);
     }
 }
 
-impl Step {
-    fn carry_out(&self) -> Result<()> {
-        let file = &*self.file;
-        let failed = |doing: &'static str, at: u64| {
-            move |e: std::io::Error| Error::io(doing, &e).in_file(file.path()).at(at)
-        };
-        match &self.action {
-            Action::Write { at, data, what } => codec::write_all(file, *at, data, what),
-            Action::Copy { from, to, what } => copy(file, from, *to, what),
-            Action::Punch { range, .. } => file
-                .punch_hole(range.start, range.end - range.start)
-                .map_err(failed("giving space back", range.start)),
-            Action::SetLen { len, .. } => {
-                file.set_len(*len).map_err(failed("setting the file's length", *len))
-            }
-            Action::Sync => sync_file(file),
-        }
-    }
+impl Deref for Plan {
+    type Target = Steps;
 
-    fn describe(&self) -> Option<Change> {
-        let (action, offset, length, what) = match &self.action {
-            Action::Write { at, data, what } => ("write", *at, data.len() as u64, what),
-            Action::Copy { from, to, what } => ("write", *to, from.end - from.start, what),
-            Action::Punch { range, what } => ("punch", range.start, range.end - range.start, what),
-            Action::SetLen { len, what } => ("resize", *len, 0, what),
-            Action::Sync => return None,
-        };
-        let file = self.file.path().to_owned();
-        Some(Change { action, file, offset, length, what: what.clone() })
+    fn deref(&self) -> &Steps {
+        &self.steps
     }
 }
 
-/// Copies inside a file, piece by piece.
-fn copy(file: &dyn Storage, from: &Range<u64>, to: u64, what: &str) -> Result<()> {
-    let mut buf = vec![0; COPIED.min(from.end - from.start) as usize];
-    for at in from.clone().step_by(COPIED as usize) {
-        let piece = &mut buf[..COPIED.min(from.end - at) as usize];
-        codec::read_exact(file, at, piece, what)?;
-        codec::write_all(file, to + (at - from.start), piece, what)?;
-    }
-    Ok(())
-}
-
-/// One change of a repair, as it is shown.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Change {
-    /// `write`, `punch` or `resize`.
-    pub action: &'static str,
-    /// The file.
-    pub file: PathBuf,
-    /// First byte; the new length for `resize`.
-    pub offset: u64,
-    /// Number of bytes; 0 for `resize`.
-    pub length: u64,
-    /// Which structure, or why.
-    pub what: String,
-}
-
-impl fmt::Display for Change {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (file, offset, length) = (self.file.display(), self.offset, self.length);
-        match self.action {
-            "resize" => write!(f, "{file}: set the length to {offset} bytes: {}", self.what),
-            action => write!(f, "{file}: {action} {length} bytes at {offset:#x}: {}", self.what),
-        }
+impl DerefMut for Plan {
+    fn deref_mut(&mut self) -> &mut Steps {
+        &mut self.steps
     }
 }
 
@@ -282,8 +128,8 @@ pub fn repair(
         false => host.clone(),
     };
     let options = &OpenOptions { access: Access::Write, ..options.clone() };
-    let ctx = OpenContext::new(host, path, options);
     let file = host.open(path, options.access)?;
+    let ctx = OpenContext::new(host, &*file, options);
     let in_file = |e: Error| e.in_file(path);
     let format = recognise(&*file)?;
     let check = || check_with(format, &file, &ctx, host, path, options);
@@ -304,7 +150,7 @@ pub fn repair(
             break;
         }
         changes.extend(planned);
-        plan.carry_out().map_err(in_file)?;
+        plan.carry_out(&()).map_err(in_file)?;
         drop(plan);
         after = check()?;
     }
@@ -357,24 +203,5 @@ mod tests {
         assert_eq!(stored(&*file, 5000..20 * 4096).unwrap(), 2 * 4096 + 8192 - 5000);
         assert_eq!(stored(&*file, 5001..9 * 4096).unwrap(), 0);
         assert_eq!(stored(&*file, 10 * 4096..u64::MAX).unwrap(), 4096);
-    }
-
-    #[test]
-    fn changes_read_as_sentences() {
-        let file: Arc<dyn Storage> = MemoryFile::new("a.vhd", &[]);
-        let mut plan = Plan::new(Scope::All, &Report::new("vhd"));
-        plan.write(&file, 512, vec![0; 4], "the footer copy");
-        plan.sync(&file);
-        plan.set_len(&file, 1024, "nothing uses the rest");
-        let shown: Vec<_> = plan.changes().iter().map(Change::to_string).collect();
-        assert_eq!(
-            shown,
-            [
-                "a.vhd: write 4 bytes at 0x200: the footer copy",
-                "a.vhd: set the length to 1024 bytes: nothing uses the rest"
-            ]
-        );
-        plan.carry_out().unwrap();
-        assert_eq!(file.len().unwrap(), 1024);
     }
 }

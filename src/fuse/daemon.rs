@@ -34,9 +34,8 @@ use super::tree::{Look, Tree};
 use super::{Mounted, control, handed, privileges};
 use crate::disk::tables::CacheBudget;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::OpenOptions;
+use crate::formats::{OpenOptions, Spelling};
 use crate::storage::Access;
-use crate::storage::file::HostFs;
 
 /// How long a table stays changed in memory only when nobody asks for a flush. Five seconds are promised; the
 /// rest is for the flush itself.
@@ -109,12 +108,18 @@ impl Prepared {
             let real =
                 fs::canonicalize(source).map_err(|e| Error::io("open", &e).in_file(source))?;
             if real.is_dir() {
-                open_options.allow_parent.push(real);
+                open_options.sources.push(real);
             }
         }
+        let alone = request.sources.len() == 1 && open_options.sources.is_empty();
+        open_options.spelling = Spelling {
+            allow_parent: "-o allow_parent=DIR",
+            parent: if alone { "-o parent=FILE" } else { "" },
+            force: "-o force",
+        };
         open_options.budget = CacheBudget::new(options.cache);
         let given = given_parent(request)?;
-        let opener = Box::new(HostOpener::new(HostFs::shared(), open_options, given));
+        let opener = Box::new(HostOpener::new(open_options, given)?);
         let tree = Arc::new(Tree::new(&request.sources, opener, look)?);
         let source = match (&options.fsname, &request.sources[..]) {
             (Some(name), _) => name.clone(),
@@ -240,6 +245,14 @@ pub fn check_host() -> Result<()> {
     if !Path::new("/dev/fuse").exists() {
         return Err(Error::new(ErrorKind::NotFound, "there is no /dev/fuse")
             .hint("`modprobe fuse` may bring it"));
+    }
+    let opened = fs::File::options().read(true).write(true).open("/dev/fuse");
+    if let Err(e) = opened.as_ref()
+        && e.kind() == io::ErrorKind::PermissionDenied
+    {
+        let hint = "its mode is 0666 as a rule; a container must be given the device, as with \
+                    `docker run --device /dev/fuse --cap-add SYS_ADMIN`";
+        return Err(Error::io("open", e).in_file(Path::new("/dev/fuse")).hint(hint));
     }
     // mount(8) hands its environment on to a user's helper without PATH; execvp(3) looks here then.
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/bin:/usr/bin".into());

@@ -4,8 +4,13 @@
 //! cache looks once, with [`Access::Peek`] and so without a lock, and again only when the image's
 //! file changed. That an image does *not* open may be over at any time (a parent appears), so a
 //! failure is believed for a second only.
+//!
+//! A disk that another image was made from must not be written. It is known in two ways: as a file, to
+//! images that have it open among their parents; and by its id, to images that name the id, whether
+//! they find it or not.
 
 use std::collections::{BTreeSet, HashMap};
+use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,8 +20,9 @@ use parking_lot::Mutex;
 use super::source::{self, Place, Stamp, identity};
 use crate::disk::map::DiskRange;
 use crate::error::{Error, Result};
-use crate::formats::{self, Image, ImageInfo, OpenOptions};
-use crate::storage::{Access, FileIdentity, Host, Storage};
+use crate::formats::{self, Id, Identity, Image, ImageInfo, Label, OpenOptions};
+use crate::storage::reach::{Reach, Root};
+use crate::storage::{Access, FileIdentity, Host};
 
 /// How long a failure to open is believed.
 const FAILURE_LIFE: Duration = Duration::from_secs(1);
@@ -37,6 +43,8 @@ pub struct Facts {
     pub parents: Vec<(PathBuf, FileIdentity)>,
     /// What the image says about itself.
     pub info: ImageInfo,
+    /// Which disk it is, and whose child.
+    pub label: Label,
     /// Parts of the disk known to be lost.
     pub damage: Vec<DiskRange>,
 }
@@ -57,6 +65,11 @@ impl Facts {
             files: own_files(image),
             parents,
             info: image.info.clone(),
+            label: Label {
+                identity: image.identity.clone(),
+                parent: image.link.as_ref().map(|link| link.identity.clone()),
+                size: image.disk.size(),
+            },
             damage: image.damage.clone(),
         }
     }
@@ -84,13 +97,17 @@ fn own_files(image: &Image) -> Vec<PathBuf> {
 pub trait Opener: Send + Sync + 'static {
     /// Opens the image at `place` with its parents.
     fn open(&self, place: &Place, access: Access) -> Result<Image>;
+
+    /// What the headers of the image at `place` say, whether its parents are there or not.
+    fn label(&self, place: &Place) -> Option<Label>;
 }
 
 /// Opens the host's images, each only through its own source directory.
 #[derive(Debug)]
 pub struct HostOpener {
-    host: Arc<dyn Host>,
     options: OpenOptions,
+    /// Directories outside the image's source that were permitted, opened once.
+    roots: Vec<Root>,
     /// An image whose parent the user named, and that parent.
     given: Option<(PathBuf, PathBuf)>,
 }
@@ -98,12 +115,26 @@ pub struct HostOpener {
 impl HostOpener {
     /// An opener with everything but the access as in `options`. The image `given.0` has the parent
     /// `given.1`, wherever it says that its parent is.
-    pub fn new(
-        host: Arc<dyn Host>,
-        options: OpenOptions,
-        given: Option<(PathBuf, PathBuf)>,
-    ) -> Self {
-        Self { host, options, given }
+    pub fn new(options: OpenOptions, given: Option<(PathBuf, PathBuf)>) -> Result<Self> {
+        let open = |path: &Path| Root::open(path).map_err(|e| Error::io("open", &e).in_file(path));
+        let mut roots = Vec::new();
+        if let Some((_, parent)) = &given {
+            roots.push(open(parent.parent().unwrap_or(Path::new("/")))?.served());
+        }
+        for path in &options.sources {
+            roots.push(open(path)?.served());
+        }
+        for path in &options.allow_parent {
+            roots.push(open(path)?);
+        }
+        Ok(Self { options, roots, given })
+    }
+
+    /// The host as it is for the image at `place`.
+    fn reach(&self, place: &Place) -> Arc<dyn Host> {
+        let own = std::iter::once(place.source.directory());
+        let roots = own.chain(&self.roots).cloned().collect();
+        Arc::new(Reach::new(roots, place.users.clone()))
     }
 }
 
@@ -113,49 +144,13 @@ impl Opener for HostOpener {
         let given = self.given.iter().find(|(image, _)| *image == path);
         let parent = given.map(|(_, parent)| parent.clone());
         let options = OpenOptions { access, parent, ..self.options.clone() };
-        let root = place.source.root().to_owned();
-        let host: Arc<dyn Host> = Arc::new(Confined { host: self.host.clone(), root });
-        formats::open(&host, &path, &options)
-    }
-}
-
-/// A host whose files below `root` are opened without following symlinks out of it.
-#[derive(Debug)]
-struct Confined {
-    host: Arc<dyn Host>,
-    root: PathBuf,
-}
-
-impl Host for Confined {
-    fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        match path.strip_prefix(&self.root) {
-            Ok(relative) => self.host.open_beneath(&self.root, relative, access),
-            Err(_) => self.host.open(path, access),
-        }
+        formats::open(&self.reach(place), &path, &options)
     }
 
-    fn open_beneath(&self, root: &Path, name: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        self.host.open_beneath(root, name, access)
-    }
-
-    fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
-        self.host.create(path)
-    }
-
-    fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
-        self.host.replace(path, contents)
-    }
-
-    fn remove(&self, path: &Path) -> Result<()> {
-        self.host.remove(path)
-    }
-
-    fn sync_dir(&self, dir: &Path) -> Result<()> {
-        self.host.sync_dir(dir)
-    }
-
-    fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
-        self.host.list(dir)
+    fn label(&self, place: &Place) -> Option<Label> {
+        let host = self.reach(place);
+        let file = host.open(&place.path(), Access::Peek).ok()?;
+        self.options.folders.label(&host, file)
     }
 }
 
@@ -168,12 +163,22 @@ pub struct FactsCache {
 
 #[derive(Default)]
 struct Known {
-    by_path: HashMap<PathBuf, Entry>,
-    /// Paths of the images whose chain of parents holds this file.
-    children: HashMap<FileIdentity, BTreeSet<PathBuf>>,
+    images: HashMap<Key, Entry>,
+    /// The images whose chain of parents holds this file.
+    children: HashMap<FileIdentity, BTreeSet<Key>>,
+    /// The images whose parent has this id.
+    named: HashMap<Id, BTreeSet<Key>>,
+}
+
+/// An image by its path, and by who must be able to open it.
+type Key = (PathBuf, Vec<u32>);
+
+fn key(place: &Place) -> Key {
+    (place.path(), place.users.clone())
 }
 
 struct Entry {
+    place: Place,
     stamp: Stamp,
     /// Whether `stamp` tells the contents looked at from all later ones.
     settled: bool,
@@ -181,6 +186,8 @@ struct Entry {
     /// Open images are not looked at: what is known of them holds while they are.
     pins: u32,
     outcome: Result<Arc<Facts>>,
+    /// Which disk it is, as far as the headers of one that does not open say.
+    label: Option<Label>,
 }
 
 impl Entry {
@@ -190,6 +197,27 @@ impl Entry {
             Ok(_) => self.settled && self.stamp == *stamp,
             Err(_) => self.looked.elapsed() < FAILURE_LIFE && self.stamp == *stamp,
         }
+    }
+}
+
+impl Entry {
+    /// The files of all its parents.
+    fn parents(&self) -> Vec<FileIdentity> {
+        let facts = self.outcome.iter();
+        facts.flat_map(|facts| &facts.parents).map(|(_, identity)| *identity).collect()
+    }
+
+    /// What its parent may be known by.
+    fn wanted(&self) -> Vec<Id> {
+        let parent = self.label.as_ref().and_then(|label| label.parent.as_ref());
+        parent.map(Identity::keys).unwrap_or_default()
+    }
+
+    /// Whether it may be a child of the disk with this label in another file, `identity`.
+    fn names(&self, identity: FileIdentity, label: &Label) -> bool {
+        let found = self.outcome.as_ref().is_ok_and(|facts| !facts.parents.is_empty());
+        let own = self.label.as_ref();
+        self.stamp.identity != identity && own.is_some_and(|own| own.names(label, found))
     }
 }
 
@@ -214,7 +242,8 @@ impl FactsCache {
         let path = place.path();
         let meta = place.stat().map_err(|e| Error::io("open", &e).in_file(&path))?;
         let stamp = Stamp::of(&meta);
-        if let Some(entry) = self.known.lock().by_path.get(&path)
+        let key = key(place);
+        if let Some(entry) = self.known.lock().images.get(&key)
             && entry.holds(&stamp)
         {
             return entry.outcome.clone();
@@ -222,97 +251,128 @@ impl FactsCache {
         let settled = stamp.settled();
         let outcome =
             self.opener.open(place, Access::Peek).map(|image| Arc::new(Facts::of(&image)));
+        let label = match &outcome {
+            Ok(facts) => Some(facts.label.clone()),
+            Err(_) => self.opener.label(place),
+        };
         let mut known = self.known.lock();
         // Opened meanwhile: what the open image says counts.
-        if let Some(entry) = known.by_path.get(&path)
+        if let Some(entry) = known.images.get(&key)
             && entry.pins > 0
             && entry.holds(&stamp)
         {
             return entry.outcome.clone();
         }
-        known.insert(
-            path,
-            Entry { stamp, settled, looked: Instant::now(), pins: 0, outcome: outcome.clone() },
-        );
+        let (place, looked) = (place.clone(), Instant::now());
+        let pins = 0;
+        let entry = Entry { place, stamp, settled, looked, pins, outcome: outcome.clone(), label };
+        known.insert(key, entry);
         outcome
     }
 
     /// Whether the image is known not to open; never looks.
     pub fn known_bad(&self, place: &Place) -> bool {
         let bad = |entry: &Entry| entry.outcome.is_err().then_some(entry.stamp);
-        let stamp = self.known.lock().by_path.get(&place.path()).and_then(bad);
+        let stamp = self.known.lock().images.get(&key(place)).and_then(bad);
         stamp.is_some_and(|stamp| place.stat().is_ok_and(|meta| Stamp::of(&meta) == stamp))
     }
 
     /// Holds `facts` to be true of the image until [`Self::unpin`].
     pub fn pin(&self, place: &Place, stamp: Stamp, facts: Arc<Facts>) {
-        let path = place.path();
+        let key = key(place);
         let mut known = self.known.lock();
         // An image that had the name before, and is still open, does not count.
         let same = |entry: &&Entry| entry.stamp.identity == stamp.identity;
-        let pins = known.by_path.get(&path).filter(same).map_or(0, |entry| entry.pins) + 1;
-        known.insert(
-            path,
-            Entry { stamp, settled: false, looked: Instant::now(), pins, outcome: Ok(facts) },
-        );
+        let pins = known.images.get(&key).filter(same).map_or(0, |entry| entry.pins) + 1;
+        let (place, looked) = (place.clone(), Instant::now());
+        let (label, outcome) = (Some(facts.label.clone()), Ok(facts));
+        let entry = Entry { place, stamp, settled: false, looked, pins, outcome, label };
+        known.insert(key, entry);
     }
 
     /// Undoes one [`Self::pin`] of the image that is, or was, the file `identity`.
     pub fn unpin(&self, place: &Place, identity: FileIdentity) {
-        if let Some(entry) = self.known.lock().by_path.get_mut(&place.path())
+        if let Some(entry) = self.known.lock().images.get_mut(&key(place))
             && entry.stamp.identity == identity
         {
             entry.pins = entry.pins.saturating_sub(1);
         }
     }
 
-    /// An image, as far as any was looked at, that has the file `identity` among its parents.
-    pub fn child_of(&self, identity: FileIdentity) -> Option<PathBuf> {
+    /// Whether the image at `place` was made from the disk in another file, `identity`, which has this
+    /// label. Only children are opened for it, for what they say is not all: other images may lie between.
+    pub fn is_child(&self, place: &Place, identity: FileIdentity, label: &Label) -> bool {
+        let Some(own) = self.opener.label(place).filter(|own| own.parent.is_some()) else {
+            return false;
+        };
+        let parents = self.examine(place).map(|facts| facts.parents.clone()).unwrap_or_default();
+        own.names(label, !parents.is_empty()) || parents.iter().any(|(_, file)| *file == identity)
+    }
+
+    /// An image, as far as any was looked at, that was made from the disk in the file `identity`, which
+    /// has this label.
+    pub fn child_of(&self, identity: FileIdentity, label: &Label) -> Option<PathBuf> {
         let children: Vec<_> = {
             let known = self.known.lock();
-            let paths = known.children.get(&identity)?.iter();
-            paths.filter_map(|path| Some((path.clone(), known.by_path.get(path)?.stamp))).collect()
+            let ids = label.identity.keys();
+            let by_file = known.children.get(&identity).into_iter().flatten();
+            let by_name = ids.iter().filter_map(|id| known.named.get(id)).flatten();
+            let names = |key: &Key| known.images.get(key).is_some_and(|e| e.names(identity, label));
+            let by_name = by_name.filter(|key| names(key));
+            let entry = |key| known.images.get(key).map(|entry| (entry.place.clone(), entry.stamp));
+            by_file.chain(by_name).filter_map(entry).collect()
         };
-        for (path, stamp) in children {
-            let meta = std::fs::symlink_metadata(&path);
-            if meta.is_ok_and(|meta| source::identity(&meta) == stamp.identity) {
-                return Some(path);
+        for (place, stamp) in children {
+            if place.stat().is_ok_and(|meta| source::identity(&meta) == stamp.identity) {
+                return Some(place.path());
             }
-            self.known.lock().remove(&path);
+            self.known.lock().remove(&key(&place));
         }
         None
     }
 }
 
 impl Known {
-    fn insert(&mut self, path: PathBuf, entry: Entry) {
-        if self.by_path.len() >= MAX_KNOWN {
-            self.by_path.retain(|_, entry| entry.pins > 0);
+    fn insert(&mut self, key: Key, entry: Entry) {
+        if self.images.len() >= MAX_KNOWN {
+            self.images.retain(|_, entry| entry.pins > 0);
             self.children.clear();
-            let kept: Vec<_> = self.by_path.keys().cloned().collect();
-            kept.iter().for_each(|path| self.note_parents(path));
+            self.named.clear();
+            let kept: Vec<_> = self.images.keys().cloned().collect();
+            kept.iter().for_each(|key| self.note_parents(key));
         }
-        self.remove(&path);
-        self.by_path.insert(path.clone(), entry);
-        self.note_parents(&path);
+        self.remove(&key);
+        self.images.insert(key.clone(), entry);
+        self.note_parents(&key);
     }
 
-    fn note_parents(&mut self, path: &Path) {
-        let Some(Entry { outcome: Ok(facts), .. }) = self.by_path.get(path) else { return };
-        for (_, identity) in &facts.parents {
-            self.children.entry(*identity).or_default().insert(path.to_owned());
+    fn note_parents(&mut self, key: &Key) {
+        let Some(entry) = self.images.get(key) else { return };
+        for identity in entry.parents() {
+            self.children.entry(identity).or_default().insert(key.clone());
+        }
+        for id in entry.wanted() {
+            self.named.entry(id).or_default().insert(key.clone());
         }
     }
 
-    fn remove(&mut self, path: &Path) {
-        let Some(Entry { outcome: Ok(facts), .. }) = self.by_path.remove(path) else { return };
-        for (_, identity) in &facts.parents {
-            if let Some(children) = self.children.get_mut(identity) {
-                children.remove(path);
-                if children.is_empty() {
-                    self.children.remove(identity);
-                }
-            }
+    fn remove(&mut self, key: &Key) {
+        let Some(entry) = self.images.remove(key) else { return };
+        for identity in entry.parents() {
+            take_out(&mut self.children, &identity, key);
+        }
+        for id in entry.wanted() {
+            take_out(&mut self.named, &id, key);
+        }
+    }
+}
+
+/// Takes an image out of those under `id`.
+fn take_out<I: Eq + Hash>(images: &mut HashMap<I, BTreeSet<Key>>, id: &I, key: &Key) {
+    if let Some(found) = images.get_mut(id) {
+        found.remove(key);
+        if found.is_empty() {
+            images.remove(id);
         }
     }
 }

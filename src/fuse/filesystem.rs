@@ -26,7 +26,7 @@ use super::errno::errno;
 use super::options::MountOptions;
 use super::passthrough::Passthrough;
 use super::pulse::Work;
-use super::tree::{Attributes, Kind, Tree};
+use super::tree::{Attributes, Kind, Tree, Wanted};
 use crate::error::{Error, ErrorKind};
 
 /// How long the kernel believes names and attributes: a change of the host's directory shows after
@@ -148,7 +148,7 @@ impl Filesystem for Shell {
         for capability in [
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
-            // One request for open(2) with O_TRUNC, so that refusing it opens nothing.
+            // One request for open(2) with O_TRUNC: who opened the file so is known.
             InitFlags::FUSE_ATOMIC_O_TRUNC,
             // Spares the kernel a question about security.capability before every write.
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
@@ -204,14 +204,18 @@ impl Filesystem for Shell {
         _atime: Option<TimeOrNow>,
         _mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _fh: Option<FileHandle>,
+        fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        match self.tree().change(ino.0, size, mode, (uid, gid)) {
+        let tree = self.tree();
+        let done = size.map_or(Ok(false), |size| tree.truncate(ino.0, fh.map(|fh| fh.0), size));
+        let changed =
+            done.and_then(|done| tree.change(ino.0, size.filter(|_| !done), mode, (uid, gid)));
+        match changed {
             Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
             Err(e) => reply.error(failed("change of attributes", &e)),
         }
@@ -254,7 +258,12 @@ impl Filesystem for Shell {
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        match self.tree().open(ino.0, write, flags.0 & libc::O_TRUNC != 0) {
+        let read = flags.acc_mode() != OpenAccMode::O_WRONLY;
+        let truncate = flags.0 & libc::O_TRUNC != 0;
+        if let Some(passthrough) = self.passthrough.as_ref().filter(|_| truncate) {
+            passthrough.wait_for_release(ino.0);
+        }
+        match self.tree().open_as(ino.0, Wanted { write, read, truncate }) {
             Ok(opened) => {
                 let mut flags = FopenFlags::empty();
                 flags.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_cache);
@@ -263,6 +272,11 @@ impl Filesystem for Shell {
                 flags.set(FopenFlags::FOPEN_NOFLUSH, !write);
                 flags.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, write);
                 match &self.passthrough {
+                    Some(passthrough) if truncate => {
+                        if !passthrough.reply_without(reply, ino.0, opened.handle, flags) {
+                            let _ = self.tree().release(ino.0, opened.handle);
+                        }
+                    }
                     Some(passthrough) => {
                         // Asked at every open: an inode that is passed through stays so, even
                         // when the kernel has refused others since, and writes must be watched.
@@ -306,7 +320,7 @@ impl Filesystem for Shell {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         data: &[u8],
         _write_flags: WriteFlags,
@@ -314,7 +328,9 @@ impl Filesystem for Shell {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        match self.tree().write(ino.0, offset, data) {
+        let tree = self.tree();
+        let reached = tree.reach(ino.0, fh.0, offset, data.len() as u64);
+        match reached.and_then(|()| tree.write(ino.0, offset, data)) {
             Ok(len) => reply.written(len as u32),
             Err(e) => {
                 let len = data.len();
@@ -374,13 +390,19 @@ impl Filesystem for Shell {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         length: u64,
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        match self.tree().allocate(ino.0, offset, length, mode) {
+        let tree = self.tree();
+        // Reserving space beyond what was written extends a file that is written anew.
+        let reached = match mode & libc::FALLOC_FL_KEEP_SIZE {
+            0 => tree.reach(ino.0, fh.0, offset.saturating_add(length), 0),
+            _ => Ok(()),
+        };
+        match reached.and_then(|()| tree.allocate(ino.0, offset, length, mode)) {
             Ok(()) => reply.ok(),
             Err(e) => {
                 let request = format_args!("fallocate of {length} bytes at {offset:#x}");

@@ -65,6 +65,8 @@ pub struct ImageFile {
     damaged: Mutex<Option<(Vec<Stamp>, Vec<DiskRange>)>>,
     /// The last metadata seen, for a file that was deleted while open.
     last: Mutex<Option<Metadata>>,
+    /// What the kernel keeps of the file is old.
+    old_pages: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -157,6 +159,7 @@ impl ImageFile {
             kept: AtomicBool::new(false),
             damaged: Mutex::default(),
             last: Mutex::default(),
+            old_pages: AtomicBool::new(false),
         }
     }
 
@@ -197,17 +200,30 @@ impl ImageFile {
             let opened = self.open_disk(images, Access::Read)?;
             *self.current.write() = Some(opened);
         }
-        let keep = was_open || {
-            let facts = self.current.read().as_ref().map(|open| open.facts.clone());
-            let cached = opens.cached.take();
-            cached.is_some() && cached == facts.and_then(|facts| facts.contents())
-        };
+        let old = self.old_pages.swap(false, Ordering::Relaxed);
+        let keep = !old
+            && (was_open || {
+                let facts = self.current.read().as_ref().map(|open| open.facts.clone());
+                let cached = opens.cached.take();
+                cached.is_some() && cached == facts.and_then(|facts| facts.contents())
+            });
         if write {
             opens.writers += 1;
         } else {
             opens.readers += 1;
         }
         Ok(keep)
+    }
+
+    /// What the kernel keeps of the file is old.
+    pub fn pages_changed(&self) {
+        self.old_pages.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the kernel may write to the image by itself.
+    pub fn lent_for_writing(&self) -> bool {
+        let current = self.current.read();
+        current.as_ref().is_some_and(|open| open.kernel_writes.get().is_some())
     }
 
     fn become_writable(&self, images: &FactsCache, readers: bool) -> Result<()> {

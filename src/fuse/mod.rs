@@ -44,7 +44,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
+use fuser::{BackgroundSession, Config, MountOption, Notifier, Session, SessionACL};
 use nix::unistd::geteuid;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -84,6 +84,8 @@ impl Mounted {
         };
         let session = session.map_err(failed)?;
         let session = session.spawn().map_err(failed)?;
+        let notifier = session.notifier();
+        tree.on_old_pages(move |ino| drop_pages(notifier.clone(), ino));
         Ok(Self { session: std::mem::ManuallyDrop::new(session) })
     }
 
@@ -92,6 +94,19 @@ impl Mounted {
         if let Err(e) = self.session.notifier().inval_entry(fuser::INodeNo(tree::ROOT), name) {
             log::debug!("telling the kernel about `{}`: {e}", name.display());
         }
+    }
+}
+
+/// Makes the kernel drop its pages of a file. That may wait for requests under way, which only others
+/// can answer.
+fn drop_pages(notifier: Notifier, ino: u64) {
+    let drop = move || {
+        if let Err(e) = notifier.inval_inode(fuser::INodeNo(ino), 0, 0) {
+            log::debug!("telling the kernel about old pages: {e}");
+        }
+    };
+    if let Err(e) = std::thread::Builder::new().spawn(drop) {
+        log::error!("programs that have a rewritten file open may read old data: {e}");
     }
 }
 

@@ -18,9 +18,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use fuser::{BackingId, FileHandle, FopenFlags, ReplyOpen};
-use parking_lot::Mutex;
+use fuser::{BackingId, Errno, FileHandle, FopenFlags, ReplyOpen};
+use parking_lot::{Condvar, Mutex};
 
 use super::source::{CLOCK_STEP, Stamp};
 use crate::disk::Disk;
@@ -32,6 +33,7 @@ use crate::storage::Storage;
 pub struct Passthrough {
     refused: AtomicBool,
     opens: Mutex<HashMap<u64, Opens>>,
+    released: Condvar,
 }
 
 /// The opens of one inode, all with the backing file or all without.
@@ -41,7 +43,45 @@ struct Opens {
     backing: Option<BackingId>,
 }
 
+impl Opens {
+    /// Whether the kernel uses a file by itself.
+    fn lent(&self) -> bool {
+        self.backing.is_some()
+    }
+}
+
+/// How long the kernel may take to tell of a release.
+const RELEASE_TIME: Duration = Duration::from_secs(1);
+
 impl Passthrough {
+    /// Waits a little until the kernel uses nothing for inode `ino`: of a program that closed the file just
+    /// now it tells a moment later.
+    pub fn wait_for_release(&self, ino: u64) {
+        let used = |opens: &mut HashMap<u64, Opens>| opens.get(&ino).is_some_and(Opens::lent);
+        self.released.wait_while_for(&mut self.opens.lock(), used, RELEASE_TIME);
+    }
+
+    /// Answers an open(2) of inode `ino` whose writes must all come to the daemon. Whether that can be:
+    /// it cannot while the kernel uses a file for other opens, and then the answer is that it is busy.
+    pub fn reply_without(
+        &self,
+        reply: ReplyOpen,
+        ino: u64,
+        handle: u64,
+        flags: FopenFlags,
+    ) -> bool {
+        let mut opens = self.opens.lock();
+        let opens = opens.entry(ino).or_insert(Opens { count: 0, backing: None });
+        if opens.lent() {
+            log::info!("open: another program has the file open; nopassthrough would allow it");
+            reply.error(Errno::EBUSY);
+            return false;
+        }
+        opens.count += 1;
+        reply.opened(FileHandle(handle), flags);
+        true
+    }
+
     /// Answers an open(2) of inode `ino`, letting the kernel use `file` by itself if that is possible.
     pub fn reply(
         &self,
@@ -88,6 +128,7 @@ impl Passthrough {
             known.get_mut().count -= 1;
             if known.get().count == 0 {
                 known.remove();
+                self.released.notify_all();
             }
         }
     }

@@ -3,7 +3,8 @@
 //! A [`Source`] is a directory that the user named. Everything in it is reached from its open
 //! descriptor, component by component and through no symlink, so that nothing that changes inside it
 //! leads out, nor back into the mount (whose daemon would wait for itself). A symlink that stands
-//! for an image is resolved here by text, and only to a regular file of the same source.
+//! for an image is resolved here by text, only to a regular file of the same source, and only if the
+//! symlink's owner may read that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -11,18 +12,19 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::dir::Dir;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
+use nix::fcntl::{OFlag, readlinkat};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::storage::FileIdentity;
+use crate::storage::reach::Root;
+use crate::storage::{FileIdentity, user};
 
 /// Longest chain of symlinks from a name to an image.
 const MAX_LINKS: usize = 16;
@@ -69,8 +71,7 @@ pub fn identity(meta: &Metadata) -> FileIdentity {
 /// A host directory that the user named.
 #[derive(Debug)]
 pub struct Source {
-    root: PathBuf,
-    dir: OwnedFd,
+    root: Root,
 }
 
 /// A file or directory in a source.
@@ -80,50 +81,57 @@ pub struct Place {
     pub source: Arc<Source>,
     /// Path from the source's root; empty for the root itself.
     pub relative: PathBuf,
+    /// Who must be able to open it: the owners of symlinks that lead here, where these are not ours.
+    pub users: Vec<u32>,
 }
 
 impl Source {
     /// Opens the directory `root`.
     pub fn open(root: &Path) -> Result<Arc<Self>> {
-        let failed = |e: io::Error| Error::io("open", &e).in_file(root);
-        let root = std::fs::canonicalize(root).map_err(failed)?;
-        let dir = File::options()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
-            .open(&root)
-            .map_err(failed)?;
-        Ok(Arc::new(Self { root, dir: dir.into() }))
+        let root = Root::open_real(root).map_err(|e| Error::io("open", &e).in_file(root))?;
+        Ok(Arc::new(Self { root: root.served() }))
     }
 
-    /// Absolute path of the directory.
+    /// Absolute path of the directory when it was opened.
     pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// The open directory.
+    pub fn directory(&self) -> &Root {
         &self.root
     }
 
-    fn open_at(&self, relative: &Path, flags: OFlag) -> io::Result<OwnedFd> {
-        let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
-        let how = OpenHow::new()
-            .flags(flags | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-        Ok(openat2(self.dir.as_fd(), relative, how)?)
+    fn open_at(&self, users: &[u32], relative: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+        self.root.open_beneath(users, relative, flags)
     }
 
     /// Where the symlink chain that begins at `relative` ends, if that is a regular file inside the
-    /// source and outside `skip`.
-    fn follow(&self, relative: &Path, skip: &Path) -> Option<(PathBuf, FileIdentity)> {
-        let mut path = self.root.join(relative);
+    /// source and outside `skip`, which the owners of all symlinks may read.
+    fn follow(&self, relative: &Path, skip: &Path) -> Option<ImageEntry> {
+        let mut path = self.root().join(relative);
+        let mut users = Vec::new();
         for _ in 0..MAX_LINKS {
-            let inside = path.strip_prefix(&self.root).ok()?.to_owned();
+            let inside = path.strip_prefix(self.root()).ok()?.to_owned();
             if path.starts_with(skip) {
                 return None;
             }
-            let file = File::from(self.open_at(&inside, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok()?);
+            let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+            let file = File::from(self.open_at(&users, &inside, flags).ok()?);
             let meta = file.metadata().ok()?;
             if meta.is_file() {
-                return Some((inside, identity(&meta)));
+                if !users.is_empty() {
+                    self.open_at(&users, &inside, OFlag::O_RDONLY | OFlag::O_NONBLOCK).ok()?;
+                }
+                // The file's own owner is no limit to it.
+                users.retain(|user| *user != meta.uid());
+                return Some(ImageEntry { relative: inside, identity: identity(&meta), users });
             }
             if !meta.is_symlink() {
                 return None;
+            }
+            if !user::is_own(meta.uid()) && !users.contains(&meta.uid()) {
+                users.push(meta.uid());
             }
             let target = readlinkat(file.as_fd(), "").ok()?;
             path.pop();
@@ -150,28 +158,43 @@ pub fn normalise(path: &Path) -> Option<PathBuf> {
 }
 
 impl Place {
+    /// The directory of a source itself.
+    pub fn top(source: Arc<Source>) -> Self {
+        Self { source, relative: PathBuf::new(), users: Vec::new() }
+    }
+
     /// Absolute path.
     pub fn path(&self) -> PathBuf {
         if self.relative.as_os_str().is_empty() {
-            self.source.root.clone()
+            self.source.root().to_owned()
         } else {
-            self.source.root.join(&self.relative)
+            self.source.root().join(&self.relative)
         }
     }
 
     /// The place called `relative` (from the source's root) in the same source.
     pub fn elsewhere(&self, relative: PathBuf) -> Self {
-        Self { source: self.source.clone(), relative }
+        Self { source: self.source.clone(), relative, users: Vec::new() }
+    }
+
+    /// The place of an image that is listed in the same source.
+    pub fn image(&self, entry: &ImageEntry) -> Self {
+        Self { users: entry.users.clone(), ..self.elsewhere(entry.relative.clone()) }
+    }
+
+    /// Whether both are one file's, and the same must be able to open it.
+    pub fn is(&self, other: &Self) -> bool {
+        self.path() == other.path() && self.users == other.users
     }
 
     /// Metadata of the file or directory; symlinks on the way or at the end are an error.
     pub fn stat(&self) -> io::Result<Metadata> {
-        File::from(self.source.open_at(&self.relative, OFlag::O_PATH)?).metadata()
+        File::from(self.source.open_at(&self.users, &self.relative, OFlag::O_PATH)?).metadata()
     }
 
     /// Whether the host lets nobody write here: a file system or mount that is read-only.
     pub fn host_read_only(&self) -> bool {
-        let file = self.source.open_at(&self.relative, OFlag::O_PATH);
+        let file = self.source.open_at(&self.users, &self.relative, OFlag::O_PATH);
         let host = file.and_then(|file| Ok(fstatvfs(&file)?));
         host.is_ok_and(|host| host.flags().contains(FsFlags::ST_RDONLY))
     }
@@ -179,7 +202,7 @@ impl Place {
     /// What the directory here shows; whatever lies under `skip` (the mount point) does not.
     pub fn list(&self, skip: &Path) -> io::Result<Listing> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK;
-        let dir = self.source.open_at(&self.relative, flags)?;
+        let dir = self.source.open_at(&self.users, &self.relative, flags)?;
         let stamp = Stamp::of(&self.stat()?);
         let mut dir = Dir::from_fd(dir)?;
         let mut listing = Listing { stamp, settled: stamp.settled(), ..Listing::default() };
@@ -211,7 +234,8 @@ impl Place {
         let kind = kind.or_else(|| {
             // The file system does not say in the directory itself.
             let place = self.elsewhere(relative.clone());
-            let file = place.source.open_at(&relative, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok()?;
+            let file =
+                place.source.open_at(&[], &relative, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok()?;
             let kind = File::from(file).metadata().ok()?.file_type();
             match kind {
                 kind if kind.is_dir() => Some(Type::Directory),
@@ -221,15 +245,16 @@ impl Place {
             }
         });
         match kind {
-            Some(Type::Directory) if self.source.root.join(&relative) != skip => {
+            Some(Type::Directory) if self.source.root().join(&relative) != skip => {
                 listing.folders.insert(name, identity);
             }
             Some(Type::File) if imagelike => {
-                listing.images.insert(name, ImageEntry { relative, identity });
+                let entry = ImageEntry { relative, identity, users: Vec::new() };
+                listing.images.insert(name, entry);
             }
             Some(Type::Symlink) if imagelike => {
-                if let Some((relative, identity)) = self.source.follow(&relative, skip) {
-                    listing.images.insert(name, ImageEntry { relative, identity });
+                if let Some(entry) = self.source.follow(&relative, skip) {
+                    listing.images.insert(name, entry);
                 }
             }
             _ => {}
@@ -244,6 +269,8 @@ pub struct ImageEntry {
     pub relative: PathBuf,
     /// Which file it was when the directory was read.
     pub identity: FileIdentity,
+    /// See [`Place::users`].
+    pub users: Vec<u32>,
 }
 
 /// What a directory shows. No image was opened for it: names decide.
@@ -309,7 +336,7 @@ mod tests {
     use super::*;
 
     fn listing(dir: &Path) -> (Vec<String>, Vec<String>) {
-        let place = Place { source: Source::open(dir).unwrap(), relative: PathBuf::new() };
+        let place = Place::top(Source::open(dir).unwrap());
         let listing = place.list(Path::new("/nowhere")).unwrap();
         let text = |name: &OsString| name.to_str().unwrap().to_owned();
         (listing.folders.keys().map(text).collect(), listing.images.keys().map(text).collect())
@@ -383,7 +410,7 @@ mod tests {
         fs::create_dir_all(root.join("mnt")).unwrap();
         touch(&root, &["mnt/x.vhd"]);
         symlink("mnt/x.vhd", root.join("back.vhd")).unwrap();
-        let place = Place { source: Source::open(&root).unwrap(), relative: PathBuf::new() };
+        let place = Place::top(Source::open(&root).unwrap());
         let listing = place.list(&root.join("mnt")).unwrap();
         assert!(listing.folders.is_empty() && listing.images.is_empty(), "{listing:?}");
     }
@@ -393,7 +420,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().canonicalize().unwrap();
         symlink("/etc", root.join("sub")).unwrap();
-        let place = Place { source: Source::open(&root).unwrap(), relative: "sub".into() };
+        let place = Place::top(Source::open(&root).unwrap()).elsewhere("sub".into());
         assert!(place.list(Path::new("/nowhere")).is_err());
         assert!(place.stat().is_err());
     }

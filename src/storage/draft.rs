@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 
 use super::runs::{Held, Runs};
-use super::{Access, FileIdentity, Host, Storage, file};
+use super::{Access, Entry, FileIdentity, Host, Namer, Storage, file};
 use crate::error::{Error, ErrorKind, Result};
 
 /// See the module's documentation. Names are as they are below: no file is made, removed or replaced.
@@ -20,8 +20,10 @@ pub struct Draft {
     below: Arc<dyn Host>,
     scratch: Arc<Scratch>,
     /// What was written, by file: however often a file is opened, it has one contents.
-    layers: Mutex<HashMap<FileIdentity, Arc<Mutex<Layer>>>>,
+    layers: Arc<Mutex<Layers>>,
 }
+
+type Layers = HashMap<FileIdentity, Arc<Mutex<Layer>>>;
 
 /// Where written bytes are, one write behind the other.
 #[derive(Debug)]
@@ -55,7 +57,7 @@ impl Draft {
         Ok(Arc::new(Self {
             below: below.clone(),
             scratch: Arc::new(Scratch { file, used: Mutex::new(0) }),
-            layers: Mutex::default(),
+            layers: Arc::default(),
         }))
     }
 
@@ -87,6 +89,12 @@ impl Host for Draft {
         self.wrap(self.below.open_beneath(root, name, reading(access))?)
     }
 
+    fn named_in(&self, file: &dyn Storage) -> Option<Arc<dyn Host>> {
+        let below = self.below.named_in(file)?;
+        let (scratch, layers) = (self.scratch.clone(), self.layers.clone());
+        Some(Arc::new(Self { below, scratch, layers }))
+    }
+
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
         Self::refuse(path)
     }
@@ -105,6 +113,10 @@ impl Host for Draft {
 
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
         self.below.list(dir)
+    }
+
+    fn list_beneath(&self, root: &Path, dir: &Path, limit: usize) -> Result<Vec<Entry>> {
+        self.below.list_beneath(root, dir, limit)
     }
 }
 
@@ -220,6 +232,10 @@ impl Storage for DraftFile {
 
     fn identity(&self) -> io::Result<FileIdentity> {
         self.below.identity()
+    }
+
+    fn namer(&self) -> Option<&Namer> {
+        self.below.namer()
     }
 
     fn modified(&self) -> Option<SystemTime> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Access, FileIdentity, Host, Storage};
+use super::{Access, Entry, FileIdentity, Host, Storage};
 use crate::error::{Error, Result};
 
 /// The calls that can fail, of files and of hosts.
@@ -247,6 +247,10 @@ impl Host for FaultyHost {
 
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
         self.inner.list(dir)
+    }
+
+    fn list_beneath(&self, root: &Path, dir: &Path, limit: usize) -> Result<Vec<Entry>> {
+        self.inner.list_beneath(root, dir, limit)
     }
 }
 

@@ -19,22 +19,20 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::fcntl::{
-    AT_FDCWD, FallocateFlags, FcntlArg, OFlag, OpenHow, RenameFlags, ResolveFlag, fallocate, fcntl,
-    renameat2,
-};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl, openat};
 use nix::sys::stat::{Mode, fstat};
-use nix::unistd::{Whence, lseek64};
+use nix::unistd::{Whence, geteuid, lseek64};
 
-use super::{Access, FileIdentity, Host, Storage, share};
+use super::reach::{Reach, Root, vmware_lock_of};
+use super::{Access, Entry, FileIdentity, Host, Namer, Storage, replace};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The host's file system.
@@ -56,11 +54,19 @@ pub struct HostFile {
     writable: bool,
     /// Bytes that the file has unless another program cut it; 0 while it is only read.
     least_len: AtomicU64,
+    namer: Namer,
 }
 
 impl HostFile {
-    /// Wraps an open file, which must be a regular one.
-    fn new(file: File, path: &Path, access: Access) -> Result<Self> {
+    /// Wraps an open file, which must be a regular one. `dir` is the directory it was opened from, if
+    /// nobody else keeps that; `locked` says whether VMware has locked it.
+    pub(super) fn new(
+        file: File,
+        path: &Path,
+        access: Access,
+        dir: Option<Arc<OwnedFd>>,
+        locked: impl FnOnce() -> bool,
+    ) -> Result<Self> {
         let meta = file.metadata().map_err(|e| Error::io("stat", &e).in_file(path))?;
         if meta.is_dir() {
             return Err(
@@ -72,13 +78,16 @@ impl HostFile {
         }
         let writable = access == Access::Write;
         let least_len = AtomicU64::new(if writable { meta.len() } else { 0 });
-        let file = Self { file, path: path.to_owned(), writable, least_len };
+        let namer = Namer { uid: meta.uid(), dir };
+        let file = Self { file, path: path.to_owned(), writable, least_len, namer };
         match access {
             Access::Peek => {}
             Access::Read => file.lock(READER)?,
             Access::Write => {
                 file.lock(WRITER)?;
-                refuse_vmware_lock(path)?;
+                if locked() {
+                    return Err(locked_by_vmware(path));
+                }
             }
         }
         Ok(file)
@@ -143,7 +152,8 @@ pub fn scratch(dir: &Path) -> Result<Arc<dyn Storage>> {
     let file = tempfile::tempfile_in(dir)
         .map_err(|e| Error::io("create a scratch file", &e).in_file(dir))?;
     let least_len = AtomicU64::new(0);
-    Ok(Arc::new(HostFile { file, path: dir.join("(scratch)"), writable: true, least_len }))
+    let namer = Namer { uid: geteuid().as_raw(), dir: None };
+    Ok(Arc::new(HostFile { file, path: dir.join("(scratch)"), writable: true, least_len, namer }))
 }
 
 impl Drop for HostFile {
@@ -181,17 +191,11 @@ fn byte_lock(kind: i32, at: i64) -> libc::flock {
     }
 }
 
-fn refuse_vmware_lock(path: &Path) -> Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lck");
-    let lock_dir = PathBuf::from(name);
-    if std::fs::read_dir(&lock_dir).is_ok_and(|mut entries| entries.next().is_some()) {
-        let what = format!("locked by VMware ({} is not empty)", lock_dir.display());
-        return Err(Error::new(ErrorKind::Busy, what)
-            .in_file(path)
-            .hint("remove it if no virtual machine uses the disk"));
-    }
-    Ok(())
+fn locked_by_vmware(path: &Path) -> Error {
+    let name = path.file_name().unwrap_or_default().display();
+    Error::new(ErrorKind::Busy, format!("locked by VMware ({name}.lck is not empty)"))
+        .in_file(path)
+        .hint("remove it if no virtual machine uses the disk")
 }
 
 impl Storage for HostFile {
@@ -285,20 +289,6 @@ impl Storage for HostFile {
         &self.path
     }
 
-    fn share_from(&self, at: u64, from: &dyn Storage, from_at: u64, len: u64) -> io::Result<bool> {
-        let Some(source) = from.blocks() else { return Ok(false) };
-        self.whole()?;
-        let shared = share::share(&self.file, at, source, from_at, len)?;
-        if shared {
-            self.least_len.fetch_max(at + len, Ordering::AcqRel);
-        }
-        Ok(shared)
-    }
-
-    fn blocks(&self) -> Option<&File> {
-        Some(&self.file)
-    }
-
     fn writable(&self) -> bool {
         self.writable
     }
@@ -312,55 +302,61 @@ impl Storage for HostFile {
         self.file.metadata().ok()?.modified().ok()
     }
 
+    fn changed(&self) -> Option<SystemTime> {
+        let meta = self.file.metadata().ok()?;
+        let (seconds, nanos) = (meta.ctime(), meta.ctime_nsec());
+        let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanos).ok()?);
+        UNIX_EPOCH.checked_add(since)
+    }
+
+    fn namer(&self) -> Option<&Namer> {
+        Some(&self.namer)
+    }
+
     fn host_file(&self) -> Option<&File> {
         Some(&self.file)
     }
 }
 
-/// Opening must not wait for a FIFO's other end or make a terminal ours.
-const SAFE_OPEN: i32 = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
+/// Opening must not wait for a FIFO's other end or a lease's holder, or make a terminal ours.
+pub(super) const SAFE_OPEN: OFlag =
+    OFlag::O_NONBLOCK.union(OFlag::O_NOCTTY).union(OFlag::O_CLOEXEC);
+
+/// Flags to open a file with.
+pub(super) fn flags(access: Access) -> OFlag {
+    SAFE_OPEN | if access == Access::Write { OFlag::O_RDWR } else { OFlag::O_RDONLY }
+}
+
+/// What it means that a file could not be opened.
+pub(super) fn not_opened(e: &io::Error) -> Error {
+    match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
+        Errno::EISDIR => Error::new(ErrorKind::Denied, "this is a directory, not an image"),
+        // What opening a socket gives.
+        Errno::ENXIO => Error::new(ErrorKind::Denied, "not a regular file"),
+        _ => Error::io("open", e),
+    }
+}
 
 impl Host for HostFs {
     fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(access == Access::Write && !path.is_dir())
-            .custom_flags(SAFE_OPEN)
-            .open(path)
-            .map_err(|e| Error::io("open", &e).in_file(path))?;
-        Ok(Arc::new(HostFile::new(file, path, access)?))
+        let failed = |e: io::Error| not_opened(&e).in_file(path);
+        let Some(name) = path.file_name() else {
+            return Err(failed(Errno::EISDIR.into()));
+        };
+        let root = Root::open(&directory_of(path)).map_err(failed)?;
+        let dir = root.descriptor();
+        let file = openat(dir, name, flags(access), Mode::empty()).map_err(|e| failed(e.into()))?;
+        let locked = || vmware_lock_of(dir, Path::new(name), &[]);
+        let file = HostFile::new(File::from(file), path, access, Some(dir.clone()), locked)?;
+        Ok(Arc::new(file))
     }
 
     fn open_beneath(&self, root: &Path, name: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        let path = root.join(name);
-        let failed = |e: Errno| {
-            let error = match e {
-                Errno::ELOOP | Errno::EXDEV => {
-                    Error::new(ErrorKind::Denied, "a symlink or a path that leaves the folder")
-                        .hint("files named by an image must lie beside it")
-                }
-                // What opening a socket and, for writing, a directory gives.
-                Errno::ENXIO | Errno::EISDIR => Error::new(ErrorKind::Denied, "not a regular file"),
-                Errno::ENAMETOOLONG => {
-                    Error::new(ErrorKind::NotFound, "no file has a name as long as this")
-                }
-                e => Error::io("open", &e.into()),
-            };
-            error.in_file(&path)
-        };
-        let dir = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
-            .open(root)
-            .map_err(|e| Error::io("open", &e).in_file(root))?;
-        let mode = if access == Access::Write { OFlag::O_RDWR } else { OFlag::O_RDONLY };
-        let flags = mode | OFlag::from_bits_truncate(SAFE_OPEN);
-        let how = OpenHow::new()
-            .flags(flags)
-            .mode(Mode::empty())
-            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-        let fd = nix::fcntl::openat2(dir.as_fd(), name, how).map_err(failed)?;
-        Ok(Arc::new(HostFile::new(File::from(fd), &path, access)?))
+        Reach::default().open_beneath(root, name, access)
+    }
+
+    fn named_in(&self, file: &dyn Storage) -> Option<Arc<dyn Host>> {
+        Reach::default().named_in(file)
     }
 
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
@@ -368,49 +364,18 @@ impl Host for HostFs {
             .read(true)
             .write(true)
             .create_new(true)
-            .custom_flags(SAFE_OPEN)
+            .custom_flags(SAFE_OPEN.bits())
             .open(path)
             .map_err(|e| Error::io("create", &e).in_file(path))?;
-        Ok(Arc::new(HostFile::new(file, path, Access::Write)?))
+        Ok(Arc::new(HostFile::new(file, path, Access::Write, None, || false)?))
     }
 
     fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
-        let failed = |e: io::Error| Error::io("replace", &e).in_file(path);
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(name);
-        let mode = std::fs::metadata(path).map(|m| m.mode()).unwrap_or(0o644);
-        let write = || -> io::Result<()> {
-            let file =
-                OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-            file.write_all_at(contents, 0)?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, path)
-        };
-        write().map_err(|e| {
-            let _ = std::fs::remove_file(&temporary);
-            failed(e)
-        })?;
-        self.sync_dir(path.parent().unwrap_or(Path::new(".")))
+        self.sync_dir(&replace::replace(path, contents)?)
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
         std::fs::remove_file(path).map_err(|e| Error::io("remove", &e).in_file(path))
-    }
-
-    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
-        let failed = |e: io::Error| Error::io("rename", &e).in_file(to);
-        if replace {
-            return std::fs::rename(from, to).map_err(failed);
-        }
-        match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
-            // The file system does not know the flag.
-            Err(Errno::EINVAL | Errno::ENOSYS) if to.symlink_metadata().is_err() => {
-                std::fs::rename(from, to).map_err(failed)
-            }
-            Err(Errno::EINVAL | Errno::ENOSYS) => Err(failed(Errno::EEXIST.into())),
-            other => other.map_err(|e| failed(e.into())),
-        }
     }
 
     fn sync_dir(&self, dir: &Path) -> Result<()> {
@@ -424,6 +389,18 @@ impl Host for HostFs {
         let failed = |e: io::Error| Error::io("list", &e).in_file(dir);
         let entries = std::fs::read_dir(dir).map_err(failed)?;
         entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect()
+    }
+
+    fn list_beneath(&self, root: &Path, dir: &Path, limit: usize) -> Result<Vec<Entry>> {
+        Reach::default().list_beneath(root, dir, limit)
+    }
+}
+
+/// The directory in which a file lies.
+pub(super) fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+        _ => PathBuf::from("."),
     }
 }
 

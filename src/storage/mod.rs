@@ -3,7 +3,8 @@
 //! [`Storage`] is one host file; [`Host`] is where files come from. Everything above works on these
 //! two traits only, so that the same drivers run on real files ([`mod@file`]), in memory ([`memory`]),
 //! on a recorder ([`recording`]) whose every crash can be built ([`crash`]), on storage that fails on
-//! demand ([`faulty`]), and on a [`draft`] that changes nothing.
+//! demand ([`faulty`]), and on a [`draft`] that changes nothing. How far the names in an image reach on
+//! the host is told in [`reach`].
 //!
 //! # Contract of [`Storage`]
 //!
@@ -15,29 +16,29 @@
 
 #[doc(hidden)]
 pub mod crash;
-pub mod device;
 pub mod draft;
 #[doc(hidden)]
 pub mod faulty;
 pub mod file;
 pub mod memory;
+pub mod permissions;
+pub mod reach;
 #[doc(hidden)]
 pub mod recording;
+mod replace;
 pub mod runs;
-mod share;
-pub mod staged;
+pub mod user;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::error::{Error, ErrorKind, Result};
-
-/// Bytes in whose multiples [`Storage::share_from`] shares.
-pub const SHARED_BLOCK: u64 = 4096;
+use crate::error::Result;
 
 /// One open file. All methods may be called from any thread at once.
 pub trait Storage: Send + Sync + fmt::Debug {
@@ -90,17 +91,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Makes `len` bytes from `at` the same blocks of the host as `len` bytes of `from` from
-    /// `from_at`, extending the file if needed: either file changes without the other. `false`, with
-    /// nothing changed, where the host cannot do that. All three numbers are multiples of
-    /// [`SHARED_BLOCK`].
-    fn share_from(&self, at: u64, from: &dyn Storage, from_at: u64, len: u64) -> io::Result<bool> {
-        let _ = (at, from, from_at, len);
-        Ok(false)
+    /// In whose name the files are opened that this one names; `None` where files have no owners.
+    fn namer(&self) -> Option<&Namer> {
+        None
     }
 
-    /// The open host file, where there is one, for [`Self::share_from`] of another to take blocks of.
-    fn blocks(&self) -> Option<&std::fs::File> {
+    /// When anything of the file was last changed, that time itself excepted (the inode's change time), where
+    /// the host says.
+    fn changed(&self) -> Option<SystemTime> {
         None
     }
 
@@ -111,32 +109,6 @@ pub trait Storage: Send + Sync + fmt::Debug {
     }
 }
 
-/// Writes to a file from its beginning on.
-#[derive(Debug)]
-pub struct Appender<'a> {
-    file: &'a dyn Storage,
-    at: u64,
-}
-
-impl<'a> Appender<'a> {
-    /// Begins at byte 0.
-    pub fn new(file: &'a dyn Storage) -> Self {
-        Self { file, at: 0 }
-    }
-}
-
-impl io::Write for Appender<'_> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.file.write_at(self.at, data)?;
-        self.at += data.len() as u64;
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// What makes a file the same file whatever its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileIdentity {
@@ -144,6 +116,24 @@ pub struct FileIdentity {
     pub device: u64,
     /// Inode number.
     pub inode: u64,
+}
+
+/// Who names the files that are named in a file: see [`Host::named_in`].
+#[derive(Debug)]
+pub struct Namer {
+    /// The file's owner when it was opened.
+    pub(crate) uid: u32,
+    /// The directory from which it was opened, if nobody else keeps that.
+    pub(crate) dir: Option<Arc<OwnedFd>>,
+}
+
+/// What a directory holds under one name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The name.
+    pub name: OsString,
+    /// A directory; otherwise a regular file.
+    pub folder: bool,
 }
 
 /// How a file is opened.
@@ -166,26 +156,44 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// be a symlink, and only regular files open.
     fn open_beneath(&self, root: &Path, name: &Path, access: Access) -> Result<Arc<dyn Storage>>;
 
+    /// The host as files are opened that `file` names: only if the owner of `file` may open them so.
+    /// `None` where that makes no difference.
+    fn named_in(&self, _file: &dyn Storage) -> Option<Arc<dyn Host>> {
+        None
+    }
+
+    /// In whose names, beside ours, files are opened: what is read here is theirs to know.
+    fn users(&self) -> &[u32] {
+        &[]
+    }
+
     /// Makes a new, empty file, locked for writing; an existing one is an error.
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>>;
 
     /// Replaces the contents of a small file as one step: after a crash it holds either the old or
-    /// the new bytes. Durable on return.
+    /// the new bytes. Its owner, mode and extended attributes stay. Durable on return.
     fn replace(&self, path: &Path, contents: &[u8]) -> Result<()>;
 
     /// Removes a file.
     fn remove(&self, path: &Path) -> Result<()>;
-
-    /// Gives a file another name in the same directory, in one step; with `replace` a file that has
-    /// that name is replaced, else it is an error. Durable after [`Self::sync_dir`].
-    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
-        let _ = (from, replace);
-        Err(Error::new(ErrorKind::Denied, "names of files do not change here").in_file(to))
-    }
 
     /// Makes the creation, renaming and removal of files in `dir` durable.
     fn sync_dir(&self, dir: &Path) -> Result<()>;
 
     /// The files of a directory, by name. Used to find neighbours of an image.
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>>;
+
+    /// Directories and regular files in the directory `dir`, which is relative to `root` and reached as
+    /// in [`Self::open_beneath`], looking at no more than `limit` entries and one. Everything else, such as
+    /// symlinks, is left out.
+    fn list_beneath(&self, root: &Path, dir: &Path, limit: usize) -> Result<Vec<Entry>> {
+        let files = self.list(&root.join(dir))?.into_iter();
+        let names = files.filter_map(|path| Some(path.file_name()?.to_owned()));
+        Ok(names.map(|name| Entry { name, folder: false }).take(limit.saturating_add(1)).collect())
+    }
+}
+
+/// The host as files are opened that `file` names; see [`Host::named_in`].
+pub fn named_in(host: &Arc<dyn Host>, file: &dyn Storage) -> Arc<dyn Host> {
+    host.named_in(file).unwrap_or_else(|| host.clone())
 }

@@ -161,7 +161,7 @@ impl ChangeOfChain {
 
     fn rebase(&self, host: &Arc<dyn Host>, to: &Path, link_only: bool) -> Result<(), Error> {
         let options = OpenOptions::new(Access::Read);
-        chain::rebase(host, &self.child, to, &options, link_only, &mut |_| ()).map(drop)
+        chain::rebase(host, &self.child, to, &options, link_only, &()).map(drop)
     }
 
     /// Merges or rebases.
@@ -170,7 +170,7 @@ impl ChangeOfChain {
             return self.rebase(host, &self.other, false);
         }
         let options = OpenOptions::new(Access::Read);
-        chain::merge(host, &self.child, &options, self.how(), &mut |_| ()).map(drop)
+        chain::merge(host, &self.child, &options, self.how(), &()).map(drop)
     }
 
     /// Judges what a crash left, or what is there later if all was `done`.

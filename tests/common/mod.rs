@@ -7,6 +7,7 @@
 //! - [`workload`]: seeded operations and the threads that run them;
 //! - [`crash`]: crash states checked against the history;
 //! - [`repairs`]: damaged images, and what a crash may leave of their repair;
+//! - [`sizes`]: changes of size and layout, and what a crash may leave of them;
 //! - [`chains`]: images that stand on one another, and what a crash may leave of changing them;
 //! - [`toy`]: a format so simple that only the harness can be wrong, with flaws on request;
 //! - [`corpus`], [`tools`]: files and programs from outside.
@@ -28,6 +29,7 @@ pub mod history;
 pub mod images;
 pub mod pattern;
 pub mod repairs;
+pub mod sizes;
 pub mod tools;
 pub mod toy;
 pub mod workload;

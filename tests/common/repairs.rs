@@ -117,7 +117,7 @@ fn lose_logged(file: &MemoryFile) -> Option<u64> {
 
 /// Adds the batmap of Xen's tools to a new VHD, which is still without blocks: its header and map
 /// behind the BAT, the footer moved behind those. No bit is set, so that nothing in it is wrong.
-fn xen(host: &Arc<MemoryHost>) {
+pub fn xen(host: &Arc<MemoryHost>) {
     let file = host.file(Path::new("/t/disk.vhd")).unwrap();
     let mut footer = get(&file, len(&file) - 512, 512);
     footer[28..36].copy_from_slice(b"tap\0\x00\x01\x00\x03");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fastrand::Rng;
-use flatdisk::formats::repair::Change as Shown;
+use flatdisk::formats::plan::Change as Shown;
 use flatdisk::formats::{self, CreateSpec, OpenOptions, chain};
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::{Caller, Change, Op, Recording, RecordingHost};
@@ -240,7 +240,7 @@ pub fn record_relink(image: &Image, footer_copy: bool) -> Trace<'_> {
     let recorder = traced(&files);
     let recorded: Arc<dyn Host> = recorder.clone();
     let options = OpenOptions::new(Access::Read);
-    chain::rebase(&recorded, &child, &other, &options, true, &mut |_| ()).unwrap();
+    chain::rebase(&recorded, &child, &other, &options, true, &()).unwrap();
     let recording = recorder.recording();
     let done = recording.ops().len();
     let judge: Judge<'_> = Box::new(move |kept, _, state, _| {
@@ -306,13 +306,14 @@ fn places_in_plans(format: &str, changes: &[Shown], recording: &Recording) -> Ve
         names.push(if is_sync(op) {
             None
         } else {
-            // What is copied is written in pieces.
+            // What is copied is written in pieces, zeroes as holes.
             if left == 0 {
                 let change = shown.next().unwrap();
                 (name, left) = (plain(change), change.length);
             }
             left = match &op.change {
                 Change::Write { data, .. } => left.saturating_sub(data.len() as u64),
+                Change::Punch(range) => left.saturating_sub(range.end - range.start),
                 _ => 0,
             };
             Some(name.clone())

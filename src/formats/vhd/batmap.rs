@@ -104,6 +104,19 @@ impl Batmap {
         codec::write_all(file, at, header.as_bytes(), "the batmap's header")
     }
 
+    /// The header for a longer map of these bytes, whole sectors, at byte `map_at`.
+    pub(super) fn moved(&self, map_at: u64, map: &[u8]) -> BatmapHeader {
+        // Behind what the checksum of the shorter one covers there are only zeroes.
+        let checksum = self.checksum(map).into();
+        let map_sectors = (map.len() as u64 / SECTOR) as u32;
+        BatmapHeader {
+            map_offset: map_at.into(),
+            map_sectors: map_sectors.into(),
+            checksum,
+            ..self.header
+        }
+    }
+
     /// Byte offset of the map.
     pub(super) fn map_at(&self) -> u64 {
         self.header.map_offset.get()

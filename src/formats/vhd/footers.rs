@@ -3,6 +3,9 @@
 //! Every image ends with its footer; one with a BAT also begins with a copy. A fixed disk begins
 //! with guest data, which may look like anything, so the trailing footer decides the type and the
 //! copy is looked at only where the trailing one is no good.
+//!
+//! A fixed disk that is being made larger has its footer right behind the disk, and nothing but zeroes
+//! behind that, until one at the new end is durable: so such a footer counts, too.
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -11,7 +14,7 @@ use super::layout::{
 };
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::formats::Identity;
+use crate::formats::{Identity, end_of_data};
 use crate::storage::Storage;
 
 /// How far before the end of the file a footer that lost its place is looked for, in bytes.
@@ -121,9 +124,16 @@ impl Footers {
         }
         let (trailing_at, trailing, short) = read_trailing(file, file_len)?;
         let head = Candidate::read(&codec::read_array(file, 0, "the footer copy")?);
+        let (mut trailing_at, mut trailing, mut grown) = (trailing_at, trailing, 0);
+        if matches!(trailing, Candidate::Absent)
+            && !matches!(&head, Candidate::Valid(copy) if is_sparse(copy))
+            && let Some((at, footer)) = footer_before_zeroes(file, file_len)?
+        {
+            (trailing_at, trailing, grown) = (at, Candidate::Valid(footer), file_len - at - FOOTER);
+        }
         let mut trailing_state = if short { CopyState::Short } else { trailing.state() };
         let mut head_state = head.state();
-        let mut trailing_garbage = 0;
+        let mut trailing_garbage = grown;
         let mut forced = None;
 
         let footer = match (trailing, head) {
@@ -245,6 +255,18 @@ fn read_trailing(file: &dyn Storage, file_len: u64) -> Result<(u64, Candidate, b
         }
     }
     Ok((at, trailing, false))
+}
+
+/// The footer of a fixed disk right behind it, where only zeroes follow, and its offset.
+fn footer_before_zeroes(file: &dyn Storage, file_len: u64) -> Result<Option<(u64, Footer)>> {
+    let Some(at) = end_of_data(file, file_len)?.checked_sub(FOOTER) else { return Ok(None) };
+    let bytes = codec::read_array(file, at, "the footer")?;
+    Ok(match Candidate::read(&bytes) {
+        Candidate::Valid(footer) if !is_sparse(&footer) && footer.size() == at => {
+            Some((at, footer))
+        }
+        _ => None,
+    })
 }
 
 fn is_sparse(footer: &Footer) -> bool {

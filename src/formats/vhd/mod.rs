@@ -10,7 +10,7 @@
 //! `fixed` and `blocks` are the mappings, `differencing` is what a child adds to the latter; `bat`
 //! and `bitmaps` are the cached tables and `space` hands out room in the file. `survey` walks the
 //! whole BAT, before the first write and for a check. `repair` rebuilds what is there twice or follows
-//! from the rest.
+//! from the rest, `resize` changes the disk's size; `sound` is what such a change of the file begins with.
 //!
 //! # The order of writes
 //!
@@ -62,20 +62,23 @@ mod locators;
 mod lost;
 mod relink;
 mod repair;
+mod resize;
+mod sound;
 mod space;
 mod structure;
 mod survey;
 #[cfg(test)]
 mod tests;
 
-pub use create::{create_child, fixed_footer};
+pub use create::create_child;
 
 use std::path::Path;
 use std::sync::Arc;
 
+use super::plan::Steps;
 use super::{
-    CreateSpec, Footprint, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan,
-    Probe, Report,
+    CreateSpec, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan, Probe,
+    Report,
 };
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
@@ -126,10 +129,6 @@ impl Format for Vhd {
         create::create(host, path, spec)
     }
 
-    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint> {
-        create::footprint(spec)
-    }
-
     fn create_child(
         &self,
         host: &dyn Host,
@@ -148,6 +147,16 @@ impl Format for Vhd {
         let footers = Footers::find(&*file, false)?;
         let structure = Structure::read(&*file, &footers, false)?;
         sparse_map(file, footers, structure, ctx).forget()
+    }
+
+    fn resize(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        size: u64,
+        plan: &mut Steps,
+    ) -> Result<()> {
+        resize::resize(&file, ctx, size, plan)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
@@ -212,9 +221,13 @@ fn sparse_map(
 fn parent_link(footers: &Footers, structure: &Structure) -> Result<ParentLink> {
     let id = structure.header.parent_unique_id;
     let candidates = structure.locators.candidates();
-    // What Xen writes over a raw disk, which has no id.
-    if id == [0; 16] && !footers.footer.creator_is(b"tap") {
-        return Err(Error::corrupt("a differencing disk that names no parent"));
+    if id == [0; 16] {
+        return Err(if footers.footer.creator_is(b"tap") {
+            let names = candidates.join(", ");
+            Error::unsupported(format!("a differencing disk over a raw parent ({names})"))
+        } else {
+            Error::corrupt("a differencing disk that names no parent")
+        });
     }
     let modified = structure.header.parent_timestamp.get();
     let modified = (modified != 0).then(|| layout::time(modified));

@@ -31,6 +31,9 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
         return seal_footer(file, &footers, plan);
     }
     if footers.disk_type == DiskType::Fixed {
+        if plan.all() && footers.trailing_garbage > 0 {
+            plan.set_len(file, footers.data_end + FOOTER, "only zeroes follow the footer");
+        }
         repair_geometry(file, &footers, plan);
         return Ok(());
     }

@@ -6,7 +6,8 @@
 //! | `headers`, `regions`, `metadata`, `locator` | reading and writing each of them |
 //! | `log`, `overlay` | the log, and a file as its log makes it |
 //! | `bat`, `bitmap` | block allocation table and sector bitmaps |
-//! | `open`, `create`, `check`, `repair`, `relink` | what [`Format`] asks for |
+//! | `open`, `create`, `check`, `repair`, `relink`, `resize` | what [`Format`] asks for |
+//! | `settled`, `logged` | what a change of the file as a whole begins with, and its way through the log |
 //! | `blocks`, `writes`, `session` | the mapping, its changes, and making them durable |
 //! | `space`, `stock` | which parts of the file are in use |
 //!
@@ -62,6 +63,7 @@ mod headers;
 mod layout;
 mod locator;
 mod log;
+mod logged;
 mod lost;
 mod metadata;
 mod open;
@@ -69,7 +71,9 @@ mod overlay;
 mod regions;
 mod relink;
 mod repair;
+mod resize;
 mod session;
+mod settled;
 mod space;
 mod stock;
 #[cfg(test)]
@@ -79,9 +83,8 @@ mod writes;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{
-    CreateSpec, Footprint, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report,
-};
+use super::plan::Steps;
+use super::{CreateSpec, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report};
 use crate::error::Result;
 use crate::storage::{Host, Storage};
 
@@ -115,10 +118,6 @@ impl Format for Vhdx {
         create::create(host, path, spec)
     }
 
-    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint> {
-        create::footprint(spec)
-    }
-
     fn create_child(
         &self,
         host: &dyn Host,
@@ -135,6 +134,16 @@ impl Format for Vhdx {
 
     fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
         relink::empty(file, ctx)
+    }
+
+    fn resize(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        size: u64,
+        plan: &mut Steps,
+    ) -> Result<()> {
+        resize::resize(file, ctx, size, plan)
     }
 
     fn check(&self, file: Arc<dyn Storage>, _: &OpenContext, report: &mut Report) -> Result<()> {

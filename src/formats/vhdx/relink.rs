@@ -1,13 +1,13 @@
 //! Giving a child another parent, or another identity of the same one.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::create::parent_locator;
 use super::layout::{LOG_SECTOR, PARENT_LOCATOR, RawItem, RawMetadataTable, TABLE_BYTES};
+use super::logged::Pages;
 use super::metadata::Item;
 use super::open::Parts;
-use crate::codec::{read_array, read_exact};
+use crate::codec::read_array;
 use crate::disk::map::BlockMap;
 use crate::error::{Error, Result};
 use crate::formats::{Identity, NewLink, OpenContext};
@@ -38,13 +38,13 @@ pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'
         return Err(Error::invalid("the metadata region has no room for the parent's path"));
     }
     let entry = locator_entry(blocks.file(), region.offset)?;
-    let mut pages = Pages { file: blocks.file(), pages: BTreeMap::new() };
+    let mut pages = Pages::new(blocks.file());
     // Both fit 32 bits: they lie inside the region, whose length does.
     let place = [(offset as u32).to_le_bytes(), (locator.len() as u32).to_le_bytes()].concat();
     pages.put(region.offset + entry + 16, &place)?;
     pages.put(region.offset + offset, &locator)?;
     let images: Vec<_> =
-        pages.pages.into_iter().map(|(page, bytes)| (page, bytes.into())).collect();
+        pages.into_pages().map(|(at, bytes)| (at / LOG_SECTOR, bytes.into())).collect();
     blocks.write_logged(&images)?;
     blocks.close()
 }
@@ -90,31 +90,4 @@ fn locator_entry(file: &dyn Storage, table: u64) -> Result<u64> {
         }
     }
     Err(Error::corrupt("the disk has a parent, but no parent locator").at(table))
-}
-
-/// Pages of the file while they are changed, by number.
-struct Pages<'a> {
-    file: &'a dyn Storage,
-    pages: BTreeMap<u64, Vec<u8>>,
-}
-
-impl Pages<'_> {
-    fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        let mut done = 0;
-        while done < bytes.len() {
-            let pos = at + done as u64;
-            let (page, skip) = (pos / LOG_SECTOR, (pos % LOG_SECTOR) as usize);
-            if !self.pages.contains_key(&page) {
-                let mut contents = vec![0; LOG_SECTOR as usize];
-                read_exact(self.file, page * LOG_SECTOR, &mut contents, "metadata")?;
-                self.pages.insert(page, contents);
-            }
-            let part = (bytes.len() - done).min(LOG_SECTOR as usize - skip);
-            if let Some(contents) = self.pages.get_mut(&page) {
-                contents[skip..skip + part].copy_from_slice(&bytes[done..done + part]);
-            }
-            done += part;
-        }
-        Ok(())
-    }
 }

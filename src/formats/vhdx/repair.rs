@@ -26,6 +26,7 @@ use super::stock::Stock;
 use crate::codec::read_exact;
 use crate::error::{Error, Result};
 use crate::formats::Plan;
+use crate::formats::plan::Steps;
 use crate::formats::repair::stored;
 use crate::storage::Storage;
 
@@ -83,10 +84,10 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
 }
 
 /// Replaces both headers, each when all before it is durable: one of them is good at any moment.
-fn replace_headers(
+pub(super) fn replace_headers(
     file: &Arc<dyn Storage>,
     headers: &mut Headers,
-    plan: &mut Plan,
+    plan: &mut Steps,
     what: &str,
     change: impl Fn(&mut Header),
 ) -> Result<()> {

@@ -112,18 +112,29 @@ impl Space {
 
     /// Hands out `len` bytes, a multiple of 1 MiB, in one piece, extending `file` if need be.
     pub fn allocate(&mut self, file: &dyn Storage, len: u64) -> Result<Allocation> {
+        let Allocation { at, zeroed } = self.find(len).map_err(|e| e.in_file(file.path()))?;
+        self.extend(file, at + len)?;
+        self.mark(at..at + len);
+        Ok(Allocation { at, zeroed })
+    }
+
+    /// Hands out `len` bytes, a multiple of 1 MiB, in one piece. The file is not extended: until it is,
+    /// they may lie past its end.
+    pub fn reserve(&mut self, len: u64) -> Result<Allocation> {
+        let found = self.find(len)?;
+        self.mark(found.at..found.at + len);
+        Ok(found)
+    }
+
+    fn find(&mut self, len: u64) -> Result<Allocation> {
         let units = len / MIB;
         let (first, zeroed) = match self.find_run(units) {
             Some(first) => (first, false),
             None => (self.end, true),
         };
-        let end = (first + units) * MIB;
-        if end > MAX_FILE {
-            return Err(Error::new(ErrorKind::NoSpace, "the file would become too large")
-                .in_file(file.path()));
+        if (first + units) * MIB > MAX_FILE {
+            return Err(Error::new(ErrorKind::NoSpace, "the file would become too large"));
         }
-        self.extend(file, end)?;
-        self.mark(first * MIB..end);
         Ok(Allocation { at: first * MIB, zeroed })
     }
 
@@ -168,6 +179,12 @@ impl Space {
         }
         self.no_run_of = units;
         None
+    }
+
+    /// Whether nothing uses any of a range of bytes inside the file.
+    pub fn is_free(&self, range: &Range<u64>) -> bool {
+        range.end <= self.file_len
+            && (range.start / MIB..range.end.div_ceil(MIB)).all(|unit| !self.is_used(unit))
     }
 
     /// One past the last byte in use.

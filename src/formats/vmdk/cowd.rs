@@ -130,14 +130,38 @@ pub fn write_free_sector(file: &dyn Storage, sector: u64) -> Result<()> {
     codec::write_all(file, at, &value, "the COWD header")
 }
 
+/// The first sector of the header, which says how large the extent is, of `file` with another capacity
+/// in sectors and that many entries in its directory.
+pub fn resized_header(
+    file: &dyn Storage,
+    capacity: u64,
+    free_sector: u64,
+) -> Result<[u8; SECTOR as usize]> {
+    let bytes: [u8; size_of::<RawHeader>()] = codec::read_array(file, 0, "the COWD header")?;
+    let mut header: RawHeader = zerocopy::transmute!(bytes);
+    let entries = tables(capacity, u64::from(header.grain_size.get()));
+    let narrow = |wide: u64| u32::try_from(wide).ok().map(U32::new);
+    let fields = (narrow(capacity), narrow(entries), narrow(free_sector));
+    let (Some(capacity), Some(entries), Some(free_sector)) = fields else {
+        return Err(Error::invalid("a vmfsSparse disk has less than 2 TiB"));
+    };
+    header.num_sectors = capacity;
+    header.num_gd_entries = entries;
+    header.free_sector = free_sector;
+    let bytes: [u8; size_of::<RawHeader>()] = zerocopy::transmute!(header);
+    let mut first = [0; SECTOR as usize];
+    first.copy_from_slice(&bytes[..SECTOR as usize]);
+    Ok(first)
+}
+
+/// Entries that the directory of an extent of `capacity` sectors has.
+pub fn directory_entries(capacity: u64, grain: u64) -> u64 {
+    tables(capacity, grain)
+}
+
 /// Byte offset and bytes of the field that says where unused space begins.
 pub fn free_sector(sector: u64) -> (u64, [u8; 4]) {
     (FREE_SECTOR_AT, u32::try_from(sector).unwrap_or(u32::MAX).to_le_bytes())
-}
-
-/// Bytes of a new extent of `capacity` sectors, its tables not included.
-pub fn new_len(capacity: u64) -> u64 {
-    (HEADER_SECTORS + (tables(capacity, 1) * 4).div_ceil(SECTOR)) * SECTOR
 }
 
 /// Fills a new extent of `capacity` sectors, durably. That of a disk without parent says cylinders,

@@ -429,12 +429,76 @@ impl Descriptor {
             let line = self.text[..at].iter().rposition(|b| *b == b'\n').map_or(0, |lf| lf + 1);
             changes.push((line..line, format!("parentFileNameHint=\"{hint}\"\n")));
         }
+        Ok(self.changed(changes))
+    }
+
+    /// The text for extents of other sizes, in sectors: the first ones keep their lines, further lines
+    /// follow the last of them, and those of the other extents go. `settings` are values to replace
+    /// where there are such keys.
+    pub fn with_extents(
+        &self,
+        sizes: &[u64],
+        more: &[String],
+        settings: &[(&str, String)],
+    ) -> Vec<u8> {
+        let mut changes = Vec::new();
+        let mut behind = 0;
+        for (index, extent) in self.extents.iter().enumerate() {
+            let line = self.line_range(extent.line);
+            let Some(size) = sizes.get(index) else {
+                changes.push((line, String::new()));
+                continue;
+            };
+            behind = line.end;
+            let mut words = self.text[line.clone()].split(|b| b.is_ascii_whitespace());
+            let blank = |word: &[u8]| word.is_empty();
+            let mut at = line.start;
+            // Over leading blanks, the word for the access, and the blanks behind it.
+            let mut seen = 0;
+            for word in &mut words {
+                if !blank(word) {
+                    seen += 1;
+                }
+                if seen == 2 {
+                    changes.push((at..at + word.len(), size.to_string()));
+                    break;
+                }
+                at += word.len() + 1;
+            }
+        }
+        if !more.is_empty() {
+            let end = if self.text[..behind].ends_with(b"\r\n") { "\r\n" } else { "\n" };
+            let lone = !self.text[..behind].ends_with(b"\n");
+            let mut lines = if lone { end.to_owned() } else { String::new() };
+            for line in more {
+                lines.push_str(line);
+                lines.push_str(end);
+            }
+            changes.push((behind..behind, lines));
+        }
+        for (key, value) in settings {
+            if let Some(setting) = self.setting(key) {
+                changes.push((setting.at.clone(), value.clone()));
+            }
+        }
+        self.changed(changes)
+    }
+
+    /// The bytes of line `number`, from 1, with its end.
+    fn line_range(&self, number: usize) -> Range<usize> {
+        let mut lines = self.text.split_inclusive(|b| *b == b'\n');
+        let start = lines.by_ref().take(number - 1).map(<[u8]>::len).sum();
+        start..start + lines.next().map_or(0, <[u8]>::len)
+    }
+
+    /// The text with parts of it replaced.
+    fn changed(&self, mut changes: Vec<(Range<usize>, String)>) -> Vec<u8> {
         changes.sort_by_key(|(at, _)| at.start);
         let mut text = self.text.clone();
         for (at, value) in changes.into_iter().rev() {
             text.splice(at, value.into_bytes());
         }
-        Ok(text)
+        text
     }
 
     /// Replaces a value by one of the same length.
@@ -509,6 +573,29 @@ mod tests {
         };
         assert_eq!(d.extents, [line]);
         assert!(d.warnings.is_empty());
+    }
+
+    #[test]
+    fn lines_of_extents_change_and_everything_else_stays() {
+        let text = "version=1\r\nCID=1\r\n  RW  10 SPARSE \"a b 10.vmdk\"\r\nRW 7 ZERO\r\n\r\n\
+            ddb.geometry.cylinders = \"1\"\r\n";
+        let d = parse(text);
+        let cylinders = [("ddb.geometry.cylinders", "12".to_owned()), ("ddb.other", String::new())];
+        assert_eq!(
+            String::from_utf8(d.with_extents(&[4], &[], &cylinders)).unwrap(),
+            "version=1\r\nCID=1\r\n  RW  4 SPARSE \"a b 10.vmdk\"\r\n\r\n\
+             ddb.geometry.cylinders = \"12\"\r\n"
+        );
+        let more = ["RW 3 SPARSE \"c\"".to_owned()];
+        assert_eq!(
+            String::from_utf8(d.with_extents(&[10, 1000], &more, &[])).unwrap(),
+            text.replace("7 ZERO\r\n", "1000 ZERO\r\nRW 3 SPARSE \"c\"\r\n")
+        );
+        let bare = parse("version=1\nRW 10 FLAT \"x\" 0");
+        assert_eq!(
+            bare.with_extents(&[11], &more, &[]),
+            b"version=1\nRW 11 FLAT \"x\" 0\nRW 3 SPARSE \"c\"\n"
+        );
     }
 
     #[test]

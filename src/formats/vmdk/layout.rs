@@ -37,7 +37,7 @@ pub const DESCRIPTOR_SECTORS: u64 = 20;
 pub const UNCLEAN_AT: u64 = 72;
 
 /// Bytes 73..77 are valid.
-pub const FLAG_NEWLINES: u32 = 1 << 0;
+const FLAG_NEWLINES: u32 = 1 << 0;
 /// A redundant grain directory exists.
 pub const FLAG_REDUNDANT: u32 = 1 << 1;
 /// Entry value 1 means a grain of zeroes.
@@ -207,9 +207,7 @@ impl Header {
     /// Why nothing can be written to the extent although it can be read, if so.
     pub fn read_only(&self) -> Option<String> {
         if self.compressed() {
-            let what = "stream-optimised images are never changed in place: `flatdisk convert -O vmdk` \
-                        makes one that is, `mount -o nonpersistent` takes writes and forgets them";
-            return Some(what.into());
+            return Some("stream-optimised images are never changed in place".into());
         }
         if self.version == 3 {
             return Some("changed block tracking is on (sparse header version 3)".into());
@@ -221,6 +219,18 @@ impl Header {
             return Some(format!("its grain tables have {} entries", self.entries_per_table));
         }
         None
+    }
+
+    /// Replaces those fields of a header's bytes that say how large the extent is and where its tables
+    /// are, and the mark of one that was not closed.
+    pub fn patch(&self, bytes: &mut [u8; SECTOR as usize]) {
+        if let Ok(raw) = RawHeader::mut_from_bytes(bytes) {
+            raw.capacity = self.capacity.into();
+            raw.rgd_offset = self.rgd.into();
+            raw.gd_offset = self.gd.into();
+            raw.overhead = self.overhead.into();
+            raw.unclean_shutdown = self.unclean.into();
+        }
     }
 
     /// The header's bytes.

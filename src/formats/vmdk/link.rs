@@ -1,8 +1,8 @@
 //! One link of a chain, put together: the descriptor, and every extent it names.
 //!
 //! A name in a descriptor comes from a stranger. Extents are opened beneath the descriptor's own
-//! directory only, as regular files, and each file once; what refers to a device, to another
-//! machine or to a key is refused by its name.
+//! directory, or where the user permits it ([`places`](crate::formats::places)), as regular files, and
+//! each file once; what refers to a device or to a key is refused by its name.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -285,7 +285,7 @@ impl<'a> Builder<'a> {
             let what = format!("the extent's name is in an unsupported encoding ({encoding})");
             return Err(Error::unsupported(what));
         }
-        let path = references::beneath(name)?;
+        let path = references::beneath(name).unwrap_or_else(|_| name.into());
         let taken = self.taken.entry(path.clone()).or_default();
         if taken.iter().any(|t| t.start < take.end && take.start < t.end) {
             return Err(Error::corrupt(format!("`{name}` is used by two extents at once")));

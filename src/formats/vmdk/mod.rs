@@ -20,7 +20,8 @@
 //!    and syncs.
 //!
 //! Another parent ([`relink`]) comes with one step: a descriptor file is replaced, an embedded descriptor
-//! is written beside the old one and the header's sector turned to it.
+//! is written beside the old one and the header's sector turned to it ([`area`]). So does another size
+//! ([`resize`]), before which or behind which the extents get theirs.
 //!
 //! # What a crash leaves
 //!
@@ -38,6 +39,7 @@
 //! readers take for zeroes; over a parent they become 1 where the image has zeroed grains, and are
 //! written with zeroes where it has not.
 
+mod area;
 mod check;
 mod child;
 mod cowd;
@@ -51,31 +53,34 @@ mod link;
 mod map;
 mod relink;
 mod repair;
+mod resize;
 mod sesparse;
+mod settled;
 mod space;
 mod stream;
+mod tables;
 mod walk;
 mod write;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+use super::places::directory_of;
+use super::plan::Steps;
 use super::{
-    CreateSpec, Footprint, Format, Identity, Image, ImageInfo, NewLink, OpenContext, Opened, Plan,
+    CreateSpec, Format, Identity, Image, ImageInfo, Label, NewLink, OpenContext, Opened, Plan,
     Probe, Report,
 };
 use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
 pub use child::create_child;
-pub use create::{begin_stream, wrap};
 use descriptor::ExtentAccess;
 use grains::TableCaches;
 use link::{Link, parent_link};
 use map::{Backing, Parts, VmdkMap};
-pub use stream::write::{DEFAULT_LEVEL, GRAIN, LEVELS, Packer, StreamWriter};
 
 /// The VMDK format.
 pub struct Vmdk;
@@ -114,12 +119,18 @@ impl Format for Vmdk {
         Ok(Opened { map, info, identity, parent, read_only, damage })
     }
 
-    fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
-        create::create(host, path, spec)
+    fn label(&self, file: Arc<dyn Storage>, _: &OpenContext) -> Result<Label> {
+        let descriptor = link::find_descriptor(&file)?.file.descriptor;
+        let sectors = descriptor.extents.iter().map(|extent| extent.sectors);
+        Ok(Label {
+            identity: Identity::VmdkCid(descriptor.cid().unwrap_or(0)),
+            parent: parent_link(&descriptor)?.map(|link| link.identity),
+            size: sectors.fold(0, u64::saturating_add).saturating_mul(layout::SECTOR),
+        })
     }
 
-    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint> {
-        create::footprint(spec)
+    fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
+        create::create(host, path, spec)
     }
 
     fn create_child(
@@ -130,6 +141,14 @@ impl Format for Vmdk {
         spec: &CreateSpec,
     ) -> Result<()> {
         child::create_child(host, path, parent, spec)
+    }
+
+    fn own_files(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<PathBuf>> {
+        let image = file.path().to_owned();
+        let link = Link::open(file, ctx)?;
+        let written = link.files.iter().filter(|file| !file.protected());
+        let files = written.map(|file| file.path().to_owned());
+        Ok(files.filter(|path| is_part_of(&image, path)).collect())
     }
 
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
@@ -148,6 +167,16 @@ impl Format for Vmdk {
         map(link, geometry, true, ctx).forget()
     }
 
+    fn resize(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        size: u64,
+        plan: &mut Steps,
+    ) -> Result<()> {
+        resize::resize(file, ctx, size, plan)
+    }
+
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
         check::check(file, ctx, report)
     }
@@ -155,6 +184,21 @@ impl Format for Vmdk {
     fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()> {
         repair::repair(file, ctx, plan)
     }
+}
+
+/// Whether `path` has the name that an extent of the disk with the descriptor at `image` gets when it is
+/// made: the same but for `-s001`, `-flat` and the like, in the same directory.
+fn is_part_of(image: &Path, path: &Path) -> bool {
+    let (Some(stem), Some(name)) = (image.file_stem(), path.file_stem()) else { return false };
+    let (Some(stem), Some(name)) = (stem.to_str(), name.to_str()) else { return false };
+    let Some((whole, role)) = name.rsplit_once('-') else { return false };
+    let numbered = role.strip_prefix(['s', 'f', 'S', 'F']).is_some_and(|number| {
+        number.len() >= 3 && number.bytes().all(|byte| byte.is_ascii_digit())
+    });
+    let named = ["flat", "delta", "sesparse"].iter().any(|word| role.eq_ignore_ascii_case(word));
+    let vmdk = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("vmdk"));
+    let beside = path.parent() == Some(&*directory_of(image));
+    beside && vmdk && (numbered || named) && whole.to_lowercase() == stem.to_lowercase()
 }
 
 /// Whether a file is one extent of a disk, and no disk by itself.

@@ -178,13 +178,13 @@ fn follow_redundant(
 }
 
 /// The entry for one table in each directory, and what it says.
-struct Twins {
+pub(super) struct Twins {
     raw: [u64; 2],
-    at: [Table; 2],
+    pub(super) at: [Table; 2],
 }
 
 /// Calls `visit` for every table that one of the two directories has an entry for.
-fn each_twins(
+pub(super) fn each_twins(
     tables: &GrainTables,
     rgd: u64,
     mut visit: impl FnMut(u64, &Twins) -> Result<()>,

@@ -269,6 +269,12 @@ impl Usage {
         place.end <= self.file * SECTOR && !grains && !table
     }
 
+    /// Where the last header, descriptor, directory or table ends that lies in a range of bytes.
+    pub fn metadata_in(&self, place: &Range<u64>) -> Option<u64> {
+        let meets = |other: &&Range<u64>| other.start < place.end && place.start < other.end;
+        self.places.iter().filter(meets).map(|other| other.end).max()
+    }
+
     /// Whether a grain, or more than one table, uses a part of a table's place.
     pub fn is_contested(&self, place: &Range<u64>) -> bool {
         // All tables are of one length, and none lies over a header or directory.

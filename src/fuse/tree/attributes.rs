@@ -8,12 +8,19 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use super::{Attributes, Kind, Node, ROOT, Tree, What, not_permitted};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::image::stale;
 use crate::fuse::source::Place;
 
 /// What the names of all extended attributes begin with.
 const XATTR_PREFIX: &[u8] = b"user.flatdisk.";
+
+/// The attribute that names a file's image.
+pub const IMAGE: &str = "user.flatdisk.image";
+
+fn path_of(place: &Place) -> Vec<u8> {
+    place.path().into_os_string().into_vec()
+}
 
 impl Tree {
     /// What stat(2) shows of a node.
@@ -123,10 +130,14 @@ impl Tree {
         if same { Ok(attributes) } else { Err(not_permitted("attributes are the image's own")) }
     }
 
-    /// The extended attributes of a flat file.
+    /// The extended attributes of a flat file. The text that stands for a broken image only says which.
     pub fn xattrs(&self, ino: u64) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let node = self.node(ino)?;
-        let What::Image(image) = &node.what else { return Ok(Vec::new()) };
+        let image = match &node.what {
+            What::Image(image) => image,
+            What::Problem(place, _) => return Ok(vec![(IMAGE, path_of(place))]),
+            _ => return Ok(Vec::new()),
+        };
         let (facts, _) = image.look(&self.images)?;
         let info = &facts.info;
         let text = |text: &str| text.as_bytes().to_vec();
@@ -135,7 +146,7 @@ impl Tree {
             ("user.flatdisk.subformat", text(&info.subformat)),
             ("user.flatdisk.virtual-size", text(&facts.size.to_string())),
             ("user.flatdisk.sector-size", text(&info.logical_sector_size.to_string())),
-            ("user.flatdisk.image", image.place.path().into_os_string().into_vec()),
+            (IMAGE, path_of(&image.place)),
         ];
         if let Some(parent) = &info.parent {
             xattrs.push(("user.flatdisk.parent", text(parent)));
@@ -181,12 +192,14 @@ impl Tree {
 
     pub(super) fn problem_text(&self, place: &Place) -> Result<String> {
         let Err(problem) = self.images.examine(place) else { return Err(stale()) };
-        let path = place.path();
+        // Of what is no image at all there is no more to tell.
+        let check = match problem.kind() {
+            ErrorKind::NotThisFormat => "",
+            _ => "`flatdisk check` of this file, or of the image, tells more.\n",
+        };
         Ok(format!(
-            "This image cannot be shown as a disk:\n\n    {problem}\n\n\
-             `flatdisk check '{path}'` tells more.\n\
+            "This image cannot be shown as a disk:\n\n    {problem}\n\n{check}\
              The flat file appears here as soon as the image opens.\n",
-            path = path.display()
         ))
     }
 }

@@ -1,29 +1,47 @@
 //! Open files: reading, writing, and who may.
 
-use std::path::PathBuf;
+use std::collections::{HashSet, VecDeque};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{FIRST_HANDLE, Handle, Opened, READER, Tree, WRITER, What, not_permitted};
+use super::{Handle, Opened, Pinned, READER, READS_TOO, Tree, WRITER, Wanted, What, not_permitted};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::Facts;
 use crate::fuse::image::{ImageFile, stale};
-use crate::storage::Storage;
+use crate::fuse::source::{self, Place};
+use crate::storage::{FileIdentity, Storage};
+
+/// Folders that are searched for children of an image at most.
+const MAX_WALKED: usize = 1 << 14;
 
 impl Tree {
-    /// Opens a flat file. What it holds is never truncated.
+    /// Opens a file, to read it as well where it is opened to `write`; see [`Self::open_as`].
     pub fn open(&self, ino: u64, write: bool, truncate: bool) -> Result<Opened> {
+        self.open_as(ino, Wanted { write, read: true, truncate })
+    }
+
+    /// Opens a flat file. It is never truncated, but see [`super::anew`].
+    pub fn open_as(&self, ino: u64, wanted: Wanted) -> Result<Opened> {
         let node = self.node(ino)?;
+        let Wanted { write, read, truncate } = wanted;
         match &node.what {
-            What::Image(_) if truncate => {
-                Err(not_permitted("the size is the virtual disk's; open without truncating"))
-            }
+            What::Image(_) if truncate && (!write || self.look.writeback) => Err(not_permitted(
+                "the size is the virtual disk's; open without truncating (conv=notrunc, qemu-img -n)",
+            )),
             What::Image(image) => {
-                let keep_cache =
-                    image.open(&self.images, write, |facts| self.permit_write(image, facts))?;
-                let handle = if write { WRITER } else { READER };
-                Ok(Opened { handle, keep_cache, direct: false })
+                let permit = |facts: &Facts| self.permit_write(image, facts);
+                let keep_cache = image.open(&self.images, write, permit)?;
+                if !write {
+                    return Ok(Opened { handle: READER, keep_cache, direct: false });
+                }
+                let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
+                let handle = number | WRITER | if read { READS_TOO } else { 0 };
+                if truncate {
+                    self.anew.begin(handle);
+                }
+                Ok(Opened { handle, keep_cache, direct: truncate })
             }
             What::Problem(place, _) if !write => {
                 let text = self.problem_text(place)?.into_bytes();
@@ -37,10 +55,7 @@ impl Tree {
 
     /// Whether an image can be written as far as is known without looking further.
     pub(super) fn may_write(&self, image: &ImageFile, facts: &Facts) -> Result<()> {
-        let refuse = |why: String| {
-            let what = format!("cannot be written: {why}");
-            Err(Error::new(ErrorKind::ReadOnly, what).in_file(&image.place.path()))
-        };
+        let refuse = |why: String| Err(not_written(image, &why));
         if self.look.read_only {
             return refuse("the mount is read-only".into());
         }
@@ -53,27 +68,71 @@ impl Tree {
         if image.place.host_read_only() {
             return refuse("the host's file system is read-only".into());
         }
-        match self.images.child_of(image.identity) {
-            Some(child) => refuse(format!("{} is made from it", child.display())),
+        match self.images.child_of(image.identity, &facts.label) {
+            Some(child) => Err(made_from_it(image, &child)),
             None => Ok(()),
         }
     }
 
-    /// [`Self::may_write`], after looking at every image that may be a child: those beside the
-    /// image and in the directories above it.
+    /// [`Self::may_write`], after looking at every image that may be a child: all that the mount shows,
+    /// and those beside the image and in the directories above it.
     fn permit_write(&self, image: &ImageFile, facts: &Facts) -> Result<()> {
         self.may_write(image, facts)?;
         if self.look.nonpersistent.is_some() {
             return Ok(());
         }
-        for folder in image.place.relative.ancestors().skip(1) {
-            let folder = image.place.elsewhere(folder.to_owned());
-            let Ok(listing) = self.listing(&folder) else { continue };
-            for entry in listing.images.values().filter(|e| e.identity != image.identity) {
-                let _ = self.images.examine(&folder.elsewhere(entry.relative.clone()));
+        let above = image.place.relative.ancestors().skip(1);
+        let above = above.map(|folder| image.place.elsewhere(folder.to_owned())).collect();
+        let child = self.find_image(above, |place, identity| {
+            identity != image.identity && self.images.is_child(place, image.identity, &facts.label)
+        });
+        match child {
+            Some(child) => Err(made_from_it(image, &child.path())),
+            None => self.may_write(image, facts),
+        }
+    }
+
+    /// The first image that is `wanted`, of those in `folders` and of all that the mount shows.
+    fn find_image(
+        &self,
+        folders: Vec<Place>,
+        wanted: impl Fn(&Place, FileIdentity) -> bool,
+    ) -> Option<Place> {
+        let in_folder = |folder: &Place| {
+            let listing = self.listing(folder).ok();
+            let images = listing.iter().flat_map(|listing| listing.images.values());
+            let images = images.map(|entry| (folder.image(entry), entry.identity));
+            let found = images.into_iter().find(|(place, identity)| wanted(place, *identity));
+            (found.map(|(place, _)| place), listing)
+        };
+        let mut known: HashSet<PathBuf> = folders.iter().map(Place::path).collect();
+        let mut shown: VecDeque<Place> = self.mirror.clone().into_iter().collect();
+        for Pinned { place, folder } in self.pinned.read().clone().into_values() {
+            match place.stat() {
+                Ok(_) if folder => shown.push_back(place),
+                Ok(meta) if wanted(&place, source::identity(&meta)) => return Some(place),
+                _ => {}
             }
         }
-        self.may_write(image, facts)
+        if let Some(found) = folders.iter().find_map(|folder| in_folder(folder).0) {
+            return Some(found);
+        }
+        while let Some(folder) = shown.pop_front() {
+            let (found, listing) = match known.insert(folder.path()) {
+                true => in_folder(&folder),
+                false => (None, self.listing(&folder).ok()),
+            };
+            if found.is_some() {
+                return found;
+            }
+            if known.len() >= MAX_WALKED {
+                log::warn!("too many folders to look for children in all of them");
+                return None;
+            }
+            let inner = listing.iter().flat_map(|listing| listing.folders.keys());
+            shown.extend(inner.map(|name| folder.elsewhere(folder.relative.join(name))));
+        }
+        None
     }
 
     /// The host file of an open image for the kernel to use; see [`ImageFile::lend`].
@@ -115,7 +174,7 @@ impl Tree {
     }
 
     /// Runs `act` on an image's open disk.
-    fn with_disk<R>(&self, ino: u64, act: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
+    pub(super) fn with_disk<R>(&self, ino: u64, act: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
         match &self.node(ino)?.what {
             What::Image(image) => image.with_disk(&self.images, act),
             _ => Err(Error::invalid("not an image")),
@@ -124,7 +183,7 @@ impl Tree {
 
     /// close(2) of a file: whoever wrote learns whether that worked.
     pub fn flush(&self, ino: u64, handle: u64) -> Result<()> {
-        if handle == WRITER { self.sync(ino) } else { Ok(()) }
+        if handle & WRITER != 0 { self.sync(ino) } else { Ok(()) }
     }
 
     /// Makes all writes durable.
@@ -137,13 +196,15 @@ impl Tree {
 
     /// Ends the use of a file.
     pub fn release(&self, ino: u64, handle: u64) -> Result<()> {
-        if handle >= FIRST_HANDLE {
+        let write = handle & WRITER != 0;
+        if handle != READER && !write {
             self.handles.lock().remove(&handle);
             return Ok(());
         }
+        self.anew.end(handle);
         let node = self.node(ino)?;
         let What::Image(image) = &node.what else { return Ok(()) };
-        let released = image.release(&self.images, handle == WRITER);
+        let released = image.release(&self.images, write);
         if let Err(e) = &released {
             self.note_failure(e);
         }
@@ -203,4 +264,13 @@ impl Tree {
             _ => Err(Error::invalid("not a symlink")),
         }
     }
+}
+
+fn not_written(image: &ImageFile, why: &str) -> Error {
+    let what = format!("cannot be written: {why}");
+    Error::new(ErrorKind::ReadOnly, what).in_file(&image.place.path())
+}
+
+fn made_from_it(image: &ImageFile, child: &Path) -> Error {
+    not_written(image, &format!("{} is made from it", child.display()))
 }

@@ -15,6 +15,7 @@
 //! listing, in every mount, and before the node exists. A replaced image is another node, and
 //! programs that have the old one open keep it.
 
+mod anew;
 mod attributes;
 mod files;
 mod names;
@@ -27,10 +28,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
+pub use attributes::IMAGE;
 use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -39,6 +41,7 @@ use crate::fuse::image::{ImageFile, Usage, stale};
 use crate::fuse::pulse::Pulse;
 use crate::fuse::source::{Listing, Place, Source};
 use crate::storage::FileIdentity;
+use anew::Anew;
 
 /// Inode number of the root.
 pub const ROOT: u64 = 1;
@@ -135,10 +138,24 @@ pub struct Opened {
     pub direct: bool,
 }
 
-/// Handles of flat files say only how they are open; the node has everything else.
+/// How a program opens a file.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wanted {
+    /// It will write.
+    pub write: bool,
+    /// It will read. Who does not write does.
+    pub read: bool,
+    /// It throws away what the file holds (`O_TRUNC`).
+    pub truncate: bool,
+}
+
+/// Handles of flat files say how they are open; the node has everything else. Readers share one,
+/// writers have a number each.
 const READER: u64 = 0;
-const WRITER: u64 = 1;
-const FIRST_HANDLE: u64 = 2;
+const WRITER: u64 = 1 << 63;
+/// Of a writer: it reads, too.
+const READS_TOO: u64 = 1 << 62;
+const FIRST_HANDLE: u64 = 1;
 
 #[derive(Debug)]
 enum Handle {
@@ -167,13 +184,9 @@ enum What {
 impl What {
     fn is(&self, found: &Found) -> bool {
         match (self, found) {
-            (Self::Folder(a), Found::Folder(b, _)) => a.path() == b.path(),
-            (Self::Image(a), Found::Image(b, identity)) => {
-                a.identity == *identity && a.place.path() == b.path()
-            }
-            (Self::Problem(a, seen), Found::Problem(b, identity)) => {
-                seen == identity && a.path() == b.path()
-            }
+            (Self::Folder(a), Found::Folder(b, _)) => a.is(b),
+            (Self::Image(a), Found::Image(b, identity)) => a.identity == *identity && a.place.is(b),
+            (Self::Problem(a, seen), Found::Problem(b, identity)) => seen == identity && a.is(b),
             _ => false,
         }
     }
@@ -195,7 +208,7 @@ impl Found {
             Self::Problem(place, identity) => (2, place, identity),
         };
         let mut hasher = DefaultHasher::new();
-        (tag, place.path().as_os_str().as_bytes(), identity).hash(&mut hasher);
+        (tag, place.path().as_os_str().as_bytes(), &place.users, identity).hash(&mut hasher);
         // Room for the numbers below, and for signed arithmetic of programs.
         (hasher.finish() >> 1).max(ROOT + 1)
     }
@@ -232,6 +245,9 @@ pub struct Tree {
     listings: Mutex<HashMap<PathBuf, Arc<Listing>>>,
     handles: Mutex<HashMap<u64, Handle>>,
     next_handle: AtomicU64,
+    anew: Anew,
+    /// Tells the kernel that its pages of a file are old.
+    old_pages: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
     /// Failed flushes and closes, for the end of the mount.
     failures: Mutex<Vec<String>>,
     /// What is asked of the tree, and of each image, counts as work here.
@@ -254,6 +270,8 @@ impl Tree {
             listings: Mutex::default(),
             handles: Mutex::default(),
             next_handle: AtomicU64::new(FIRST_HANDLE),
+            anew: Anew::default(),
+            old_pages: OnceLock::new(),
             failures: Mutex::default(),
             pulse: Pulse::default(),
         };
@@ -262,7 +280,7 @@ impl Tree {
         {
             let source = Source::open(source)?;
             tree.refuse_own(source.root())?;
-            tree.mirror = Some(Place { source, relative: PathBuf::new() });
+            tree.mirror = Some(Place::top(source));
         } else {
             for source in sources {
                 tree.pin_source(source)?;
@@ -271,6 +289,12 @@ impl Tree {
         let root = Node { ino: ROOT, what: What::Root, lookups: AtomicU64::new(1) };
         tree.nodes.write().insert(ROOT, Arc::new(root));
         Ok(tree)
+    }
+
+    /// Has the kernel told by `tell` when its pages of a file are old. `tell` must not wait for the kernel.
+    pub fn on_old_pages(&self, tell: impl Fn(u64) + Send + Sync + 'static) {
+        // A tree is mounted once.
+        let _ = self.old_pages.set(Box::new(tell));
     }
 
     fn node(&self, ino: u64) -> Result<Arc<Node>> {

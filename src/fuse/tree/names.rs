@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -36,7 +36,7 @@ impl Tree {
         let real = std::fs::canonicalize(&absolute).map_err(failed)?;
         let name = absolute.file_name().or(real.file_name()).unwrap_or(OsStr::new("root"));
         let (shown, pinned) = if meta.is_dir() {
-            let place = Place { source: Source::open(&real)?, relative: PathBuf::new() };
+            let place = Place::top(Source::open(&real)?);
             (name.to_owned(), Pinned { place, folder: true })
         } else {
             let place = place_of(&real)?;
@@ -94,7 +94,7 @@ impl Tree {
         if let Some(base) = strip_suffix(name, &self.look.suffix)
             && let Some(entry) = listing.images.get(base)
         {
-            let place = folder.elsewhere(entry.relative.clone());
+            let place = folder.image(entry);
             if self.images.examine(&place).is_ok() {
                 return found(place, Found::Image);
             }
@@ -102,7 +102,7 @@ impl Tree {
         if let Some(base) = strip_suffix(name, PROBLEM_SUFFIX.as_ref())
             && let Some(entry) = listing.images.get(base)
         {
-            let place = folder.elsewhere(entry.relative.clone());
+            let place = folder.image(entry);
             if self.images.examine(&place).is_err() {
                 return found(place, Found::Problem);
             }
@@ -181,7 +181,7 @@ impl Tree {
         let listing = self.listing(folder)?;
         let places = || {
             let images = listing.images.iter();
-            images.map(|(name, e)| (name, folder.elsewhere(e.relative.clone()), e.identity))
+            images.map(|(name, e)| (name, folder.image(e), e.identity))
         };
         // Parts of images that only the image itself names.
         let mut parts = HashSet::new();
@@ -318,7 +318,7 @@ impl Tree {
 /// The place of a file by its real path.
 fn place_of(real: &Path) -> Result<Place> {
     match (real.parent(), real.file_name()) {
-        (Some(dir), Some(name)) => Ok(Place { source: Source::open(dir)?, relative: name.into() }),
+        (Some(dir), Some(name)) => Ok(Place::top(Source::open(dir)?).elsewhere(name.into())),
         _ => Err(Error::invalid("not a file").in_file(real)),
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::*;
 use crate::disk::Disk;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source as Bytes, WritePlan};
-use crate::formats::{Identity, Image, ImageInfo};
+use crate::formats::{Identity, Image, ImageInfo, Label, ParentLink};
 use crate::fuse::source::identity;
 use crate::storage::memory::MemoryFile;
 use crate::storage::{Access, Storage};
@@ -18,7 +18,8 @@ use crate::storage::{Access, Storage};
 const SIZE: u64 = 1 << 20;
 
 /// Opens files whose text says what they are: words `bad`, `read-only`, `parent=NAME`,
-/// `extent=NAME`, `fails` (to flush). Like the host's locks it lets readers or one writer in.
+/// `extent=NAME`, `fails` (to flush), `id=NAME` instead of the file's own, `wants=NAME` for a parent that
+/// is not there. Like the host's locks it lets readers or one writer in.
 #[derive(Default)]
 struct Fake {
     opened: Mutex<Vec<(PathBuf, Access)>>,
@@ -98,7 +99,27 @@ impl BlockMap for FakeMap {
 
 struct FakeOpener(Arc<Fake>);
 
+/// The unique id called `name`.
+fn id(name: &str) -> Identity {
+    let mut id = [0; 16];
+    id.iter_mut().zip(name.bytes()).for_each(|(id, byte)| *id = byte);
+    Identity::VhdUniqueId(id)
+}
+
+fn fake_label(path: &Path) -> Option<Label> {
+    let text = fs::read_to_string(path).ok()?;
+    let value = |key: &str| text.split(' ').find_map(|w| w.strip_prefix(key));
+    let name = path.file_name()?.to_str()?;
+    let parent = value("parent=").map(|path| path.rsplit('/').next().unwrap_or_default());
+    let parent = parent.or(value("wants=")).map(id);
+    Some(Label { identity: id(value("id=").unwrap_or(name)), parent, size: SIZE })
+}
+
 impl Opener for FakeOpener {
+    fn label(&self, place: &Place) -> Option<Label> {
+        fake_label(&place.path())
+    }
+
     fn open(&self, place: &Place, access: Access) -> Result<Image> {
         let path = place.path();
         self.0.opened.lock().push((path.clone(), access));
@@ -108,6 +129,10 @@ impl Opener for FakeOpener {
         if has("bad") {
             return Err(Error::corrupt("a bad header").in_file(&path));
         }
+        if value("wants=").is_some() {
+            return Err(Error::new(ErrorKind::ParentMissing, "no parent").in_file(&path));
+        }
+        let label = fake_label(&path).ok_or_else(not_found)?;
         if access != Access::Peek {
             let mut users = self.0.users.lock();
             let count = users.entry(path.clone()).or_insert(0);
@@ -149,10 +174,15 @@ impl Opener for FakeOpener {
                 parent: value("parent="),
                 ..ImageInfo::default()
             },
-            identity: Identity::VmdkCid(1),
+            identity: label.identity,
             path,
             read_only,
             damage: Vec::new(),
+            link: label.parent.map(|identity| ParentLink {
+                identity,
+                candidates: Vec::new(),
+                modified: None,
+            }),
             parent,
         })
     }
@@ -387,6 +417,49 @@ fn children_that_nobody_looked_at_protect_their_parent_too() {
 }
 
 #[test]
+fn a_disk_is_protected_by_its_id_wherever_the_child_that_names_it_lies() {
+    let s = setup(&[
+        ("bases/Renamed.vhd", "id=b"),
+        ("bases/copy.vhd", "id=b"),
+        ("bases/other.vhd", ""),
+        ("vms/one/deep/child.vhd", "wants=b"),
+    ]);
+    let bases = s.find("bases").ino;
+    let base = |name: &str| s.tree.lookup(bases, OsStr::new(name)).unwrap();
+    for name in ["Renamed.vhd.img", "copy.vhd.img"] {
+        let refused = s.tree.open(base(name).ino, true, false).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ReadOnly, "{name}");
+        assert!(refused.to_string().contains("deep/child.vhd is made from it"), "{refused}");
+        assert_eq!(base(name).mode & 0o222, 0, "{name}");
+    }
+    assert!(s.tree.open(base("other.vhd.img").ino, true, false).is_ok());
+    fs::remove_file(s.path("vms/one/deep/child.vhd")).unwrap();
+    assert!(s.tree.open(base("copy.vhd.img").ino, true, false).is_ok());
+}
+
+#[test]
+fn a_child_in_another_source_protects_its_parent() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in [("a/x.vhd", ""), ("b/sub/child.vhd", "wants=x.vhd")] {
+        fs::create_dir_all(dir.path().join(name).parent().unwrap()).unwrap();
+        fs::write(dir.path().join(name), text).unwrap();
+    }
+    let written = |others: &[&str]| {
+        let sources: Vec<_> =
+            others.iter().chain(&["a"]).map(|name| dir.path().join(name)).collect();
+        let tree = tree_of(&sources, look()).unwrap();
+        let folder = match sources.len() {
+            1 => ROOT,
+            _ => tree.lookup(ROOT, OsStr::new("a")).unwrap().ino,
+        };
+        let image = tree.lookup(folder, OsStr::new("x.vhd.img")).unwrap().ino;
+        tree.open(image, true, false).map(drop).map_err(|e| e.kind())
+    };
+    assert_eq!(written(&[]), Ok(()));
+    assert_eq!(written(&["b"]), Err(ErrorKind::ReadOnly));
+}
+
+#[test]
 fn images_that_cannot_be_written_say_so_in_their_mode_and_at_open() {
     let s = setup(&[("a.vhd", "read-only")]);
     let a = s.find("a.vhd.img");
@@ -400,12 +473,81 @@ fn images_that_cannot_be_written_say_so_in_their_mode_and_at_open() {
 }
 
 #[test]
+fn what_a_program_that_writes_anew_skips_is_zero() {
+    let s = setup(&[("a.vhd", "")]);
+    let a = s.find("a.vhd.img").ino;
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let tell = told.clone();
+    s.tree.on_old_pages(move |ino| tell.lock().push(ino));
+    let old = s.tree.open(a, true, false).unwrap().handle;
+    let write = |handle, offset, data: &[u8]| {
+        s.tree.reach(a, handle, offset, data.len() as u64).unwrap();
+        s.tree.write(a, offset, data).unwrap();
+    };
+    let all = || {
+        let mut buf = vec![1; SIZE as usize];
+        assert_eq!(s.tree.read(a, old, 0, &mut buf).unwrap(), buf.len());
+        buf
+    };
+    let mut want = vec![7; SIZE as usize];
+    write(old, 0, &want);
+
+    let opened = s.tree.open(a, true, true).unwrap();
+    assert!(opened.direct);
+    assert!(all() == want, "nothing is truncated");
+    write(opened.handle, 0, b"head");
+    want[..4].copy_from_slice(b"head");
+    write(opened.handle, 10_000, b"body");
+    want[4..10_000].fill(0);
+    want[10_000..10_004].copy_from_slice(b"body");
+    // What comes out of order is kept, and who did not truncate skips nothing.
+    write(opened.handle, 100, b"late");
+    want[100..104].copy_from_slice(b"late");
+    write(old, 50_000, b"other");
+    want[50_000..50_005].copy_from_slice(b"other");
+    assert!(all() == want);
+    assert_eq!(*told.lock(), [a]);
+    assert!(!s.tree.open(a, false, false).unwrap().keep_cache, "the kernel's pages are old");
+    // Another size than the disk's it cannot get; its own extends it with zeroes.
+    assert!(!s.tree.truncate(a, Some(opened.handle), 20_000).unwrap());
+    assert!(all() == want);
+    assert!(!s.tree.truncate(a, Some(opened.handle), SIZE).unwrap());
+    want[10_004..].fill(0);
+    assert!(all() == want);
+    s.tree.release(a, opened.handle).unwrap();
+    write(old, 0, &vec![9; SIZE as usize]);
+    write(opened.handle, 4096, b"closed");
+    assert_eq!(all()[..4096], [9; 4096]);
+}
+
+#[test]
+fn only_who_reads_and_writes_clears_a_file_by_its_size() {
+    let s = setup(&[("a.vhd", "")]);
+    let a = s.find("a.vhd.img").ino;
+    let only = Wanted { write: true, read: false, truncate: false };
+    let writer = s.tree.open_as(a, only).unwrap().handle;
+    assert!(!s.tree.truncate(a, Some(writer), 0).unwrap());
+    assert!(!s.tree.truncate(a, None, 0).unwrap());
+    s.tree.write(a, 0, b"old").unwrap();
+    let both = s.tree.open(a, true, false).unwrap().handle;
+    assert!(s.tree.truncate(a, Some(both), 0).unwrap());
+    let start = || {
+        let mut buf = [1; 3];
+        s.tree.read(a, both, 0, &mut buf).unwrap();
+        buf
+    };
+    assert_eq!(&start(), b"old");
+    assert!(!s.tree.truncate(a, Some(both), SIZE).unwrap());
+    assert_eq!(start(), [0; 3]);
+}
+
+#[test]
 fn the_size_cannot_be_changed() {
     let s = setup(&[("a.vhd", "")]);
     let a = s.find("a.vhd.img");
     assert_eq!(a.size, SIZE);
     let change = |size, mode| s.tree.change(a.ino, size, mode, (None, None));
-    assert_eq!(errno(s.tree.open(a.ino, true, true)), libc::EPERM);
+    assert_eq!(errno(s.tree.open(a.ino, false, true)), libc::EPERM);
     assert_eq!(errno(change(Some(0), None)), libc::EPERM);
     assert_eq!(errno(change(None, Some(0o777))), libc::EPERM);
     change(Some(SIZE), None).unwrap();

@@ -17,6 +17,7 @@ use super::entry::{EntryHeader, Page, encode, entry_length};
 use crate::codec::write_all;
 use crate::disk::sync_file;
 use crate::error::Result;
+use crate::formats::plan::Steps;
 use crate::formats::vhdx::layout::LOG_SECTOR;
 use crate::storage::Storage;
 
@@ -53,10 +54,15 @@ impl Ring {
         length: u64,
         lengths: FileLengths,
     ) -> Result<Self> {
-        let place = LogPlace { offset, length, guid: Uuid::new_v4() };
-        let mut ring = Self { file: file.clone(), place, head: 0, sequence: 1 };
+        let mut ring = Self::new(file, offset, length);
         ring.append(&[], lengths)?;
         Ok(ring)
+    }
+
+    /// A log without any entry yet, under a GUID of its own.
+    pub fn new(file: &Arc<dyn Storage>, offset: u64, length: u64) -> Self {
+        let place = LogPlace { offset, length, guid: Uuid::new_v4() };
+        Self { file: file.clone(), place, head: 0, sequence: 1 }
     }
 
     /// GUID of the log.
@@ -77,6 +83,26 @@ impl Ring {
     /// place durably. After an error the entry may be there or not; the same call may be repeated
     /// unless it was the sync that failed.
     pub fn append(&mut self, pages: &[Page<'_>], lengths: FileLengths) -> Result<()> {
+        let bytes = self.encode(pages, lengths);
+        for (at, part) in self.places(&bytes) {
+            write_all(&*self.file, at, part, "log entry")?;
+        }
+        sync_file(&*self.file)?;
+        self.advance(&bytes);
+        Ok(())
+    }
+
+    /// Plans what [`Self::append`] does.
+    pub fn plan(&mut self, pages: &[Page<'_>], lengths: FileLengths, plan: &mut Steps) {
+        let bytes = self.encode(pages, lengths);
+        for (at, part) in self.places(&bytes) {
+            plan.write(&self.file, at, part.to_vec(), "an entry of the log");
+        }
+        plan.sync(&self.file);
+        self.advance(&bytes);
+    }
+
+    fn encode(&self, pages: &[Page<'_>], lengths: FileLengths) -> Vec<u8> {
         let header = EntryHeader {
             length: 0,
             tail: self.head,
@@ -84,17 +110,20 @@ impl Ring {
             flushed_file_offset: lengths.durable,
             last_file_offset: lengths.needed,
         };
-        let bytes = encode(self.place.guid, &header, pages);
+        encode(self.place.guid, &header, pages)
+    }
+
+    /// The parts of the next entry, of which the second begins the ring anew, and where they go.
+    fn places<'b>(&self, bytes: &'b [u8]) -> impl Iterator<Item = (u64, &'b [u8])> + use<'b> {
         let before_end = ((self.place.length - self.head) as usize).min(bytes.len());
         let (first, wrapped) = bytes.split_at(before_end);
-        write_all(&*self.file, self.place.position(self.head), first, "log entry")?;
-        if !wrapped.is_empty() {
-            write_all(&*self.file, self.place.offset, wrapped, "log entry")?;
-        }
-        sync_file(&*self.file)?;
-        self.head = (self.head + bytes.len() as u64) % self.place.length;
+        let parts = [(self.place.position(self.head), first), (self.place.offset, wrapped)];
+        parts.into_iter().filter(|(_, part)| !part.is_empty())
+    }
+
+    fn advance(&mut self, entry: &[u8]) {
+        self.head = (self.head + entry.len() as u64) % self.place.length;
         self.sequence += 1;
-        Ok(())
     }
 }
 

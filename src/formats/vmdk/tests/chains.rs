@@ -97,8 +97,8 @@ fn parents_are_named_by_cid_and_hint() {
         let host = host(&[("d.vmdk", text.as_bytes()), ("a", &[0; 4096])]);
         let shared: Arc<dyn Host> = host.clone();
         let options = OpenOptions::new(Access::Read);
-        let ctx = formats::OpenContext::new(&shared, &at("d.vmdk"), &options);
         let file = shared.open(&at("d.vmdk"), Access::Read).unwrap();
+        let ctx = formats::OpenContext::new(&shared, &*file, &options);
         formats::Format::open(&Vmdk, file, &ctx).map(|opened| opened.parent)
     };
     let Some(ParentLink { identity, candidates, .. }) =
