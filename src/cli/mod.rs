@@ -7,6 +7,7 @@
 pub mod attach;
 pub mod browse;
 pub mod chain;
+pub mod files;
 pub mod images;
 pub mod inspect;
 pub mod install;
@@ -118,6 +119,15 @@ enum Command {
     /// Partition tables (GPT from either copy, MBR with logical partitions), and in every partition, or
     /// on a disk without a table, the file system or container with label and UUID.
     Volumes(volumes::VolumesArgs),
+    /// List a directory of a file system in an image.
+    ///
+    /// ext2, ext3, ext4, NTFS and FAT are read without mounting anything, without privileges, and
+    /// without changing a byte.
+    Ls(files::LsArgs),
+    /// Print a file of a file system in an image, or the bytes of a disk or partition.
+    Cat(files::CatArgs),
+    /// Copy files and directories out of an image.
+    Cp(files::CpArgs),
     /// Merge a child into its parent.
     Commit(chain::CommitArgs),
     /// Give a child another parent.
@@ -224,6 +234,9 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Resize(args) => size::resize(args),
         Command::Map(args) => chain::map(args),
         Command::Volumes(args) => volumes::volumes(args),
+        Command::Ls(args) => files::ls(args),
+        Command::Cat(args) => files::cat(args),
+        Command::Cp(args) => files::cp(args),
         Command::Commit(args) => chain::commit(args),
         Command::Rebase(args) => chain::rebase(args),
         Command::Browse(args) => return browse::browse(args),

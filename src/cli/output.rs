@@ -87,8 +87,13 @@ pub fn print_line(line: &str) -> Result<()> {
 /// Prints to standard output. A reader that went away ends the program quietly, as it does every
 /// filter; `print!` would panic.
 pub fn print_text(text: &str) -> Result<()> {
+    print_bytes(text.as_bytes())
+}
+
+/// [`print_text`] for what need not be text.
+pub fn print_bytes(bytes: &[u8]) -> Result<()> {
     use std::io::Write;
-    match std::io::stdout().write_all(text.as_bytes()) {
+    match std::io::stdout().write_all(bytes) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other.map_err(|e| Error::io("writing to standard output", &e)),
     }

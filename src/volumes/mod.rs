@@ -10,6 +10,7 @@
 
 mod bytes;
 mod content;
+pub mod files;
 mod gpt;
 mod mbr;
 mod types;
