@@ -7,6 +7,7 @@
 pub mod attach;
 pub mod browse;
 pub mod chain;
+pub mod compact;
 pub mod files;
 pub mod images;
 pub mod inspect;
@@ -107,6 +108,13 @@ enum Command {
     /// on (not of VMDK). Killed at any moment, the command leaves the old size or the new one. Partition
     /// tables and file systems on the disk stay as they are.
     Resize(size::ResizeArgs),
+    /// Give unused space of images back to the host, in place.
+    ///
+    /// Blocks that read as zeroes are given up, the last blocks move into free places, and the file gets
+    /// short. What the guest sees stays, and so do children. Interrupted or killed, the command leaves
+    /// a good image, and a second run goes on. Of fixed and flat images zeroes become holes of the
+    /// host's file.
+    Compact(compact::CompactArgs),
     /// List what every part of a disk is, and which image holds it.
     ///
     /// Runs of stored data, of zeroes, and of what no image stores, in the order of the disk. With
@@ -232,6 +240,7 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Check(args) => inspect::check(args),
         Command::Create(args) => images::create(args),
         Command::Resize(args) => size::resize(args),
+        Command::Compact(args) => compact::compact(args),
         Command::Map(args) => chain::map(args),
         Command::Volumes(args) => volumes::volumes(args),
         Command::Ls(args) => files::ls(args),

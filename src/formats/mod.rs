@@ -5,6 +5,7 @@
 //! above them.
 
 pub mod chain;
+pub mod compact;
 pub mod folders;
 mod foreign;
 pub mod open;
@@ -29,6 +30,7 @@ use crate::disk::LOOKUP_STEP;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Host, Storage};
+use compact::Part;
 pub use folders::Label;
 use open::open_alone;
 pub use open::{Image, OpenContext, OpenOptions, Spelling, open};
@@ -155,6 +157,10 @@ pub trait Format: Sync {
         size: u64,
         plan: &mut Steps,
     ) -> Result<()>;
+
+    /// The parts of the sound image in `file`, open for writing, that can be compacted. Damage is
+    /// refused. What every writer would put right, such as replaying a log, is put right.
+    fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>>;
 
     /// Walks every structure of the image, adding what it finds to `report`. An error only means
     /// that checking could not go on; damage is a finding. Time is linear in the file's tables.

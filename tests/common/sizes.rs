@@ -1,28 +1,39 @@
 //! Changes of an image's size and of its layout, and what a crash may leave of them.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use flatdisk::error::Result;
-use flatdisk::formats::resize::{Resized, resize};
+use flatdisk::formats::compact::{Compacting, compact};
+use flatdisk::formats::resize::resize;
 use flatdisk::formats::{self, CreateSpec, OpenOptions};
+use flatdisk::storage::faulty::{Call, Fault, Faults, FaultyHost};
 use flatdisk::storage::memory::MemoryHost;
+use flatdisk::storage::recording::RecordingHost;
 use flatdisk::storage::{Access, Host};
 
-use super::crash::contents;
+use super::crash::{contents, each_state};
 use super::history::{SECTOR, Sectors};
 use super::images::{Image, Kind, errors, offered};
-use super::pattern;
+use super::{in_parallel, number, pattern, seed};
 
 const MIB: u64 = 1 << 20;
+
+/// What is done to an image.
+#[derive(Debug, Clone, Copy)]
+pub enum Work {
+    /// The disk gets that size.
+    Resize(u64),
+    /// Unused space is given back.
+    Compact(Compacting),
+}
 
 /// A change of an image.
 pub struct Case {
     pub image: Image,
     /// A child of it is what changes.
     pub child: bool,
-    /// Size of the disk afterwards.
-    pub size: u64,
+    pub work: Work,
     /// Called on the image with its data, before.
     pub prepare: fn(&Arc<dyn Host>, &Path),
 }
@@ -30,7 +41,12 @@ pub struct Case {
 impl Case {
     pub fn name(&self) -> String {
         let child = if self.child { "child of " } else { "" };
-        format!("{child}{} to {} bytes", self.image.name(), self.size)
+        let work = match self.work {
+            Work::Resize(size) => format!("to {size} bytes"),
+            Work::Compact(how) if how.defragment => "compacted in order".to_owned(),
+            Work::Compact(_) => "compacted".to_owned(),
+        };
+        format!("{child}{} {work}", self.image.name())
     }
 
     pub fn path(&self) -> PathBuf {
@@ -61,9 +77,27 @@ impl Case {
         Made { case: self, host, size, whole }
     }
 
-    /// Makes the change.
-    pub fn run(&self, host: &Arc<dyn Host>) -> Result<Resized> {
-        resize(host, &self.path(), &OpenOptions::new(Access::Write), self.size, false, &())
+    /// Makes the change; whether anything was to be changed.
+    pub fn run(&self, host: &Arc<dyn Host>) -> flatdisk::error::Result<bool> {
+        let options = OpenOptions::new(Access::Write);
+        match self.work {
+            Work::Resize(size) => {
+                let done = resize(host, &self.path(), &options, size, false, &())?;
+                Ok(!done.changes.is_empty())
+            }
+            Work::Compact(how) => {
+                let done = compact(host, &self.path(), &options, how, &())?;
+                Ok(done.moved > 0 || done.zeroes > 0 || done.length != done.length_before)
+            }
+        }
+    }
+
+    /// Bytes of the disk afterwards, if it had that many before.
+    pub fn size(&self, before: u64) -> u64 {
+        match self.work {
+            Work::Resize(size) => size,
+            Work::Compact(_) => before,
+        }
     }
 }
 
@@ -86,7 +120,7 @@ pub fn scatter(host: &Arc<dyn Host>, path: &Path, stamp: u32) {
 }
 
 /// Size and contents of a disk.
-pub fn read(host: &Arc<dyn Host>, path: &Path) -> std::result::Result<(u64, Sectors), String> {
+pub fn read(host: &Arc<dyn Host>, path: &Path) -> Result<(u64, Sectors), String> {
     let image = formats::open(host, path, &OpenOptions::new(Access::Read));
     let disk = image.map_err(|e| e.to_string())?.disk;
     Ok((disk.size(), contents(&disk)?))
@@ -112,13 +146,13 @@ impl Made<'_> {
     }
 
     /// Whether a crash may leave `state`; `done`: the change had returned.
-    pub fn judge(&self, state: &Arc<MemoryHost>, done: bool) -> std::result::Result<(), String> {
+    pub fn judge(&self, state: &Arc<MemoryHost>, done: bool) -> Result<(), String> {
         let (host, path): (Arc<dyn Host>, _) = (state.fork(), self.case.path());
         let (size, found) = read(&host, &path).map_err(|e| format!("after the crash: {e}"))?;
-        if size != self.case.size && (done || size != self.size) {
+        if size != self.case.size(self.size) && (done || size != self.size) {
             return Err(format!("the disk has {size} bytes after the crash"));
         }
-        let kept = self.case.size.min(self.size);
+        let kept = self.case.size(self.size).min(self.size);
         if found.range(..kept / SECTOR).ne(self.kept(kept).iter()) {
             return Err("data is lost or wrong after the crash".to_owned());
         }
@@ -139,10 +173,10 @@ impl Made<'_> {
     }
 
     /// Whether the change is complete.
-    pub fn judge_end(&self, host: &Arc<dyn Host>) -> std::result::Result<(), String> {
+    pub fn judge_end(&self, host: &Arc<dyn Host>) -> Result<(), String> {
         let path = self.case.path();
         let (size, found) = read(host, &path)?;
-        if size != self.case.size || found != self.kept(size) {
+        if size != self.case.size(self.size) || found != self.kept(size) {
             let first =
                 found.iter().zip(self.kept(size)).find(|((a, x), (b, y))| *a != b || *x != y);
             return Err(format!("{size} bytes, {} sectors; {first:?}", found.len()));
@@ -151,18 +185,78 @@ impl Made<'_> {
         if !wrong.is_empty() {
             return Err(format!("the check finds: {}", wrong.join("; ")));
         }
-        let again = self.case.run(host).map_err(|e| e.to_string())?;
-        if !again.changes.is_empty() {
-            return Err(format!("the same size changes {:?}", again.changes));
+        match self.case.run(host) {
+            Ok(false) => Ok(()),
+            Ok(true) => Err("the same once more changes something".to_owned()),
+            Err(e) => Err(e.to_string()),
         }
-        Ok(())
     }
 }
 
 fn nothing(_: &Arc<dyn Host>, _: &Path) {}
 
 fn case(image: Image, size: u64) -> Case {
-    Case { image, child: false, size, prepare: nothing }
+    Case { image, child: false, work: Work::Resize(size), prepare: nothing }
+}
+
+/// Stores zeroes in whole blocks, between others that hold something.
+fn store_zeroes(host: &Arc<dyn Host>, path: &Path) {
+    let disk = formats::open(host, path, &OpenOptions::new(Access::Write)).unwrap().disk;
+    let (size, block) = (disk.size(), disk.geometry().block_size.min(MIB / 4));
+    let block = block.max(disk.geometry().block_size.min(size / 4 / 4096 * 4096));
+    let blocks = size.div_ceil(block);
+    for number in [blocks / 2, blocks - 2, 2] {
+        let at = number * block;
+        disk.write_at(at, &pattern::bytes(50, at, 512)).unwrap();
+        disk.flush().unwrap();
+        disk.write_at(at, &vec![0; block.min(size - at) as usize]).unwrap();
+    }
+    disk.write_at(block, &pattern::bytes(51, block, 1024)).unwrap();
+    disk.close().unwrap();
+}
+
+/// The same, on a disk that outgrew the place of its table.
+fn outgrow(host: &Arc<dyn Host>, path: &Path) {
+    store_zeroes(host, path);
+    let size = if path.extension().is_some_and(|e| e == "vhdx") { 200 << 30 } else { 90 * MIB };
+    resize(host, path, &OpenOptions::new(Access::Write), size, false, &()).unwrap();
+}
+
+/// Images to be compacted, of every kind.
+pub fn compacted() -> Vec<Case> {
+    let vhd = |size, block| Image::new("vhd", "dynamic", size).block(block);
+    let vhdx = |size| Image::new("vhdx", "dynamic", size).block(MIB).sector(512);
+    let vmdk = |subformat, size| Image::new("vmdk", subformat, size);
+    let case = |image: Image, defragment| {
+        let work = Work::Compact(Compacting { defragment, ..Compacting::default() });
+        Case { image, child: false, work, prepare: store_zeroes }
+    };
+    let child = |case| Case { child: true, ..case };
+    let outgrown = |case| Case { prepare: outgrow, ..case };
+    let mut all = vec![
+        case(Image::new("vhd", "fixed", 3 * MIB + 5 * SECTOR), false),
+        case(vhd(400 << 10, 4096), false),
+        case(vhd(400 << 10, 4096), true),
+        case(vhd(3 * MIB, MIB / 2).tweaked("batmap", super::repairs::xen), false),
+        child(case(vhd(3 * MIB + 5 * SECTOR, MIB / 2), true)),
+        outgrown(case(vhd(3 * MIB + 5 * SECTOR, MIB / 2), true)),
+        outgrown(case(vhdx(5 * MIB + 3 * SECTOR), true)),
+        case(Image::new("vhdx", "dynamic", 19 * MIB).block(2 * MIB).sector(4096), true),
+        case(Image::new("vhdx", "fixed", 4 * MIB).block(MIB).sector(512), false),
+        child(case(vhdx(9 * MIB + 3 * SECTOR), true)),
+        outgrown(case(vmdk("monolithicSparse", 40 * MIB + 5 * SECTOR), true)),
+        child(case(vmdk("monolithicSparse", 40 * MIB + 5 * SECTOR), true)),
+        case(vmdk("twoGbMaxExtentSparse", 2047 * MIB + 300 * SECTOR), true),
+        case(vmdk("monolithicFlat", MIB + SECTOR), false),
+        case(vmdk("vmfsSparse", 2 * MIB + 67 * SECTOR), false),
+        case(vmdk("vmfsSparse", 2 * MIB + 67 * SECTOR), true),
+    ];
+    for defragment in [false, true] {
+        all.push(case(vhd(7 * MIB + 5 * SECTOR, MIB / 2), defragment));
+        all.push(case(vhdx(9 * MIB + 3 * SECTOR), defragment));
+        all.push(case(vmdk("monolithicSparse", 40 * MIB + 5 * SECTOR), defragment));
+    }
+    picked(all)
 }
 
 /// Larger disks, of every kind, and across every border of their tables.
@@ -229,4 +323,84 @@ fn picked(all: Vec<Case>) -> Vec<Case> {
         .filter(|case| !offered(vec![case.image.clone()]).is_empty())
         .filter(|case| case.name().contains(&only))
         .collect()
+}
+
+/// Distinct crash states to look at for each change.
+fn budget() -> usize {
+    number("FLATDISK_RESIZE_STATES", 300) as usize
+}
+
+/// Calls that change something, and all others.
+const CALLS: [&[Call]; 2] = [&Call::CHANGES, &[Call::Read, Call::Look, Call::Open]];
+
+/// Fails unless all went well for every case.
+pub fn all_of(cases: &[Case], run: impl Fn(&Case) -> Result<usize, String> + Sync) {
+    let results = in_parallel(cases, |case| {
+        let began = std::time::Instant::now();
+        (run(case).map_err(|e| format!("{}: {e}", case.name())), began.elapsed())
+    });
+    let mut failures = Vec::new();
+    for (case, (result, time)) in cases.iter().zip(results) {
+        match result {
+            Ok(count) => println!("{}: {count}, {:.1} s", case.name(), time.as_secs_f32()),
+            Err(e) => failures.push(e),
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+}
+
+/// Checks what crashes may leave of a change; how many states.
+pub fn survives(case: &Case) -> Result<usize, String> {
+    let made = case.made();
+    let recorder = RecordingHost::over(&made.host);
+    let recorded: Arc<dyn Host> = recorder.clone();
+    case.run(&recorded).map_err(|e| e.to_string())?;
+    let recording = recorder.recording();
+    let done = recording.ops().len();
+    let mut states = HashSet::new();
+    let mut random = fastrand::Rng::with_seed(seed());
+    let epoch = |at| usize::from(at == done);
+    each_state(&recording, &mut random, budget(), &mut states, epoch, &mut |at, state, _| {
+        made.judge(state, at == done)
+    })?;
+    Ok(states.len())
+}
+
+/// Lets calls fail during a change, one each time; how many.
+pub fn tells_of_faults(case: &Case) -> Result<usize, String> {
+    let made = case.made();
+    let run = |fault: Option<(&'static [Call], u64, Fault)>| {
+        let faults = Arc::new(Faults::default());
+        if let Some((calls, skip, fault)) = fault {
+            faults.inject(calls, skip, fault, false);
+        }
+        let state = made.host.fork();
+        let host: Arc<dyn Host> = FaultyHost::over(state.clone(), &faults);
+        let result = case.run(&host);
+        (state, result, faults)
+    };
+    let counts = CALLS.map(|calls| run(None).2.count(calls));
+    let mut cases = Vec::new();
+    for (calls, count) in CALLS.into_iter().zip(counts) {
+        cases.extend((0..count).map(|skip| (calls, skip, Fault::Errno(libc::EIO))));
+        if calls == Call::CHANGES {
+            cases.extend((0..count).map(|skip| (calls, skip, Fault::Half(libc::ENOSPC))));
+        }
+    }
+    fastrand::Rng::with_seed(seed()).shuffle(&mut cases);
+    cases.truncate(number("FLATDISK_RESIZE_FAULTS", 60) as usize);
+    for fault in &cases {
+        let (state, result, faults) = run(Some(*fault));
+        let failed = |e: String| format!("{fault:?}: {e}");
+        if faults.fired() != 1 {
+            return Err(failed(format!("{} calls failed", faults.fired())));
+        }
+        if let Err(e) = &result
+            && e.path().is_none()
+        {
+            return Err(failed(format!("{e} names no file")));
+        }
+        made.judge(&state, result.is_ok()).map_err(failed)?;
+    }
+    Ok(cases.len())
 }

@@ -10,7 +10,7 @@
 //! `fixed` and `blocks` are the mappings, `differencing` is what a child adds to the latter; `bat`
 //! and `bitmaps` are the cached tables and `space` hands out room in the file. `survey` walks the
 //! whole BAT, before the first write and for a check. `repair` rebuilds what is there twice or follows
-//! from the rest, `resize` changes the disk's size; `sound` is what such a change of the file begins with.
+//! from the rest, `resize` changes the disk's size, `compact` gives unused blocks back; `sound` is what such a change of the file begins with.
 //!
 //! # The order of writes
 //!
@@ -52,6 +52,7 @@ mod batmap;
 mod bitmaps;
 mod blocks;
 mod check;
+mod compact;
 mod create;
 mod differencing;
 mod fixed;
@@ -75,6 +76,7 @@ pub use create::create_child;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::compact::Part;
 use super::plan::Steps;
 use super::{
     CreateSpec, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan, Probe,
@@ -157,6 +159,10 @@ impl Format for Vhd {
         plan: &mut Steps,
     ) -> Result<()> {
         resize::resize(&file, ctx, size, plan)
+    }
+
+    fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>> {
+        compact::parts(file, ctx)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {

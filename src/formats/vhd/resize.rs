@@ -33,7 +33,7 @@ use super::layout::{
     CREATOR, CREATOR_VERSION, Chs, DynamicHeader, FOOTER, Footer, MAX_SPARSE_SIZE, REACH, SECTOR,
     UNUSED, table_size,
 };
-use super::sound::{Entries, Sound};
+use super::sound::{Entries, Sound, move_footer};
 use super::structure::{Structure, overlap};
 use super::survey::Survey;
 use crate::codec;
@@ -346,20 +346,9 @@ struct Room {
 }
 
 impl Room {
-    /// Moves the trailing footer, still the old one, behind byte `end`. The copy at the beginning is
-    /// intact, so the image opens whatever a crash leaves of this.
+    /// Moves the trailing footer, still the old one, behind byte `end`.
     fn reach(&mut self, sparse: &Sparse<'_>, end: u64, plan: &mut Steps) {
-        if end <= self.footer_at {
-            return;
-        }
-        let (file, bytes) = (sparse.file, sparse.footers.bytes().to_vec());
-        plan.set_len(file, end + FOOTER, "room behind the last block");
-        plan.write(file, end, bytes, "the footer, at the new end");
-        plan.sync(file);
-        let old = self.footer_at..(self.footer_at + FOOTER).min(end);
-        plan.punch(file, old, "the footer's old place");
-        plan.sync(file);
-        self.footer_at = end;
+        move_footer(sparse.file, sparse.footers.bytes(), &mut self.footer_at, end, plan);
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::footers::{CopyState, Footers};
-use super::layout::{DiskType, SECTOR, UNUSED};
+use super::layout::{DiskType, FOOTER, SECTOR, UNUSED};
 use super::structure::Structure;
 use super::survey::Survey;
 use super::{parent_link, sparse_map};
@@ -70,6 +70,27 @@ impl Sound {
 
 fn damaged(why: &str) -> Error {
     Error::corrupt(format!("not changed: {why}")).hint(REPAIR)
+}
+
+/// Plans that the trailing footer of these bytes, at `footer_at`, moves behind byte `end` if it is not
+/// there. The copy at the beginning is intact, so the image opens whatever a crash leaves of this.
+pub(super) fn move_footer(
+    file: &Arc<dyn Storage>,
+    footer: &[u8],
+    footer_at: &mut u64,
+    end: u64,
+    plan: &mut Steps,
+) {
+    if end <= *footer_at {
+        return;
+    }
+    plan.set_len(file, end + FOOTER, "room behind the last block");
+    plan.write(file, end, footer.to_vec(), "the footer, at the new end");
+    plan.sync(file);
+    let old = *footer_at..(*footer_at + FOOTER).min(end);
+    plan.punch(file, old, "the footer's old place");
+    plan.sync(file);
+    *footer_at = end;
 }
 
 /// Sectors of the BAT while entries in them change.

@@ -6,7 +6,7 @@
 //! | `headers`, `regions`, `metadata`, `locator` | reading and writing each of them |
 //! | `log`, `overlay` | the log, and a file as its log makes it |
 //! | `bat`, `bitmap` | block allocation table and sector bitmaps |
-//! | `open`, `create`, `check`, `repair`, `relink`, `resize` | what [`Format`] asks for |
+//! | `open`, `create`, `check`, `repair`, `relink`, `resize`, `compact` | what [`Format`] asks for |
 //! | `settled`, `logged` | what a change of the file as a whole begins with, and its way through the log |
 //! | `blocks`, `writes`, `session` | the mapping, its changes, and making them durable |
 //! | `space`, `stock` | which parts of the file are in use |
@@ -58,6 +58,7 @@ mod bat;
 mod bitmap;
 mod blocks;
 mod check;
+mod compact;
 mod create;
 mod headers;
 mod layout;
@@ -83,6 +84,7 @@ mod writes;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::compact::Part;
 use super::plan::Steps;
 use super::{CreateSpec, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report};
 use crate::error::Result;
@@ -144,6 +146,10 @@ impl Format for Vhdx {
         plan: &mut Steps,
     ) -> Result<()> {
         resize::resize(file, ctx, size, plan)
+    }
+
+    fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>> {
+        compact::parts(file, ctx)
     }
 
     fn check(&self, file: Arc<dyn Storage>, _: &OpenContext, report: &mut Report) -> Result<()> {

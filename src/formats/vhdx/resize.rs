@@ -86,8 +86,8 @@ impl Change<'_> {
             if !place.zeroed || place.at < parts.file_len {
                 plan.punch(file, table.range(), "the BAT's new place");
             }
-            self.copy_table(old, &table, plan)?;
-            pages.extend(self.region_pages(&table));
+            copy_table(parts, old, &table, plan)?;
+            pages.extend(region_pages(parts, &table));
         } else {
             self.clear_entries(plan)?;
         }
@@ -112,7 +112,7 @@ impl Change<'_> {
         let mut forgotten = Vec::new();
         // The numbers of blocks and chunks behind the end of the disk count here, too.
         let all = BatLayout { blocks: u64::MAX >> 20, chunks: u64::MAX >> 20, ..self.new };
-        let stale = self.stale(&self.new, |index, entry| {
+        let stale = stale(parts, &self.new, |index, entry| {
             let len = match all.slot(index) {
                 Slot::Block(_) if stored(entry) => self.new.block_size,
                 Slot::Bitmap(_) if stored(entry) && parts.metadata.has_parent => MIB,
@@ -136,7 +136,7 @@ impl Change<'_> {
         for pages in stale.chunks(log.max_pages()) {
             let mut images = Vec::new();
             for at in pages {
-                images.push((*at, self.page_without(*at, &self.new)?));
+                images.push((*at, page_without(parts, *at, &self.new)?));
             }
             log.commit(images, "BAT entries behind the end of the disk", plan)?;
         }
@@ -169,48 +169,10 @@ impl Change<'_> {
         Ok(pages.into_pages().collect())
     }
 
-    /// Both region tables, with the BAT in another place.
-    fn region_pages(&self, table: &Region) -> Vec<(u64, Vec<u8>)> {
-        let mut all = self.parts.regions.all.clone();
-        for region in all.iter_mut().filter(|region| **region == self.parts.regions.bat) {
-            *region = table.clone();
-        }
-        let bytes = regions::encode(&all);
-        let page = LOG_SECTOR as usize;
-        let places = REGION_TABLE_OFFSETS
-            .into_iter()
-            .flat_map(|at| (0..TABLE_BYTES / page).map(move |index| (at, index * page)));
-        places.map(|(at, skip)| (at + skip as u64, bytes[skip..skip + page].to_vec())).collect()
-    }
-
-    /// Copies what the BAT stores for the disk to its new place, where everything is zero.
-    fn copy_table(&self, old: &Region, new: &Region, plan: &mut Steps) -> Result<()> {
-        let file = self.file();
-        let end = old.offset + self.parts.layout.entries * ENTRY_BYTES;
-        let mut at = old.offset;
-        while at < end {
-            let data = file
-                .next_data(at)
-                .map_err(|e| Error::io("looking for the BAT", &e).in_file(file.path()).at(at))?;
-            let Some(data) = data.filter(|data| data.start < end) else { break };
-            let part = data.start.max(at)..data.end.min(end);
-            at = data.end;
-            if !part.is_empty() {
-                let to = new.offset + (part.start - old.offset);
-                plan.copy(file, part, to, "the BAT, in its new place");
-            }
-        }
-        for at in self.stale(&self.parts.layout, |_, _| ())?.into_iter().filter(|at| *at < end) {
-            let page = self.page_without(at, &self.parts.layout)?;
-            plan.write(file, new.offset + (at - old.offset), page, "BAT entries that mean nothing");
-        }
-        Ok(())
-    }
-
     /// Zeroes the entries of the BAT that mean nothing yet.
     fn clear_entries(&self, plan: &mut Steps) -> Result<()> {
-        for at in self.stale(&self.parts.layout, |_, _| ())? {
-            let page = self.page_without(at, &self.parts.layout)?;
+        for at in stale(self.parts, &self.parts.layout, |_, _| ())? {
+            let page = page_without(self.parts, at, &self.parts.layout)?;
             plan.write(self.file(), at, page, "BAT entries behind the end of the disk");
         }
         Ok(())
@@ -267,38 +229,6 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// The pages of the BAT with entries that mean nothing in `layout`, by byte offset; `visit` gets those
-    /// entries.
-    fn stale(&self, layout: &BatLayout, mut visit: impl FnMut(u64, Entry)) -> Result<Vec<u64>> {
-        let region = &self.parts.regions.bat;
-        let whole = BatLayout { entries: region.length / ENTRY_BYTES, ..*layout };
-        let mut pages: Vec<u64> = Vec::new();
-        bat::scan(&**self.file(), region, &whole, |index, slot, entry| {
-            if slot != Slot::Unused {
-                return;
-            }
-            visit(index, entry);
-            let page = (region.offset + index * ENTRY_BYTES) / LOG_SECTOR * LOG_SECTOR;
-            if pages.last() != Some(&page) {
-                pages.push(page);
-            }
-        })?;
-        Ok(pages)
-    }
-
-    /// A page of the BAT with zeroes for the entries that mean nothing in `layout`.
-    fn page_without(&self, at: u64, layout: &BatLayout) -> Result<Vec<u8>> {
-        let mut page = vec![0; LOG_SECTOR as usize];
-        read_exact(&**self.file(), at, &mut page, "BAT")?;
-        let first = (at - self.parts.regions.bat.offset) / ENTRY_BYTES;
-        for index in 0..LOG_SECTOR / ENTRY_BYTES {
-            if layout.slot(first + index) == Slot::Unused {
-                Entry(0).put(&mut page, index);
-            }
-        }
-        Ok(page)
-    }
-
     /// Cuts off the end of the file that is not in use, and punches what of `freed` lies before.
     fn give_back(&self, freed: impl Iterator<Item = Range<u64>>, space: &Space, plan: &mut Steps) {
         let end = space.used_end();
@@ -313,4 +243,79 @@ impl Change<'_> {
 
 fn stored(entry: Entry) -> bool {
     matches!(entry.state(), State::Present | State::Partial)
+}
+
+/// Both region tables, with the BAT in another place.
+pub(super) fn region_pages(parts: &Parts, table: &Region) -> Vec<(u64, Vec<u8>)> {
+    let mut all = parts.regions.all.clone();
+    for region in all.iter_mut().filter(|region| **region == parts.regions.bat) {
+        *region = table.clone();
+    }
+    let bytes = regions::encode(&all);
+    let page = LOG_SECTOR as usize;
+    let places = REGION_TABLE_OFFSETS
+        .into_iter()
+        .flat_map(|at| (0..TABLE_BYTES / page).map(move |index| (at, index * page)));
+    places.map(|(at, skip)| (at + skip as u64, bytes[skip..skip + page].to_vec())).collect()
+}
+
+/// Copies what the BAT stores for the disk to its new place, where everything is zero.
+pub(super) fn copy_table(
+    parts: &Parts,
+    old: &Region,
+    new: &Region,
+    plan: &mut Steps,
+) -> Result<()> {
+    let file = &parts.file;
+    let end = old.offset + parts.layout.entries * ENTRY_BYTES;
+    let mut at = old.offset;
+    while at < end {
+        let data = file
+            .next_data(at)
+            .map_err(|e| Error::io("looking for the BAT", &e).in_file(file.path()).at(at))?;
+        let Some(data) = data.filter(|data| data.start < end) else { break };
+        let part = data.start.max(at)..data.end.min(end);
+        at = data.end;
+        if !part.is_empty() {
+            let to = new.offset + (part.start - old.offset);
+            plan.copy(file, part, to, "the BAT, in its new place");
+        }
+    }
+    for at in stale(parts, &parts.layout, |_, _| ())?.into_iter().filter(|at| *at < end) {
+        let page = page_without(parts, at, &parts.layout)?;
+        plan.write(file, new.offset + (at - old.offset), page, "BAT entries that mean nothing");
+    }
+    Ok(())
+}
+
+/// The pages of the BAT with entries that mean nothing in `layout`, by byte offset; `visit` gets those
+/// entries.
+fn stale(parts: &Parts, layout: &BatLayout, mut visit: impl FnMut(u64, Entry)) -> Result<Vec<u64>> {
+    let region = &parts.regions.bat;
+    let whole = BatLayout { entries: region.length / ENTRY_BYTES, ..*layout };
+    let mut pages: Vec<u64> = Vec::new();
+    bat::scan(&*parts.file, region, &whole, |index, slot, entry| {
+        if slot != Slot::Unused {
+            return;
+        }
+        visit(index, entry);
+        let page = (region.offset + index * ENTRY_BYTES) / LOG_SECTOR * LOG_SECTOR;
+        if pages.last() != Some(&page) {
+            pages.push(page);
+        }
+    })?;
+    Ok(pages)
+}
+
+/// A page of the BAT with zeroes for the entries that mean nothing in `layout`.
+fn page_without(parts: &Parts, at: u64, layout: &BatLayout) -> Result<Vec<u8>> {
+    let mut page = vec![0; LOG_SECTOR as usize];
+    read_exact(&*parts.file, at, &mut page, "BAT")?;
+    let first = (at - parts.regions.bat.offset) / ENTRY_BYTES;
+    for index in 0..LOG_SECTOR / ENTRY_BYTES {
+        if layout.slot(first + index) == Slot::Unused {
+            Entry(0).put(&mut page, index);
+        }
+    }
+    Ok(page)
 }

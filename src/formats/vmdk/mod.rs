@@ -42,6 +42,7 @@
 mod area;
 mod check;
 mod child;
+mod compact;
 mod cowd;
 mod create;
 mod descriptor;
@@ -67,6 +68,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+use super::compact::Part;
 use super::places::directory_of;
 use super::plan::Steps;
 use super::{
@@ -175,6 +177,10 @@ impl Format for Vmdk {
         plan: &mut Steps,
     ) -> Result<()> {
         resize::resize(file, ctx, size, plan)
+    }
+
+    fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>> {
+        compact::parts(&file, ctx)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {

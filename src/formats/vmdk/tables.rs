@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::codec;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::plan::Steps;
 use crate::storage::Storage;
 
@@ -54,6 +54,29 @@ pub fn changed(
         Ok(())
     })?;
     Ok(found)
+}
+
+/// A table as it is.
+pub fn read(tables: &GrainTables, number: u64) -> Result<NewTable> {
+    let place = |directory: u64| -> Result<Option<u64>> {
+        let mut entry = [0; 4];
+        let at = directory + number * 4;
+        codec::read_exact(&*tables.file, at, &mut entry, "a grain directory")?;
+        Ok(match tables.decode_table(tables.raw(&entry, 0)) {
+            Table::At(at) => Some(at),
+            Table::Absent | Table::Bad => None,
+        })
+    };
+    let Some(first) = place(tables.gd)? else {
+        return Err(Error::corrupt(format!("grain table {number} does not exist")));
+    };
+    let second = match tables.rgd {
+        Some(rgd) => place(rgd)?.filter(|at| *at != first),
+        None => None,
+    };
+    let mut bytes = vec![0; tables.table_len() as usize];
+    codec::read_exact(&*tables.file, first, &mut bytes, "a grain table")?;
+    Ok(NewTable { number, places: second.into_iter().chain([first]).collect(), bytes })
 }
 
 /// Plans the writing of tables, the redundant copies before the others, durably.
