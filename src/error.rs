@@ -84,13 +84,15 @@ pub struct Error {
     at: Option<u64>,
     hint: Option<Cow<'static, str>>,
     errno: Option<i32>,
+    withheld: bool,
 }
 
 impl Error {
     /// A failure of `kind`; `what` names the structure and what is wrong with it, lower case, no
     /// full stop.
     pub fn new(kind: ErrorKind, what: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, what: what.into(), path: None, at: None, hint: None, errno: None }
+        let what = what.into();
+        Self { kind, what, path: None, at: None, hint: None, errno: None, withheld: false }
     }
 
     /// The image contradicts its format.
@@ -159,6 +161,19 @@ impl Error {
     pub fn hinting(mut self, hint: Option<String>) -> Self {
         self.hint = hint.map(Cow::Owned);
         self
+    }
+
+    /// Marks the text as not for everybody: it may tell of files that not all may read who may read
+    /// [`Self::path`].
+    #[must_use]
+    pub(crate) fn withhold(mut self) -> Self {
+        self.withheld = true;
+        self
+    }
+
+    /// See [`Self::withhold`].
+    pub(crate) fn withheld(&self) -> bool {
+        self.withheld
     }
 
     /// What sort of failure this is.

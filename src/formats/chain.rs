@@ -37,7 +37,7 @@ use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::progress::Progress;
-use crate::storage::{Access, FileIdentity, Host};
+use crate::storage::{self, Access, FileIdentity, Host};
 
 /// Bytes copied or compared at a time.
 const CHUNK: u64 = 1 << 20;
@@ -90,7 +90,12 @@ pub fn merge(
         Identity::VhdxDataWrite(_) => Identity::VhdxDataWrite(vec![Uuid::new_v4()]),
         kept => kept.clone(),
     };
-    let parent = open(host, &seen_parent.path, &with(Access::Write, Some(next.clone())))?;
+    // Written, too, it is only in the name of who names it.
+    let below = match &options.parent {
+        None => &storage::named_in(host, &*host.open(path, Access::Peek)?),
+        Some(_) => host,
+    };
+    let parent = open(below, &seen_parent.path, &with(Access::Write, Some(next.clone())))?;
     if parent.identity != seen_parent.identity {
         let what = "the image was changed by another program just now";
         return Err(Error::new(ErrorKind::Busy, what).in_file(&parent.path));
@@ -125,7 +130,7 @@ pub fn merge(
         _ => None,
     };
     if written && renewed.is_some() {
-        let parent = open(host, &merged, &with(Access::Write, renewed))?;
+        let parent = open(below, &merged, &with(Access::Write, renewed))?;
         // The beginning of writing is what changes the identity.
         parent.disk.write_at(0, &[])?;
         parent.disk.close()?;

@@ -190,10 +190,12 @@ impl Folders {
                 [] => return Ok(Similar::None),
                 [only] => path.push(only),
                 several => {
+                    several.iter().for_each(|name| host.note(&root.join(&path).join(name)));
                     return Ok(Similar::Several(several.iter().map(|n| path.join(n)).collect()));
                 }
             }
         }
+        host.note(&root.join(&path));
         Ok(Similar::One(path))
     }
 
@@ -211,7 +213,8 @@ impl Folders {
         let key = (root.to_owned(), way, host.users().to_owned());
         let labels = remembered(&self.disks, key, || Ok(self.labels_beneath(host, root, deep)))?;
         let fitting = labels.what.images.iter().filter(|(_, label)| label.fits(wanted, size));
-        let found = fitting.map(|(path, _)| path.clone()).collect();
+        let found: Vec<_> = fitting.map(|(path, _)| path.clone()).collect();
+        found.iter().for_each(|path| host.note(&root.join(path)));
         Ok(Disks { found, incomplete: labels.what.incomplete })
     }
 

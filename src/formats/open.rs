@@ -205,6 +205,8 @@ pub struct Image {
     pub identity: Identity,
     /// The image's path.
     pub path: PathBuf,
+    /// The image's files as they were opened, the one at [`Self::path`] first.
+    pub files: Vec<(PathBuf, FileIdentity)>,
     /// Why the image cannot be written however it is opened, if it cannot.
     pub read_only: Option<String>,
     /// Parts of the disk known to be lost.
@@ -274,12 +276,21 @@ pub fn open_found(
         };
         let read_only = link.read_only.or(link.opened.read_only);
         let below = image.as_ref().map(|parent| parent.disk.clone());
+        let mut files = vec![(link.path.clone(), link.file)];
+        for file in link.opened.map.files() {
+            let failed = |e| Error::io("stat", &e).in_file(file.path());
+            let identity = file.identity().map_err(failed)?;
+            if files.iter().all(|(_, known)| *known != identity) {
+                files.push((file.path().to_owned(), identity));
+            }
+        }
         let disk = Disk::new(link.opened.map, below, read_only.clone().or(not_now));
         image = Some(Box::new(Image {
             disk: Arc::new(disk),
             info: link.opened.info,
             identity: link.opened.identity,
             path: link.path,
+            files,
             read_only,
             damage: link.opened.damage,
             link: link.opened.parent,

@@ -10,6 +10,7 @@
 //! they find it or not.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs::Metadata;
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,10 +18,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::mounts;
 use super::source::{self, Place, Stamp, identity};
 use crate::disk::map::DiskRange;
 use crate::error::{Error, Result};
 use crate::formats::{self, Id, Identity, Image, ImageInfo, Label, OpenOptions};
+use crate::storage::permissions::Permissions;
 use crate::storage::reach::{Reach, Root};
 use crate::storage::{Access, FileIdentity, Host};
 
@@ -47,22 +50,41 @@ pub struct Facts {
     pub label: Label,
     /// Parts of the disk known to be lost.
     pub damage: Vec<DiskRange>,
+    /// The way to all of the files.
+    reach: Reach,
+    /// What else than the image's first file the disk's bytes come from.
+    members: Vec<Member>,
+}
+
+/// A file that an image is made of.
+#[derive(Debug)]
+struct Member {
+    path: PathBuf,
+    identity: FileIdentity,
+    /// It is written when the image is.
+    own: bool,
+    /// What having it takes, when the image was looked at.
+    permissions: Vec<Permissions>,
 }
 
 impl Facts {
-    /// The facts in an open image.
-    pub fn of(image: &Image) -> Self {
-        let parents = std::iter::successors(image.parent.as_deref(), |i| i.parent.as_deref())
-            .flat_map(own_files)
-            .filter_map(|path| {
-                let identity = identity(&std::fs::symlink_metadata(&path).ok()?);
-                Some((path, identity))
-            })
-            .collect();
+    /// The facts in an open image, to whose files `reach` is the way.
+    pub fn of(image: &Image, reach: Reach) -> Self {
+        let ancestors = std::iter::successors(image.parent.as_deref(), |i| i.parent.as_deref());
+        let parents: Vec<_> = ancestors.flat_map(|parent| parent.files.clone()).collect();
+        let own = image.files.iter().skip(1).map(|file| (file, true));
+        let members = own.chain(parents.iter().map(|file| (file, false)));
+        let members = members.map(|((path, identity), own)| {
+            let permissions = look(&reach, path, *identity, &image.path);
+            // Nobody gets what only somebody unknown may have.
+            let permissions = permissions.map_or(vec![Permissions::NONE], |(_, found)| found);
+            Member { path: path.clone(), identity: *identity, own, permissions }
+        });
         Self {
             size: image.disk.size(),
             read_only: image.read_only.clone(),
-            files: own_files(image),
+            members: members.collect(),
+            files: image.files.iter().map(|(path, _)| path.clone()).collect(),
             parents,
             info: image.info.clone(),
             label: Label {
@@ -71,6 +93,7 @@ impl Facts {
                 size: image.disk.size(),
             },
             damage: image.damage.clone(),
+            reach,
         }
     }
 
@@ -80,17 +103,44 @@ impl Facts {
         let files = self.files.iter().chain(self.parents.iter().map(|(path, _)| path));
         files
             .map(|path| {
-                let stamp = Stamp::of(&std::fs::symlink_metadata(path).ok()?);
+                let stamp = Stamp::of(&self.reach.stat(path).ok()?);
                 stamp.settled().then_some(stamp)
             })
             .collect()
     }
+
+    /// Metadata of the image's own files but the first.
+    pub fn extents(&self) -> impl Iterator<Item = Metadata> {
+        self.members.iter().filter(|member| member.own).filter_map(|member| {
+            let meta = self.reach.stat(&member.path).ok()?;
+            (identity(&meta) == member.identity).then_some(meta)
+        })
+    }
+
+    /// What is left of the permissions `first` of the image's first file where all of its files must
+    /// permit the same: reading, and writing what is its own if it is `written`.
+    pub fn permissions(&self, first: Permissions, written: bool) -> Permissions {
+        let Some(image) = self.files.first() else { return first };
+        self.members.iter().fold(first, |left, member| {
+            let now = look(&self.reach, &member.path, member.identity, image);
+            let now = now.map(|(_, permissions)| permissions);
+            let needed = now.as_ref().unwrap_or(&member.permissions);
+            needed.iter().fold(left, |left, needed| {
+                let needed = if member.own && written { *needed } else { needed.readable() };
+                left.and(&needed)
+            })
+        })
+    }
 }
 
-fn own_files(image: &Image) -> Vec<PathBuf> {
-    let dir = image.path.parent().unwrap_or(Path::new("/"));
-    let extents = image.info.extents.iter().map(|extent| dir.join(extent));
-    std::iter::once(image.path.clone()).chain(extents).collect()
+/// [`Reach::look`] at a file that is still the one it was.
+fn look(
+    reach: &Reach,
+    path: &Path,
+    known: FileIdentity,
+    beside: &Path,
+) -> Option<(Metadata, Vec<Permissions>)> {
+    reach.look(path, beside).ok().filter(|(meta, _)| identity(meta) == known)
 }
 
 /// Opens images: the host's, or a test's.
@@ -100,6 +150,10 @@ pub trait Opener: Send + Sync + 'static {
 
     /// What the headers of the image at `place` say, whether its parents are there or not.
     fn label(&self, place: &Place) -> Option<Label>;
+    /// The way to the files of the image at `place`, as for whoever serves it.
+    fn reach(&self, _place: &Place) -> Reach {
+        Reach::default()
+    }
 }
 
 /// Opens the host's images, each only through its own source directory.
@@ -116,7 +170,10 @@ impl HostOpener {
     /// An opener with everything but the access as in `options`. The image `given.0` has the parent
     /// `given.1`, wherever it says that its parent is.
     pub fn new(options: OpenOptions, given: Option<(PathBuf, PathBuf)>) -> Result<Self> {
-        let open = |path: &Path| Root::open(path).map_err(|e| Error::io("open", &e).in_file(path));
+        let open = |path: &Path| {
+            let root = Root::open(path).map_err(|e| Error::io("open", &e).in_file(path))?;
+            Ok::<_, Error>(root.gated(mounts::gate()))
+        };
         let mut roots = Vec::new();
         if let Some((_, parent)) = &given {
             roots.push(open(parent.parent().unwrap_or(Path::new("/")))?.served());
@@ -129,13 +186,6 @@ impl HostOpener {
         }
         Ok(Self { options, roots, given })
     }
-
-    /// The host as it is for the image at `place`.
-    fn reach(&self, place: &Place) -> Arc<dyn Host> {
-        let own = std::iter::once(place.source.directory());
-        let roots = own.chain(&self.roots).cloned().collect();
-        Arc::new(Reach::new(roots, place.users.clone()))
-    }
 }
 
 impl Opener for HostOpener {
@@ -144,14 +194,39 @@ impl Opener for HostOpener {
         let given = self.given.iter().find(|(image, _)| *image == path);
         let parent = given.map(|(_, parent)| parent.clone());
         let options = OpenOptions { access, parent, ..self.options.clone() };
-        formats::open(&self.reach(place), &path, &options)
+        let reach = Arc::new(self.reach(place));
+        let host: Arc<dyn Host> = reach.clone();
+        formats::open(&host, &path, &options).map_err(|e| match told_to_all(place, &reach) {
+            true => e,
+            false => e.withhold(),
+        })
     }
 
     fn label(&self, place: &Place) -> Option<Label> {
-        let host = self.reach(place);
+        let host: Arc<dyn Host> = Arc::new(self.reach(place));
         let file = host.open(&place.path(), Access::Peek).ok()?;
         self.options.folders.label(&host, file)
     }
+
+    fn reach(&self, place: &Place) -> Reach {
+        let own = std::iter::once(place.source.directory());
+        let roots = own.chain(&self.roots).cloned().collect();
+        Reach::new(roots, place.users.clone())
+    }
+}
+
+/// Whether all who may read the image at `place` may read everything that was opened for it.
+fn told_to_all(place: &Place, reach: &Reach) -> bool {
+    let Ok(own) = place.permissions() else { return false };
+    reach.seen().iter().all(|path| readers_may_have(own, reach, path, &place.path()))
+}
+
+/// Whether all who may read a file with the permissions `own`, which is `image`, may read the one at
+/// `path`, too.
+fn readers_may_have(own: Permissions, reach: &Reach, path: &Path, image: &Path) -> bool {
+    let Ok((_, needed)) = reach.look(path, image) else { return false };
+    let left = needed.iter().fold(own, |left, needed| left.and(&needed.readable()));
+    left.readers() == own.readers()
 }
 
 /// See the module's documentation.
@@ -237,6 +312,18 @@ impl FactsCache {
         self.opener.open(place, access)
     }
 
+    /// The facts in the open image of `place`.
+    pub fn facts_of(&self, place: &Place, image: &Image) -> Facts {
+        Facts::of(image, self.opener.reach(place))
+    }
+
+    /// Whether all who may read the image at `place` may know of the one at `other`.
+    pub fn readers_know(&self, place: &Place, other: &Place) -> bool {
+        let reach = self.opener.reach(other);
+        let own = place.permissions();
+        own.is_ok_and(|own| readers_may_have(own, &reach, &other.path(), &place.path()))
+    }
+
     /// The facts of the image at `place`, looking at it if need be.
     pub fn examine(&self, place: &Place) -> Result<Arc<Facts>> {
         let path = place.path();
@@ -249,8 +336,8 @@ impl FactsCache {
             return entry.outcome.clone();
         }
         let settled = stamp.settled();
-        let outcome =
-            self.opener.open(place, Access::Peek).map(|image| Arc::new(Facts::of(&image)));
+        let outcome = self.opener.open(place, Access::Peek);
+        let outcome = outcome.map(|image| Arc::new(self.facts_of(place, &image)));
         let label = match &outcome {
             Ok(facts) => Some(facts.label.clone()),
             Err(_) => self.opener.label(place),
@@ -311,7 +398,7 @@ impl FactsCache {
 
     /// An image, as far as any was looked at, that was made from the disk in the file `identity`, which
     /// has this label.
-    pub fn child_of(&self, identity: FileIdentity, label: &Label) -> Option<PathBuf> {
+    pub fn child_of(&self, identity: FileIdentity, label: &Label) -> Option<Place> {
         let children: Vec<_> = {
             let known = self.known.lock();
             let ids = label.identity.keys();
@@ -324,7 +411,7 @@ impl FactsCache {
         };
         for (place, stamp) in children {
             if place.stat().is_ok_and(|meta| source::identity(&meta) == stamp.identity) {
-                return Some(place.path());
+                return Some(place);
             }
             self.known.lock().remove(&key(&place));
         }

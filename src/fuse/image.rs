@@ -265,7 +265,7 @@ impl ImageFile {
         if identity(&meta) != self.identity {
             return Err(stale().in_file(&path));
         }
-        let facts = Arc::new(Facts::of(&image));
+        let facts = Arc::new(images.facts_of(&self.place, &image));
         let disk = match scratch {
             Some(dir) => Arc::new(overlay::nonpersistent(image.disk, file::scratch(dir)?)),
             None => image.disk,

@@ -4,19 +4,25 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, LazyLock};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::makedev;
 use nix::sys::statvfs::statvfs;
+use parking_lot::Mutex;
 
 use super::source::normalise;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::reach::Gate;
+use crate::storage::user;
 
 /// The type of our mounts in mount tables.
 pub const FS_TYPE: &str = "fuse.flatdisk";
@@ -41,6 +47,11 @@ impl MountEntry {
     pub fn number(&self) -> Option<u64> {
         let (major, minor) = self.device.split_once(':')?;
         Some(makedev(major.parse().ok()?, minor.parse().ok()?))
+    }
+
+    /// Whether it is FUSE's.
+    pub fn is_fuse(&self) -> bool {
+        self.fs_type == "fuse" || self.fs_type == "fuseblk" || self.fs_type.starts_with("fuse.")
     }
 
     /// Whether a flatdisk serves it.
@@ -79,6 +90,57 @@ pub fn elsewhere(device: &str) -> Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+/// Which mounts a daemon enters: not flatdisk's, whose daemon may be itself or wait for it, and not FUSE
+/// mounts of users who are strangers to it, who may let it wait for ever.
+#[derive(Debug, Default)]
+struct Entered {
+    table: Mutex<Option<Watched>>,
+}
+
+/// The mount table, as long as it stays as it is.
+#[derive(Debug)]
+struct Watched {
+    file: File,
+    entries: Vec<MountEntry>,
+}
+
+/// The gate to mounts below the directories that this process serves.
+pub fn gate() -> Arc<dyn Gate> {
+    static GATE: LazyLock<Arc<Entered>> = LazyLock::new(Arc::default);
+    GATE.clone()
+}
+
+impl Gate for Entered {
+    fn lets_in(&self, device: u64) -> bool {
+        let mut table = self.table.lock();
+        if table.as_ref().is_none_or(Watched::changed) {
+            *table = Watched::now().inspect_err(|e| log::warn!("the mount table: {e}")).ok();
+        }
+        let Some(table) = &*table else { return false };
+        let barred = |entry: &MountEntry| {
+            let stranger = entry.user.is_some_and(|user| !user::is_own(user));
+            entry.number() == Some(device) && (entry.is_ours() || entry.is_fuse() && stranger)
+        };
+        !table.entries.iter().any(barred)
+    }
+}
+
+impl Watched {
+    fn now() -> io::Result<Self> {
+        let mut file = File::open("/proc/self/mountinfo")?;
+        let mut table = Vec::new();
+        file.read_to_end(&mut table)?;
+        let entries = table.split(|b| *b == b'\n').filter_map(parse_line).collect();
+        Ok(Self { file, entries })
+    }
+
+    /// Whether anything was mounted or unmounted since.
+    fn changed(&self) -> bool {
+        let mut asked = [PollFd::new(self.file.as_fd(), PollFlags::POLLPRI)];
+        !poll(&mut asked, PollTimeout::ZERO).is_ok_and(|changed| changed == 0)
+    }
 }
 
 /// The directories of all processes in `/proc`.

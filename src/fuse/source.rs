@@ -21,8 +21,10 @@ use nix::dir::Dir;
 use nix::fcntl::{OFlag, readlinkat};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
+use super::mounts;
 use crate::error::{Error, Result};
 use crate::formats;
+use crate::storage::permissions::{self, Permissions};
 use crate::storage::reach::Root;
 use crate::storage::{FileIdentity, user};
 
@@ -89,7 +91,7 @@ impl Source {
     /// Opens the directory `root`.
     pub fn open(root: &Path) -> Result<Arc<Self>> {
         let root = Root::open_real(root).map_err(|e| Error::io("open", &e).in_file(root))?;
-        Ok(Arc::new(Self { root: root.served() }))
+        Ok(Arc::new(Self { root: root.served().gated(mounts::gate()) }))
     }
 
     /// Absolute path of the directory when it was opened.
@@ -192,6 +194,11 @@ impl Place {
         File::from(self.source.open_at(&self.users, &self.relative, OFlag::O_PATH)?).metadata()
     }
 
+    /// The permissions of the file or directory.
+    pub fn permissions(&self) -> io::Result<Permissions> {
+        permissions::of(self.source.open_at(&self.users, &self.relative, OFlag::O_PATH)?.as_fd())
+    }
+
     /// Whether the host lets nobody write here: a file system or mount that is read-only.
     pub fn host_read_only(&self) -> bool {
         let file = self.source.open_at(&self.users, &self.relative, OFlag::O_PATH);
@@ -220,6 +227,12 @@ impl Place {
         Ok(listing)
     }
 
+    /// Whether a directory is one of a mount that must not be entered.
+    fn barred(&self, relative: &Path) -> bool {
+        let opened = self.source.open_at(&[], relative, OFlag::O_PATH | OFlag::O_DIRECTORY);
+        opened.is_err_and(|e| e.raw_os_error() == Some(libc::EXDEV))
+    }
+
     fn enter(
         &self,
         listing: &mut Listing,
@@ -245,7 +258,9 @@ impl Place {
             }
         });
         match kind {
-            Some(Type::Directory) if self.source.root().join(&relative) != skip => {
+            Some(Type::Directory)
+                if self.source.root().join(&relative) != skip && !self.barred(&relative) =>
+            {
                 listing.folders.insert(name, identity);
             }
             Some(Type::File) if imagelike => {

@@ -346,7 +346,7 @@ impl Host for HostFs {
         let root = Root::open(&directory_of(path)).map_err(failed)?;
         let dir = root.descriptor();
         let file = openat(dir, name, flags(access), Mode::empty()).map_err(|e| failed(e.into()))?;
-        let locked = || vmware_lock_of(dir, Path::new(name), &[]);
+        let locked = || vmware_lock_of(&root, Path::new(name), &[]);
         let file = HostFile::new(File::from(file), path, access, Some(dir.clone()), locked)?;
         Ok(Arc::new(file))
     }

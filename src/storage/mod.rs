@@ -167,6 +167,9 @@ pub trait Host: Send + Sync + fmt::Debug {
         &[]
     }
 
+    /// Takes down that what is told next may tell of the file at `path`.
+    fn note(&self, _path: &Path) {}
+
     /// Makes a new, empty file, locked for writing; an existing one is an error.
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>>;
 

@@ -1,7 +1,9 @@
 //! Permission bits, access lists included: what everybody of a class may do at least.
 
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 
 use nix::sys::stat::fstat;
 
@@ -49,6 +51,14 @@ pub fn of(fd: BorrowedFd<'_>) -> io::Result<Permissions> {
 }
 
 impl Permissions {
+    /// Those in a file's metadata, without access lists.
+    pub fn of(meta: &Metadata) -> Self {
+        Self { uid: meta.uid(), gid: meta.gid(), mode: meta.mode() as u16 & 0o777 }
+    }
+
+    /// Root's alone.
+    pub const NONE: Self = Self { uid: 0, gid: 0, mode: 0 };
+
     /// Whether `user` may do what it wishes.
     pub(super) fn allow(&self, user: &User, wish: Wish) -> bool {
         let bits = match wish {
@@ -62,6 +72,21 @@ impl Permissions {
             () => 0,
         };
         (self.mode >> class) & bits == bits
+    }
+
+    /// As these, where whoever may read may do all that matters.
+    pub fn readable(self) -> Self {
+        Self { mode: self.mode & 0o444 | (self.mode & 0o444) >> 1, ..self }
+    }
+
+    /// As these, where whoever may go through a directory may do all that matters.
+    pub fn searchable(self) -> Self {
+        Self { mode: (self.mode & 0o111) * 7, ..self }
+    }
+
+    /// Who may read: the bits for that.
+    pub fn readers(self) -> u16 {
+        self.mode & 0o444
     }
 
     /// What is left of these permissions where `other` must allow the same. Owner and group stay

@@ -112,19 +112,25 @@ pub(super) fn acting<T>(
 
 /// Fails unless the user could come to the open directory `dir` from the root.
 pub(super) fn reaches(uid: u32, dir: BorrowedFd<'_>) -> io::Result<()> {
-    acting(uid, |judge| {
-        let mut at = dir.try_clone_to_owned()?;
-        for _ in 0..MAX_DEPTH {
-            judge(at.as_fd(), Wish::Search)?;
-            // Takes the permission to search `at`.
-            let above = openat2(&at, "..", OpenHow::new().flags(PATH | OFlag::O_DIRECTORY))?;
-            if identity(&above)? == identity(&at)? {
-                return Ok(());
-            }
-            at = above;
+    acting(uid, |judge| above(dir, |at| judge(at.as_fd(), Wish::Search)))
+}
+
+/// Calls `each` with the directory and all above it, up to the root. Each step takes the permission to
+/// search the directory that is left.
+pub(super) fn above(
+    dir: BorrowedFd<'_>,
+    mut each: impl FnMut(&OwnedFd) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut at = dir.try_clone_to_owned()?;
+    for _ in 0..MAX_DEPTH {
+        each(&at)?;
+        let above = openat2(&at, "..", OpenHow::new().flags(PATH | OFlag::O_DIRECTORY))?;
+        if identity(&above)? == identity(&at)? {
+            return Ok(());
         }
-        Err(Errno::ELOOP.into())
-    })
+        at = above;
+    }
+    Err(Errno::ELOOP.into())
 }
 
 /// Flags for a descriptor that only stands for a place.

@@ -11,6 +11,7 @@ use super::{Attributes, Kind, Node, ROOT, Tree, What, not_permitted};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::image::stale;
 use crate::fuse::source::Place;
+use crate::storage::permissions::Permissions;
 
 /// What the names of all extended attributes begin with.
 const XATTR_PREFIX: &[u8] = b"user.flatdisk.";
@@ -37,11 +38,13 @@ impl Tree {
             What::Folder(place) => self.folder_attributes(node.ino, place),
             What::Image(image) => {
                 let (facts, meta) = image.look(&self.images)?;
-                let mut files: Vec<_> = facts.files[1..]
-                    .iter()
-                    .filter_map(|path| std::fs::symlink_metadata(path).ok())
-                    .collect();
-                let mut mode = meta.mode() as u16 & 0o666 & !self.look.fmask;
+                let mut files: Vec<_> = facts.extents().collect();
+                let first = image.place.permissions().ok();
+                let first = first.filter(|_| image.displaced().is_none());
+                let first = first.unwrap_or(Permissions::of(&meta));
+                let written = self.look.nonpersistent.is_none();
+                let mode = facts.permissions(first, written).mode;
+                let mut mode = mode & 0o666 & !self.look.fmask;
                 if self.may_write(image, &facts).is_err() {
                     mode &= !0o222;
                 }
@@ -57,7 +60,8 @@ impl Tree {
             }
             What::Problem(place, _) => {
                 let meta = place.stat().map_err(|e| Error::io("stat", &e))?;
-                let mode = meta.mode() as u16 & 0o444 & !self.look.fmask;
+                let permissions = place.permissions().map_err(|e| Error::io("stat", &e))?;
+                let mode = permissions.readers() & !self.look.fmask;
                 let mut attributes = self.attributes_from(node.ino, Kind::File, &meta, mode);
                 attributes.size = self.problem_text(place)?.len() as u64;
                 attributes.blocks = 0;
@@ -74,7 +78,8 @@ impl Tree {
         let meta = place.stat().map_err(|e| Error::io("stat", &e).in_file(&place.path()))?;
         // Only the root takes new names.
         let (cleared, set) = if ino == ROOT { (0o022, 0o200) } else { (0o222, 0) };
-        let mode = ((meta.mode() as u16 & 0o777 & !cleared) | set) & !self.look.dmask;
+        let permissions = place.permissions().map_err(|e| Error::io("stat", &e))?;
+        let mode = ((permissions.mode & !cleared) | set) & !self.look.dmask;
         Ok(self.attributes_from(ino, Kind::Folder, &meta, mode))
     }
 
@@ -155,7 +160,11 @@ impl Tree {
             xattrs.push(("user.flatdisk.uuid", text(uuid)));
         }
         if let Err(refusal) = self.may_write(image, &facts) {
-            xattrs.push(("user.flatdisk.readonly", text(refusal.what())));
+            let why = match refusal.withheld() {
+                true => "cannot be written: another image is made from it",
+                false => refusal.what(),
+            };
+            xattrs.push(("user.flatdisk.readonly", text(why)));
         }
         let damage = image.damage(&facts);
         if !damage.is_empty() {
@@ -192,6 +201,14 @@ impl Tree {
 
     pub(super) fn problem_text(&self, place: &Place) -> Result<String> {
         let Err(problem) = self.images.examine(place) else { return Err(stale()) };
+        if problem.withheld() {
+            return Ok(format!(
+                "This image cannot be shown as a disk:\n\n    {path}: a file that it needs cannot be \
+                 used\n\n`flatdisk check` of the image tells more to those who may read all of its files.\n\
+                 The flat file appears here as soon as the image opens.\n",
+                path = place.path().display()
+            ));
+        }
         // Of what is no image at all there is no more to tell.
         let check = match problem.kind() {
             ErrorKind::NotThisFormat => "",

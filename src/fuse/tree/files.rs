@@ -1,7 +1,7 @@
 //! Open files: reading, writing, and who may.
 
 use std::collections::{HashSet, VecDeque};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -69,8 +69,18 @@ impl Tree {
             return refuse("the host's file system is read-only".into());
         }
         match self.images.child_of(image.identity, &facts.label) {
-            Some(child) => Err(made_from_it(image, &child)),
+            Some(child) => Err(self.made_from_it(image, &child)),
             None => Ok(()),
+        }
+    }
+
+    /// What forbids writing `image`: another one needs it as it is. Not all who may read the one may know
+    /// of the other.
+    fn made_from_it(&self, image: &ImageFile, child: &Place) -> Error {
+        let refused = not_written(image, &format!("{} is made from it", child.path().display()));
+        match self.images.readers_know(&image.place, child) {
+            true => refused,
+            false => refused.withhold(),
         }
     }
 
@@ -87,7 +97,7 @@ impl Tree {
             identity != image.identity && self.images.is_child(place, image.identity, &facts.label)
         });
         match child {
-            Some(child) => Err(made_from_it(image, &child.path())),
+            Some(child) => Err(self.made_from_it(image, &child)),
             None => self.may_write(image, facts),
         }
     }
@@ -269,8 +279,4 @@ impl Tree {
 fn not_written(image: &ImageFile, why: &str) -> Error {
     let what = format!("cannot be written: {why}");
     Error::new(ErrorKind::ReadOnly, what).in_file(&image.place.path())
-}
-
-fn made_from_it(image: &ImageFile, child: &Path) -> Error {
-    not_written(image, &format!("{} is made from it", child.display()))
 }

@@ -161,6 +161,14 @@ impl Opener for FakeOpener {
             fake: self.0.clone(),
             closed: AtomicBool::new(false),
         };
+        let extent = value("extent=").map(|name| path.with_file_name(name));
+        let files = std::iter::once(path.clone()).chain(extent);
+        let files = files
+            .filter_map(|path| {
+                let identity = identity(&fs::symlink_metadata(&path).ok()?);
+                Some((path, identity))
+            })
+            .collect();
         let read_only = has("read-only").then(|| "made so".to_owned());
         let now = (access != Access::Write).then(|| "open for reading".to_owned());
         Ok(Image {
@@ -176,6 +184,7 @@ impl Opener for FakeOpener {
             },
             identity: label.identity,
             path,
+            files,
             read_only,
             damage: Vec::new(),
             link: label.parent.map(|identity| ParentLink {
