@@ -100,14 +100,21 @@ fn trees_come_out_of_ext_as_they_went_in() {
         ("ext4", &["-b4096", "-O^has_journal,inline_data"]),
     ] {
         let raw = dir.path().join("raw");
+        // mke2fs 1.47 itself cuts a file that begins with a hole, where files may lie in inodes.
+        let holes = !options.iter().any(|option| option.contains("inline_data"));
+        if !holes {
+            fs::remove_file(from.join("sparse")).unwrap();
+        }
         ext(&raw, &from, kind, options);
         let image = wrap(&raw);
         let to = dir.path().join("to");
         run(flatdisk().args(["cp", "-r", &inside(&image, "/")]).arg(&to));
         let _ = fs::remove_dir(to.join("lost+found"));
         run(Command::new("diff").args(["-r", "--no-dereference"]).arg(&from).arg(&to));
-        let sparse = fs::metadata(to.join("sparse")).unwrap();
-        assert!(sparse.blocks() * 512 < 2 * MIB, "{kind}: {}", sparse.blocks());
+        if holes {
+            let sparse = fs::metadata(to.join("sparse")).unwrap();
+            assert!(sparse.blocks() * 512 < 2 * MIB, "{kind}: {}", sparse.blocks());
+        }
         let cat = output(flatdisk().args(["cat", &inside(&image, "/lib/../../etc/os-release")]));
         assert_eq!(both(&cat), "ID=test\n", "{kind}");
         fs::remove_dir_all(&to).unwrap();
