@@ -144,6 +144,13 @@ impl Error {
         self
     }
 
+    /// Puts another path in the place of the one there is.
+    #[must_use]
+    pub(crate) fn renamed(mut self, path: &Path) -> Self {
+        self.path = Some(path.to_owned());
+        self
+    }
+
     /// Adds what the user can do about it, unless a hint is there already.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {

@@ -6,6 +6,7 @@
 //! cli        commands, arguments, what is printed
 //! fuse       the mounted tree: names, inodes, handles, errno
 //! volumes    partitions, file systems and other contents of a disk
+//! copy       whole disks from any image to any other: one pipeline, its sources and sinks
 //! disk       Disk: moves bytes; BlockMap: what a driver answers; table cache, block locks
 //! formats    vhd, vhdx, vmdk: BlockMap over tables on disk; open, create, check
 //! storage    positioned I/O on host files, or on what tests put in their place
@@ -52,6 +53,7 @@
 
 pub mod cli;
 pub mod codec;
+pub mod copy;
 pub mod disk;
 pub mod error;
 pub mod formats;

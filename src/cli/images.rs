@@ -8,22 +8,30 @@ use serde_json::json;
 use super::chain::ParentArgs;
 use super::output::{OutputArgs, iec, parse_size, print_json, print_line};
 use super::source::image_of;
+use super::spec::SpecArgs;
+use crate::copy::in_place;
+use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
-use crate::formats::{self, CreateSpec, Format, Image};
+use crate::formats::{self, CreateSpec, Format, Image, Preallocation, vmdk};
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
 /// What a child has from its parent.
-const CHOSEN_BY_PARENT: [&str; 4] = ["subformat", "sector_size", "physical_sector_size", "adapter"];
+const CHOSEN_BY_PARENT: [&str; 6] =
+    ["sector_size", "physical_sector_size", "adapter", "profile", "preallocation", "hw_version"];
+/// Subformats that are allocated as a whole when they are made, unless told otherwise.
+const WHOLE: [&str; 4] = ["fixed", "monolithicFlat", "twoGbMaxExtentFlat", "vmfs"];
 
 /// Arguments of `flatdisk create`.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
   A VHDX that grows as it is filled:
-    flatdisk create --size 64G disk.vhdx
+    flatdisk create disk.vhdx 64G
   A VHD for Azure, which wants fixed ones:
-    flatdisk create --size 30G --subformat fixed disk.vhd
+    flatdisk create --for azure disk.vhd 30G
+  A VMDK of a raw disk, which stays as it is:
+    flatdisk create --wrap disk.raw disk.vmdk
   A child that stores only what changes:
     flatdisk create --parent disk.vhdx child.avhdx
 
@@ -34,36 +42,23 @@ pub struct CreateArgs {
     /// The image to make; it must not exist.
     image: PathBuf,
     /// Size of the virtual disk, such as 64G. Suffixes are powers of 1024.
-    #[arg(long, short, value_parser = parse_size, required_unless_present = "parent")]
+    #[arg(value_name = "SIZE", value_parser = parse_size, required_unless_present_any = ["parent", "size", "wrap"])]
+    size_given: Option<u64>,
+    /// The same as SIZE.
+    #[arg(long, short, value_parser = parse_size, conflicts_with = "size_given")]
     size: Option<u64>,
     /// Make a child of this image: a disk of the same contents that stores only what changes.
     #[arg(long, value_name = "IMAGE", conflicts_with_all = CHOSEN_BY_PARENT)]
     parent: Option<PathBuf>,
+    /// Make a VMDK of this raw disk, which stays as it is: a descriptor that names it. Both lie in one
+    /// folder.
+    #[arg(long, value_name = "RAW", conflicts_with_all = ["parent", "size", "size_given", "subformat", "profile"])]
+    wrap: Option<PathBuf>,
     /// Format: vhd, vhdx or vmdk [default: by the image's extension].
     #[arg(long, short = 'O')]
     format: Option<String>,
-    /// Subformat [default: dynamic for vhd and vhdx, monolithicSparse for vmdk].
-    #[arg(long)]
-    subformat: Option<String>,
-    /// Bytes per block or VMDK grain, a power of two [default: 2M, above 1T of vhdx 32M; 64K for vmdk; a
-    /// vhdx child has its parent's].
-    ///
-    /// From 4K to 256M for vhd, 1M to 256M for vhdx, 4K to 32M for sparse vmdk; fixed vhd and flat vmdk have
-    /// none.
-    #[arg(long, value_parser = parse_size)]
-    block_size: Option<u64>,
-    /// Logical sector size in bytes, 512 or 4096 (vhdx) [default: 512].
-    #[arg(long, value_name = "BYTES")]
-    sector_size: Option<u32>,
-    /// Physical sector size in bytes, 512 or 4096 (vhdx) [default: 4096].
-    #[arg(long, value_name = "BYTES")]
-    physical_sector_size: Option<u32>,
-    /// Size of the log (vhdx), a multiple of 1M [default: 1M].
-    #[arg(long, value_parser = parse_size)]
-    log_size: Option<u64>,
-    /// Adapter type (vmdk): ide, buslogic, lsilogic or legacyESX [default: lsilogic].
-    #[arg(long)]
-    adapter: Option<String>,
+    #[command(flatten)]
+    spec: SpecArgs,
     #[command(flatten)]
     parents: ParentArgs,
     /// Print nothing on success.
@@ -73,30 +68,60 @@ pub struct CreateArgs {
     output: OutputArgs,
 }
 
+impl CreateArgs {
+    fn size(&self) -> Option<u64> {
+        self.size.or(self.size_given)
+    }
+}
+
 /// Makes a new image.
 pub fn create(args: &CreateArgs) -> Result<u8> {
-    let format = match &args.format {
-        Some(name) => Some(formats::by_name(name)?),
-        None => formats::by_extension(&args.image),
+    let mut spec = args.spec.spec(args.size().unwrap_or(0), Preallocation::Off);
+    let format = match (args.spec.apply_profile(args.format.as_deref(), &mut spec)?, &args.format) {
+        (Some(format), _) => Some(format),
+        (None, Some(name)) => Some(formats::by_name(name)?),
+        (None, None) => formats::by_extension(&args.image),
     };
-    let spec = CreateSpec {
-        subformat: args.subformat.clone(),
-        size: args.size.unwrap_or(0),
-        block_size: args.block_size,
-        logical_sector: args.sector_size,
-        physical_sector: args.physical_sector_size,
-        log_size: args.log_size,
-        adapter: args.adapter.clone(),
-    };
+    if let Some(raw) = &args.wrap {
+        return wrap(args, format, raw, spec);
+    }
     if let Some(parent) = &args.parent {
         return create_child(args, format, parent, &spec);
     }
     let format = format.ok_or_else(|| {
         Error::invalid("the extension says no format").in_file(&args.image).hint("use --format")
     })?;
-    formats::create(format, &HostFs, &args.image, &spec)?;
     let subformat = spec.subformat.as_deref().or(format.subformats().first().copied());
+    let whole = |known: &&str| subformat.is_some_and(|s| s.eq_ignore_ascii_case(known));
+    if !args.spec.preallocation_given() && WHOLE.iter().any(whole) {
+        // So that a host without room says so now, and not to the guest.
+        spec.preallocation = Preallocation::Falloc;
+    }
+    formats::create(format, &HostFs, &args.image, &spec)?;
     created(args, format, subformat.unwrap_or_default(), spec.size, None)
+}
+
+/// Makes a descriptor for the raw disk at `raw`.
+fn wrap(
+    args: &CreateArgs,
+    format: Option<&'static dyn Format>,
+    raw: &Path,
+    mut spec: CreateSpec,
+) -> Result<u8> {
+    let format = format.filter(|format| format.name() == "vmdk").ok_or_else(|| {
+        let what = "only a VMDK names a raw disk";
+        Error::invalid(what).in_file(&args.image).hint("convert --in-place makes a VHD of one")
+    })?;
+    let host = HostFs::shared();
+    // Held until the end, so that nobody is writing to it.
+    let (_raw, size) = in_place::open_raw(&host, raw, false)?;
+    if !size.is_multiple_of(Geometry::SECTOR) {
+        let what = format!("{size} bytes are no multiple of a sector");
+        return Err(Error::invalid(what).in_file(raw));
+    }
+    spec.size = size;
+    vmdk::wrap(&*host, &args.image, raw, &spec)?;
+    created(args, format, &format!("over {}", raw.display()), size, None)
 }
 
 /// Says what was made; `what` is the subformat, or whose child.
@@ -131,14 +156,21 @@ fn create_child(
     let options = args.parents.options(Access::Read);
     let parent = formats::open(&HostFs::shared(), &image_of(parent)?, &options)?;
     let size = parent.disk.size();
-    if args.size.is_some_and(|wanted| wanted != size) {
+    if args.size().is_some_and(|wanted| wanted != size) {
         let what = format!("the parent {} has {size} bytes", parent.path.display());
-        return Err(Error::invalid(what).in_file(&args.image).hint("leave --size away"));
+        return Err(Error::invalid(what).in_file(&args.image).hint("leave the size away"));
     }
     let format = match format {
         Some(format) => format,
         None => formats::by_name(parent.info.format)?,
     };
+    if let Some(asked) = &spec.subformat
+        && format.name() != "vmdk"
+        && !asked.eq_ignore_ascii_case("differencing")
+    {
+        let what = format!("a child of a {} is differencing", format.name().to_uppercase());
+        return Err(Error::invalid(what).in_file(&args.image).hint("leave --subformat away"));
+    }
     formats::create_child(format, &HostFs, &args.image, &parent, spec)?;
     let what = format!("child of {}", parent.path.display());
     created(args, format, &what, size, Some(&parent))

@@ -11,6 +11,7 @@ use super::output::{Failure, OutputArgs, iec, print_json, print_line, report};
 use super::source::image_of;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::plan::Change;
+use crate::formats::profile::azure_objections;
 use crate::formats::{self, Finding, ImageInfo, Repair, Report, Scope, Severity, open};
 use crate::storage::Access;
 use crate::storage::file::HostFs;
@@ -227,10 +228,19 @@ pub struct CheckArgs {
     /// Show what a repair would change, and change nothing.
     #[arg(long, requires = "repair")]
     dry_run: bool,
+    /// Also whether this cloud takes the image as it is; if not, it counts as an error.
+    #[arg(long = "for", value_name = "USE", conflicts_with = "repair")]
+    taker: Option<Taker>,
     #[command(flatten)]
     parents: ChainArgs,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Taker {
+    /// Fixed VHDs of whole MiB
+    Azure,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -358,7 +368,17 @@ fn check_one(args: &CheckArgs, path: &Path) -> Result<Checked> {
 }
 
 fn checked(args: &CheckArgs, path: &Path) -> Result<Report> {
-    formats::check(&HostFs::shared(), path, &args.parents.options(Access::Read)?)
+    let host = HostFs::shared();
+    let mut report = formats::check(&host, path, &args.parents.options(Access::Read)?)?;
+    if let Some(Taker::Azure) = args.taker {
+        let file = host.open(path, Access::Peek)?;
+        let len = file.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
+        let info = formats::open(&host, path, &args.parents.options(Access::Peek)?)?.info;
+        for what in azure_objections(info.format, &info.subformat, info.virtual_size, len) {
+            report.add(Severity::Error, None, what);
+        }
+    }
+    Ok(report)
 }
 
 fn repaired(args: &CheckArgs, path: &Path, scope: RepairScope) -> Result<Repair> {

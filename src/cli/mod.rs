@@ -6,8 +6,10 @@
 
 pub mod attach;
 pub mod browse;
+pub mod bytes;
 pub mod chain;
 pub mod compact;
+pub mod convert;
 pub mod files;
 pub mod images;
 pub mod inspect;
@@ -20,6 +22,7 @@ pub mod progress;
 pub mod running;
 pub mod size;
 pub mod source;
+pub mod spec;
 pub mod volumes;
 
 use std::ffi::{OsStr, OsString};
@@ -115,6 +118,16 @@ enum Command {
     /// a good image, and a second run goes on. Of fixed and flat images zeroes become holes of the
     /// host's file.
     Compact(compact::CompactArgs),
+    /// Make any image out of any other: other formats, raw disks, pipes, devices.
+    Convert(Box<convert::ConvertArgs>),
+    /// Say how large an image of another format would be.
+    Measure(bytes::MeasureArgs),
+    /// Compare two disks, whatever their formats.
+    Compare(bytes::CompareArgs),
+    /// Print the digest of a disk.
+    Hash(bytes::HashArgs),
+    /// Write bytes into a disk.
+    Write(bytes::WriteArgs),
     /// List what every part of a disk is, and which image holds it.
     ///
     /// Runs of stored data, of zeroes, and of what no image stores, in the order of the disk. With
@@ -241,6 +254,11 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Create(args) => images::create(args),
         Command::Resize(args) => size::resize(args),
         Command::Compact(args) => compact::compact(args),
+        Command::Convert(args) => convert::convert(args),
+        Command::Measure(args) => bytes::measure(args),
+        Command::Compare(args) => return bytes::compare(args),
+        Command::Hash(args) => bytes::hash(args),
+        Command::Write(args) => bytes::write(args),
         Command::Map(args) => chain::map(args),
         Command::Volumes(args) => volumes::volumes(args),
         Command::Ls(args) => files::ls(args),

@@ -26,6 +26,7 @@ pub mod layers;
 mod locks;
 pub mod map;
 pub mod overlay;
+pub mod share;
 pub mod tables;
 pub mod window;
 
@@ -42,6 +43,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 use locks::{BlockLocks, Shared};
 use map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
+use share::Foreign;
 
 /// Largest buffer that copying up and zero filling use.
 const COPY_CHUNK: u64 = 1 << 20;
@@ -214,7 +216,7 @@ impl Disk {
                 Source::File { file, at } => {
                     let file = &self.map.files()[file];
                     let read = file.read_at(at + skip, buf);
-                    read.map_err(|e| read_failed(file, at + skip, &e)).inspect_err(note)?;
+                    read.map_err(|e| read_failed(&**file, at + skip, &e)).inspect_err(note)?;
                 }
                 Source::Zero => buf.fill(0),
                 Source::Parent => self.read_parent(part.clone(), buf).inspect_err(note)?,
@@ -295,48 +297,76 @@ impl Disk {
 
     /// Writes `data` at `offset`. Durable after [`Self::flush`].
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
-        let range = self.check_range(offset, data.len() as u64)?;
+        self.write(offset, data.len() as u64, Content::Bytes(data))
+    }
+
+    /// [`Self::write_at`] with any content.
+    fn write(&self, offset: u64, len: u64, content: Content<'_>) -> Result<()> {
+        let range = self.check_range(offset, len)?;
         self.ready_to_write()?;
         if range.is_empty() {
             return Ok(());
         }
-        let written = self.write_ready(range, data);
+        let written = self.write_ready(range, content);
         // Also after a failure: part of the data may be there for readers to see.
         self.unflushed.store(true, Ordering::Release);
         written
     }
 
     /// [`Self::write_at`] once writing has begun.
-    fn write_ready(&self, range: DiskRange, data: &[u8]) -> Result<()> {
+    fn write_ready(&self, range: DiskRange, content: Content<'_>) -> Result<()> {
         {
             let _held = self.locks.shared(&range);
             let mut list = ExtentList::new();
             self.map.lookup(sectors_around(&range), &mut list)?;
             if list.iter().all(|e| matches!(e.source, Source::File { .. })) {
-                return list.iter().try_for_each(|extent| self.overwrite(extent, &range, data));
+                return list.iter().try_for_each(|extent| self.overwrite(extent, &range, content));
             }
         }
         let _held = self.locks.exclusive(&range);
-        self.write_held(range, Content::Bytes(data))
+        self.write_held(range, content)
     }
 
-    /// Writes the part of `data` (which covers `range`) that falls into a mapped extent.
-    fn overwrite(&self, extent: &map::Extent, range: &DiskRange, data: &[u8]) -> Result<()> {
+    /// Writes the part of `content` (which covers `range`) that falls into a mapped extent.
+    fn overwrite(
+        &self,
+        extent: &map::Extent,
+        range: &DiskRange,
+        content: Content<'_>,
+    ) -> Result<()> {
         let Source::File { file, at } = extent.source else { return Ok(()) };
         let (part, skip) = overlap(extent, range);
-        let data = &data[(part.start - range.start) as usize..][..len(&part)];
-        self.put(file, at + skip, data)
+        self.put_part(file, at + skip, content, &part, range)
+    }
+
+    /// Puts the part `part` of `content` (which covers `range`) at byte `at` of a file.
+    fn put_part(
+        &self,
+        file: usize,
+        at: u64,
+        content: Content<'_>,
+        part: &DiskRange,
+        range: &DiskRange,
+    ) -> Result<()> {
+        let skip = part.start - range.start;
+        match content {
+            Content::Bytes(data) => self.put(file, at, &data[skip as usize..][..len(part)]),
+            Content::Zeroes => self.put_zeroes(file, at, part.end - part.start),
+            Content::From(foreign) => {
+                foreign.put(&*self.map.files()[file], at, skip, part.end - part.start)
+            }
+        }
     }
 
     fn put(&self, file: usize, at: u64, data: &[u8]) -> Result<()> {
         let file = &self.map.files()[file];
-        file.write_at(at, data).map_err(|e| write_failed(file, at, &e))
+        file.write_at(at, data).map_err(|e| write_failed(&**file, at, &e))
     }
 
     /// Makes a range of a file read as zeroes.
     fn put_zeroes(&self, file: usize, at: u64, len: u64) -> Result<()> {
         let file = &self.map.files()[file];
-        file.punch_hole(at, len).map_err(|e| write_failed(file, at, &e))
+        file.punch_hole(at, len).map_err(|e| write_failed(&**file, at, &e))
     }
 
     /// Writes `content` over `range`, allocating where needed. The caller holds the range's locks
@@ -355,14 +385,7 @@ impl Disk {
                 .map(map::Extent::end);
             let Some(end) = unmapped_until else {
                 let first = list[0];
-                match content {
-                    Content::Bytes(data) => self.overwrite(&first, &range, data)?,
-                    Content::Zeroes => {
-                        let Source::File { file, at } = first.source else { return Ok(()) };
-                        let (part, skip) = overlap(&first, &range);
-                        self.put_zeroes(file, at + skip, part.end - part.start)?;
-                    }
-                }
+                self.overwrite(&first, &range, content)?;
                 pos = first.end();
                 continue;
             };
@@ -395,9 +418,8 @@ impl Disk {
         for piece in &plan.pieces {
             let whole = piece.start..piece.start + piece.len;
             let new = range.start.max(whole.start)..range.end.min(whole.end);
-            if let (true, Content::Bytes(data)) = (new == whole, content) {
-                let data = &data[(new.start - range.start) as usize..][..len(&new)];
-                self.put(piece.file, piece.at, data)?;
+            if new == whole && !matches!(content, Content::Zeroes) {
+                self.put_part(piece.file, piece.at, content, &new, range)?;
             } else {
                 self.fill_mixed(piece, whole, new, range, content)?;
             }
@@ -428,12 +450,8 @@ impl Disk {
                 }
             }
             return match content {
-                Content::Bytes(data) => {
-                    let data = &data[(new.start - range.start) as usize..][..len(&new)];
-                    self.put(piece.file, at(new.start), data)
-                }
                 Content::Zeroes if piece.zeroed => Ok(()),
-                Content::Zeroes => self.put_zeroes(piece.file, at(new.start), new.end - new.start),
+                _ => self.put_part(piece.file, at(new.start), content, &new, range),
             };
         }
         let mut pos = whole.start;
@@ -457,6 +475,7 @@ impl Disk {
                         &data[(over.start - range.start) as usize..][..len(&over)],
                     ),
                     Content::Zeroes => target.fill(0),
+                    Content::From(foreign) => foreign.read(over.start - range.start, target)?,
                 }
             }
             self.put(piece.file, at(chunk.start), buf)?;
@@ -609,7 +628,7 @@ impl Disk {
     }
 
     /// How much of the disk may be looked up at once without a list of extents that knows no bounds.
-    fn longest_lookup(&self) -> u64 {
+    pub(crate) fn longest_lookup(&self) -> u64 {
         if self.is_coarse() { STEP } else { LOOKUP_STEP }
     }
 
@@ -679,6 +698,7 @@ impl Disk {
 enum Content<'a> {
     Bytes(&'a [u8]),
     Zeroes,
+    From(&'a Foreign<'a>),
 }
 
 fn len(range: &DiskRange) -> usize {
@@ -696,7 +716,7 @@ fn overlap(extent: &map::Extent, range: &DiskRange) -> (DiskRange, u64) {
     (start..extent.end().min(range.end), start - extent.start)
 }
 
-fn read_failed(file: &Arc<dyn Storage>, at: u64, e: &io::Error) -> Error {
+fn read_failed(file: &dyn Storage, at: u64, e: &io::Error) -> Error {
     let error = match e.kind() {
         io::ErrorKind::UnexpectedEof => Error::corrupt("data lies past the end of the file"),
         _ => Error::io("read", e),
@@ -704,7 +724,7 @@ fn read_failed(file: &Arc<dyn Storage>, at: u64, e: &io::Error) -> Error {
     error.in_file(file.path()).at(at)
 }
 
-fn write_failed(file: &Arc<dyn Storage>, at: u64, e: &io::Error) -> Error {
+fn write_failed(file: &dyn Storage, at: u64, e: &io::Error) -> Error {
     Error::io("write", e).in_file(file.path()).at(at)
 }
 

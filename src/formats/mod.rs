@@ -12,6 +12,8 @@ pub mod open;
 mod parents;
 pub mod places;
 pub mod plan;
+pub mod profile;
+pub mod raw;
 pub mod references;
 pub mod repair;
 pub mod report;
@@ -120,6 +122,9 @@ pub trait Format: Sync {
     /// creation leaves is removed by the caller of [`create`].
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()>;
 
+    /// How the files of what `spec` asks for grow with what is stored in them.
+    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint>;
+
     /// Makes a child of `parent` at `path`, as [`Self::create`] does. The guest's sizes are the
     /// parent's; of `spec` only the block and log size count.
     fn create_child(
@@ -210,7 +215,7 @@ pub struct NewLink<'a> {
 /// What identifies the contents that a child was made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Identity {
-    /// VHD: the footer's unique id.
+    /// VHD: the footer's unique id; all zero for a raw disk, which has none.
     VhdUniqueId([u8; 16]),
     /// VHDX: the data-write GUID; a child may accept two values.
     VhdxDataWrite(Vec<uuid::Uuid>),
@@ -219,6 +224,9 @@ pub enum Identity {
 }
 
 impl Identity {
+    /// What children of a raw disk know it by. Only Xen makes such children, of the VHD format.
+    pub const RAW: Self = Self::VhdUniqueId([0; 16]);
+
     /// Whether a parent with identity `self` is what a child asks for with `wanted`.
     pub fn satisfies(&self, wanted: &Self) -> bool {
         match (self, wanted) {
@@ -323,6 +331,83 @@ pub struct CreateSpec {
     pub log_size: Option<u64>,
     /// VMDK adapter type.
     pub adapter: Option<String>,
+    /// What is allocated of a fixed or flat disk.
+    pub preallocation: Preallocation,
+    /// VMDK: version of the virtual hardware.
+    pub hw_version: Option<u32>,
+    /// VMDK: version of VMware's tools in the guest.
+    pub tools_version: Option<u32>,
+    /// VMDK: bytes in each part of a disk in parts.
+    pub split_size: Option<u64>,
+    /// VMDK: whether grains can be marked as zero. Children can by default.
+    pub zeroed_grains: Option<bool>,
+    /// The image's own id, as [`ImageInfo::uuid`] shows it, instead of a new one.
+    pub uuid: Option<String>,
+}
+
+/// How the files of an image grow with what is stored in it, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Before anything is stored.
+    pub empty: u64,
+    /// Bytes of the disk that are stored as one: a block, a grain.
+    pub unit: u64,
+    /// What storing one of them takes.
+    pub stored: u64,
+}
+
+impl Footprint {
+    /// That of `units` stored units.
+    pub fn with(&self, units: u64) -> u64 {
+        self.empty.saturating_add(units.saturating_mul(self.stored))
+    }
+
+    /// Of a disk whose bytes lie in the file as they are, with `empty` bytes beside them: what is not
+    /// written is a hole of the host file.
+    fn flat(empty: u64) -> Self {
+        const PAGE: u64 = 4096;
+        Self { empty, unit: PAGE, stored: PAGE }
+    }
+}
+
+/// What is allocated of a fixed or flat disk when it is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Preallocation {
+    /// Nothing: the host gives space as the disk is written, and may run out of it then.
+    #[default]
+    Off,
+    /// All of it, where the host can without writing; elsewhere nothing.
+    Falloc,
+    /// All of it, by writing zeroes.
+    Full,
+}
+
+/// Gives a new file the length that `range` ends with, and allocates `range`.
+pub fn preallocate(
+    file: &dyn Storage,
+    range: std::ops::Range<u64>,
+    how: Preallocation,
+) -> Result<()> {
+    const ZEROES: u64 = 1 << 20;
+    let failed = |e: &std::io::Error| Error::io("allocating", e).in_file(file.path());
+    file.set_len(range.end).map_err(|e| failed(&e))?;
+    match how {
+        Preallocation::Off => Ok(()),
+        Preallocation::Falloc if range.is_empty() => Ok(()),
+        Preallocation::Falloc => {
+            file.allocate(range.start, range.end - range.start).map_err(|e| failed(&e))
+        }
+        Preallocation::Full => {
+            let zeroes = vec![0; ZEROES.min(range.end - range.start) as usize];
+            let mut at = range.start;
+            while at < range.end {
+                let part = ZEROES.min(range.end - at) as usize;
+                file.write_at(at, &zeroes[..part]).map_err(|e| failed(&e))?;
+                at += part as u64;
+            }
+            Ok(())
+        }
+    }
 }
 
 /// The format called `name`.

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::file::HostFs;
 use crate::storage::{self, Access, FileIdentity, Host, Storage};
 
-use super::{Identity, ImageInfo, Opened, ParentLink, recognise};
+use super::{Identity, ImageInfo, Opened, ParentLink, raw, recognise};
 
 /// Longest chain of parents that is followed.
 pub const MAX_CHAIN: usize = 256;
@@ -334,6 +334,21 @@ impl Link {
         let context = OpenContext::new(host, &*file, options);
         let opened = format.open(file, &context);
         let opened = opened.map_err(|e| options.spelled(e.in_file(path)))?;
+        let (path, host) = (path.to_owned(), context.host);
+        Ok(Self { path, host, file: identity, opened, modified, read_only: None })
+    }
+
+    /// A parent that is a raw disk, whatever a guest wrote to it.
+    pub fn open_raw(
+        host: &Arc<dyn Host>,
+        file: Arc<dyn Storage>,
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
+        let modified = file.modified();
+        let context = OpenContext::new(host, &*file, options);
+        let opened = raw::as_parent(file).map_err(|e| e.in_file(path))?;
         let (path, host) = (path.to_owned(), context.host);
         Ok(Self { path, host, file: identity, opened, modified, read_only: None })
     }

@@ -143,9 +143,12 @@ impl Search<'_> {
         if let Ok(Some(index)) = peeked {
             return if named { Err(cycle(self.links, index)) } else { Ok(None) };
         }
-        let opened = peeked
-            .and_then(|_| place.open(&**host, self.options.access))
-            .and_then(|file| Link::open(host, file, &path, &self.options));
+        let opened = peeked.and_then(|_| place.open(&**host, self.options.access)).and_then(
+            |file| match self.wanted.identity == Identity::RAW {
+                true => Link::open_raw(host, file, &path, &self.options),
+                false => Link::open(host, file, &path, &self.options),
+            },
+        );
         match opened {
             Ok(link) if link.opened.identity.satisfies(&self.wanted.identity) => {
                 return Ok(Some(link));

@@ -27,12 +27,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl, openat};
+use nix::fcntl::{
+    AT_FDCWD, FallocateFlags, FcntlArg, OFlag, RenameFlags, fallocate, fcntl, openat, renameat2,
+};
 use nix::sys::stat::{Mode, fstat};
 use nix::unistd::{Whence, geteuid, lseek64};
 
 use super::reach::{Reach, Root, vmware_lock_of};
-use super::{Access, Entry, FileIdentity, Host, Namer, Storage, replace};
+use super::{Access, Entry, FileIdentity, Host, Namer, Storage, replace, share};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The host's file system.
@@ -289,6 +291,20 @@ impl Storage for HostFile {
         &self.path
     }
 
+    fn share_from(&self, at: u64, from: &dyn Storage, from_at: u64, len: u64) -> io::Result<bool> {
+        let Some(source) = from.blocks() else { return Ok(false) };
+        self.whole()?;
+        let shared = share::share(&self.file, at, source, from_at, len)?;
+        if shared {
+            self.least_len.fetch_max(at + len, Ordering::AcqRel);
+        }
+        Ok(shared)
+    }
+
+    fn blocks(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
     fn writable(&self) -> bool {
         self.writable
     }
@@ -376,6 +392,21 @@ impl Host for HostFs {
 
     fn remove(&self, path: &Path) -> Result<()> {
         std::fs::remove_file(path).map_err(|e| Error::io("remove", &e).in_file(path))
+    }
+
+    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+        let failed = |e: io::Error| Error::io("rename", &e).in_file(to);
+        if replace {
+            return std::fs::rename(from, to).map_err(failed);
+        }
+        match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+            // The file system does not know the flag.
+            Err(Errno::EINVAL | Errno::ENOSYS) if to.symlink_metadata().is_err() => {
+                std::fs::rename(from, to).map_err(failed)
+            }
+            Err(Errno::EINVAL | Errno::ENOSYS) => Err(failed(Errno::EEXIST.into())),
+            other => other.map_err(|e| failed(e.into())),
+        }
     }
 
     fn sync_dir(&self, dir: &Path) -> Result<()> {

@@ -16,6 +16,7 @@
 
 #[doc(hidden)]
 pub mod crash;
+pub mod device;
 pub mod draft;
 #[doc(hidden)]
 pub mod faulty;
@@ -27,6 +28,8 @@ pub mod reach;
 pub mod recording;
 mod replace;
 pub mod runs;
+mod share;
+pub mod staged;
 pub mod user;
 
 use std::ffi::OsString;
@@ -38,7 +41,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes in whose multiples [`Storage::share_from`] shares.
+pub const SHARED_BLOCK: u64 = 4096;
 
 /// One open file. All methods may be called from any thread at once.
 pub trait Storage: Send + Sync + fmt::Debug {
@@ -102,10 +108,50 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Makes `len` bytes from `at` the same blocks of the host as `len` bytes of `from` from
+    /// `from_at`, extending the file if needed: either file changes without the other. `false`, with
+    /// nothing changed, where the host cannot do that. All three numbers are multiples of
+    /// [`SHARED_BLOCK`].
+    fn share_from(&self, at: u64, from: &dyn Storage, from_at: u64, len: u64) -> io::Result<bool> {
+        let _ = (at, from, from_at, len);
+        Ok(false)
+    }
+
+    /// The open host file, where there is one, for [`Self::share_from`] of another to take blocks of.
+    fn blocks(&self) -> Option<&std::fs::File> {
+        None
+    }
+
     /// The open host file itself, where there is one, for the kernel to use without us: from then on
     /// the file may change at any time.
     fn host_file(&self) -> Option<&std::fs::File> {
         None
+    }
+}
+
+/// Writes to a file from its beginning on.
+#[derive(Debug)]
+pub struct Appender<'a> {
+    file: &'a dyn Storage,
+    at: u64,
+}
+
+impl<'a> Appender<'a> {
+    /// Begins at byte 0.
+    pub fn new(file: &'a dyn Storage) -> Self {
+        Self { file, at: 0 }
+    }
+}
+
+impl io::Write for Appender<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.file.write_at(self.at, data)?;
+        self.at += data.len() as u64;
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -179,6 +225,13 @@ pub trait Host: Send + Sync + fmt::Debug {
 
     /// Removes a file.
     fn remove(&self, path: &Path) -> Result<()>;
+
+    /// Gives a file another name in the same directory, in one step; with `replace` a file that has
+    /// that name is replaced, else it is an error. Durable after [`Self::sync_dir`].
+    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+        let _ = (from, replace);
+        Err(Error::new(ErrorKind::Denied, "names of files do not change here").in_file(to))
+    }
 
     /// Makes the creation, renaming and removal of files in `dir` durable.
     fn sync_dir(&self, dir: &Path) -> Result<()>;

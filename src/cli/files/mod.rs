@@ -10,6 +10,7 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::json;
 
+use super::bytes::{DiskArgs, RangeArgs, print_range};
 use super::chain::ParentArgs;
 use super::output::{OutputArgs, escaped, print_bytes, print_json, print_line};
 use super::source;
@@ -23,9 +24,6 @@ use crate::volumes::files::{self, Entry, FileKind, FileSystem, Sink, zeroes};
 use crate::volumes::volumes;
 
 pub use extract::{CpArgs, cp};
-
-/// What is read of a disk at once.
-const CHUNK: u64 = 1 << 20;
 
 /// Arguments of `flatdisk ls`.
 #[derive(Debug, Args)]
@@ -54,6 +52,8 @@ pub struct LsArgs {
 Examples:
   A file:
     flatdisk cat server.vhdx/etc/fstab
+  The boot sector:
+    flatdisk cat --length 512 --hex server.vhdx
   The bytes of a partition:
     flatdisk cat server.vhdx:2 | e2image -r - root.e2i")]
 pub struct CatArgs {
@@ -62,7 +62,9 @@ pub struct CatArgs {
     #[arg(value_name = "IMAGE[:N][/PATH]")]
     target: OsString,
     #[command(flatten)]
-    parents: ParentArgs,
+    range: RangeArgs,
+    #[command(flatten)]
+    disk: DiskArgs,
 }
 
 /// What `IMAGE[:N][/PATH]` names.
@@ -192,7 +194,11 @@ fn date(seconds: i64) -> String {
 pub fn cat(args: &CatArgs) -> Result<u8> {
     let target = Target::parse(&args.target)?;
     if target.path.is_empty() {
-        return cat_bytes(&target, &args.parents);
+        return cat_bytes(&target, args);
+    }
+    if args.range.given() {
+        let what = "a part of a file, or its bytes in hexadecimal, are not printed";
+        return Err(Error::invalid(what).hint("cat it whole, and let tail or xxd do that"));
     }
     struct Print;
     impl Sink for Print {
@@ -203,26 +209,20 @@ pub fn cat(args: &CatArgs) -> Result<u8> {
             zeroes(len, print_bytes)
         }
     }
-    target.files(&args.parents)?.read(&target.path, true, &mut Print).in_file(&target.image)?;
+    target
+        .files(args.disk.parents())?
+        .read(&target.path, true, &mut Print)
+        .in_file(&target.image)?;
     Ok(0)
 }
 
-fn cat_bytes(target: &Target, parents: &ParentArgs) -> Result<u8> {
-    let disk = target.disk(parents)?;
+fn cat_bytes(target: &Target, args: &CatArgs) -> Result<u8> {
+    let disk = args.disk.open(&target.image, Access::Read)?.disk;
     let range = match target.partition {
         None => 0..disk.size(),
         number => volumes(&disk).and_then(|found| found.place(number)).in_file(&target.image)?,
     };
-    let window = Window::new(disk, range)?;
-    let mut buf = vec![0; CHUNK.min(window.size()) as usize];
-    let mut pos = 0;
-    while pos < window.size() {
-        let buf = &mut buf[..CHUNK.min(window.size() - pos) as usize];
-        window.read_at(pos, buf).in_file(&target.image)?;
-        print_bytes(buf)?;
-        pos += buf.len() as u64;
-    }
-    Ok(0)
+    print_range(disk, range, &args.range).in_file(&target.image)
 }
 
 /// The last name of a path, if it has one.

@@ -15,7 +15,7 @@ use crate::codec;
 use crate::disk::sync_file;
 use crate::error::{Error, Result};
 use crate::formats::references::{backslashed, rooted, way};
-use crate::formats::{CreateSpec, Identity, Image};
+use crate::formats::{CreateSpec, Footprint, Identity, Image, Preallocation, preallocate};
 use crate::storage::{Access, Host, Storage};
 
 const DEFAULT_BLOCK_SIZE: u64 = 2 << 20;
@@ -35,7 +35,11 @@ pub(super) fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<
         return create_fixed(host, path, spec);
     }
     let header = new_header(spec.size, spec.block_size)?;
-    let footer = new_footer(DiskType::Dynamic, spec.size);
+    if spec.preallocation != Preallocation::Off {
+        return Err(Error::invalid("a dynamic disk grows as it is filled")
+            .hint("only fixed and flat disks are allocated beforehand"));
+    }
+    let footer = new_footer(DiskType::Dynamic, spec.size, spec)?;
     create_sparse(host, path, &footer, header, &[])
 }
 
@@ -55,7 +59,8 @@ pub fn create_child(
     let mut header = new_header(size, block_size)?;
     header.parent_unique_id = parent_id;
     names.put(&mut header);
-    create_sparse(host, path, &new_footer(DiskType::Differencing, size), header, &names.locators)
+    let footer = new_footer(DiskType::Differencing, size, &CreateSpec::default())?;
+    create_sparse(host, path, &footer, header, &names.locators)
 }
 
 /// How a child names its parent.
@@ -108,18 +113,40 @@ impl ParentNames {
     }
 }
 
+/// How the file of what `spec` asks for grows.
+pub(super) fn footprint(spec: &CreateSpec) -> Result<Footprint> {
+    if spec.subformat.as_deref().is_some_and(|s| s.eq_ignore_ascii_case("fixed")) {
+        return Ok(Footprint::flat(FOOTER));
+    }
+    let header = new_header(spec.size, spec.block_size)?;
+    let block_size = u64::from(header.block_size.get());
+    let table_end = header.table_offset.get() + table_size(header.max_table_entries.get().into());
+    // Data is aligned to what the host has as a block.
+    let stored = (block_size + bitmap_size(block_size)).next_multiple_of(4096);
+    Ok(Footprint { empty: table_end.next_multiple_of(4096) + FOOTER, unit: block_size, stored })
+}
+
 fn create_fixed(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
     if spec.block_size.is_some() {
         return Err(Error::invalid("a fixed disk has no blocks"));
     }
-    let footer = new_footer(DiskType::Fixed, spec.size);
+    let footer = new_footer(DiskType::Fixed, spec.size, spec)?;
     let file = host.create(path)?;
-    file.set_len(spec.size).map_err(|e| Error::io("extending", &e))?;
+    preallocate(&*file, 0..spec.size, spec.preallocation)?;
     finish(host, path, &*file, &footer, spec.size)
 }
 
-fn new_footer(disk_type: DiskType, size: u64) -> Footer {
-    Footer::new(disk_type, size, *Uuid::new_v4().as_bytes(), since_epoch(SystemTime::now()))
+fn new_footer(disk_type: DiskType, size: u64, spec: &CreateSpec) -> Result<Footer> {
+    let id = match &spec.uuid {
+        None => Uuid::new_v4(),
+        Some(id) => Uuid::try_parse(id).map_err(|_| Error::invalid(format!("`{id}` is no id")))?,
+    };
+    Ok(Footer::new(disk_type, size, *id.as_bytes(), since_epoch(SystemTime::now())))
+}
+
+/// What follows the data of a fixed disk of `size` bytes.
+pub fn fixed_footer(size: u64, spec: &CreateSpec) -> Result<Vec<u8>> {
+    Ok(new_footer(DiskType::Fixed, size, spec)?.as_bytes().to_vec())
 }
 
 /// A header for a disk of `size` bytes, without parent, the BAT right behind it.

@@ -71,7 +71,7 @@ mod survey;
 #[cfg(test)]
 mod tests;
 
-pub use create::create_child;
+pub use create::{create_child, fixed_footer};
 
 use std::path::Path;
 use std::sync::Arc;
@@ -79,8 +79,8 @@ use std::sync::Arc;
 use super::compact::Part;
 use super::plan::Steps;
 use super::{
-    CreateSpec, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan, Probe,
-    Report,
+    CreateSpec, Footprint, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan,
+    Probe, Report,
 };
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
@@ -129,6 +129,10 @@ impl Format for Vhd {
 
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         create::create(host, path, spec)
+    }
+
+    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint> {
+        create::footprint(spec)
     }
 
     fn create_child(
@@ -227,13 +231,9 @@ fn sparse_map(
 fn parent_link(footers: &Footers, structure: &Structure) -> Result<ParentLink> {
     let id = structure.header.parent_unique_id;
     let candidates = structure.locators.candidates();
-    if id == [0; 16] {
-        return Err(if footers.footer.creator_is(b"tap") {
-            let names = candidates.join(", ");
-            Error::unsupported(format!("a differencing disk over a raw parent ({names})"))
-        } else {
-            Error::corrupt("a differencing disk that names no parent")
-        });
+    // What Xen writes over a raw disk, which has no id.
+    if id == [0; 16] && !footers.footer.creator_is(b"tap") {
+        return Err(Error::corrupt("a differencing disk that names no parent"));
     }
     let modified = structure.header.parent_timestamp.get();
     let modified = (modified != 0).then(|| layout::time(modified));

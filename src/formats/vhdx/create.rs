@@ -22,7 +22,7 @@ use crate::codec::{to_utf16, write_all};
 use crate::disk::sync_file;
 use crate::error::{Error, Result};
 use crate::formats::references::{backslashed, rooted, way};
-use crate::formats::{CreateSpec, Identity, Image};
+use crate::formats::{CreateSpec, Footprint, Identity, Image, Preallocation, preallocate};
 use crate::storage::{Host, Storage};
 
 const DEFAULT_LOG: u64 = MIB;
@@ -35,10 +35,27 @@ struct NewFile {
     layout: BatLayout,
     log: u64,
     fixed: bool,
+    preallocation: Preallocation,
 }
 
 /// Creates a disk without parent.
 pub(super) fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
+    new_file(spec)?.write(host, path)
+}
+
+/// How the file of what `spec` asks for grows.
+pub(super) fn footprint(spec: &CreateSpec) -> Result<Footprint> {
+    let file = new_file(spec)?;
+    let empty = 2 * MIB + file.log + file.layout.region_length();
+    let block_size = file.layout.block_size;
+    Ok(match file.fixed {
+        true => Footprint::flat(empty),
+        false => Footprint { empty, unit: block_size, stored: block_size },
+    })
+}
+
+/// A new file for a disk without parent.
+fn new_file(spec: &CreateSpec) -> Result<NewFile> {
     let fixed = spec.subformat.as_deref().is_some_and(|s| s.eq_ignore_ascii_case("fixed"));
     let default_block = if spec.size > LARGE_DISK { 32 * MIB } else { 2 * MIB };
     let flags = if fixed { RawFileParameters::LEAVE_BLOCKS_ALLOCATED } else { 0 };
@@ -46,12 +63,15 @@ pub(super) fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<
         block_size: block_size(spec.block_size.unwrap_or(default_block))?,
         flags,
         size: spec.size,
-        disk_id: Uuid::new_v4(),
+        disk_id: match &spec.uuid {
+            None => Uuid::new_v4(),
+            Some(id) => Uuid::try_parse(id).map_err(|_| Error::invalid("this is no disk id"))?,
+        },
         logical_sector: sector("logical", spec.logical_sector.unwrap_or(512))?,
         physical_sector: sector("physical", spec.physical_sector.unwrap_or(4096))?,
         locator: None,
     };
-    NewFile::new(metadata, spec.log_size)?.write(host, path)
+    NewFile::new(metadata, spec)
 }
 
 /// Creates a child of `parent` at `path`: a disk that reads like its parent until it is written. Of
@@ -80,7 +100,7 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
         physical_sector: geometry.physical_sector,
         locator: Some(locator),
     };
-    NewFile::new(metadata, spec.log_size)?.write(host, path)
+    NewFile::new(metadata, spec)?.write(host, path)
 }
 
 /// The locator of a child at `path` whose parent must have one of `accepted`, which are one or two
@@ -118,7 +138,7 @@ fn sector(which: &str, size: u32) -> Result<u32> {
 }
 
 impl NewFile {
-    fn new(metadata: NewMetadata, log: Option<u64>) -> Result<Self> {
+    fn new(metadata: NewMetadata, spec: &CreateSpec) -> Result<Self> {
         let size = metadata.size;
         if size == 0 || size > MAX_DISK {
             let what = format!("a VHDX disk of {size} bytes is not possible");
@@ -128,7 +148,7 @@ impl NewFile {
             let what = format!("size {size} is no multiple of the logical sector");
             return Err(Error::invalid(what));
         }
-        let log = log.unwrap_or(DEFAULT_LOG);
+        let log = spec.log_size.unwrap_or(DEFAULT_LOG);
         if log == 0 || !log.is_multiple_of(MIB) || log > u64::from(MAX_LOG) {
             return Err(Error::invalid(format!(
                 "log size {log} is no multiple of 1 MiB up to 1 GiB"
@@ -138,7 +158,11 @@ impl NewFile {
         let layout =
             BatLayout::new(size, metadata.block_size.into(), metadata.logical_sector, has_parent);
         let fixed = metadata.flags & RawFileParameters::LEAVE_BLOCKS_ALLOCATED != 0;
-        Ok(Self { metadata, layout, log, fixed })
+        if !fixed && spec.preallocation != Preallocation::Off {
+            return Err(Error::invalid("a dynamic disk grows as it is filled")
+                .hint("only fixed and flat disks are allocated beforehand"));
+        }
+        Ok(Self { metadata, layout, log, fixed, preallocation: spec.preallocation })
     }
 
     fn write(&self, host: &dyn Host, path: &Path) -> Result<()> {
@@ -160,7 +184,7 @@ impl NewFile {
 
         let file = host.create(path)?;
         let file = &*file;
-        file.set_len(data_at + stored).map_err(|e| Error::io("setting the file's length", &e))?;
+        preallocate(file, data_at..data_at + stored, self.preallocation)?;
         write_all(file, metadata.offset, &self.metadata.encode(), "metadata")?;
         if self.fixed {
             self.write_bat(file, &bat, data_at)?;

@@ -86,7 +86,9 @@ use std::sync::Arc;
 
 use super::compact::Part;
 use super::plan::Steps;
-use super::{CreateSpec, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report};
+use super::{
+    CreateSpec, Footprint, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report,
+};
 use crate::error::Result;
 use crate::storage::{Host, Storage};
 
@@ -118,6 +120,10 @@ impl Format for Vhdx {
 
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         create::create(host, path, spec)
+    }
+
+    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint> {
+        create::footprint(spec)
     }
 
     fn create_child(

@@ -11,7 +11,8 @@ use crate::storage::Host;
 
 use super::cowd;
 use super::create::{
-    MadeFiles, NewDescriptor, base_name, file_name, grain, split, write_sparse, write_text,
+    MadeFiles, NewDescriptor, base_name, file_name, grain, split, split_size, write_sparse,
+    write_text,
 };
 use super::layout::SECTOR;
 
@@ -44,31 +45,55 @@ pub fn create_child(host: &dyn Host, path: &Path, parent: &Image, spec: &CreateS
         descriptor.text()
     };
     let mut made = MadeFiles::new(host);
-    let family = parent.info.subformat.to_ascii_lowercase();
-    if family.starts_with("vmfs") || family == "sesparse" {
-        let name = format!("{stem}-delta.vmdk");
-        if spec.block_size.is_some() {
-            return Err(Error::invalid("a vmfsSparse child has no block size to choose"));
-        }
-        let extent = made.create(&path.with_file_name(&name))?;
-        cowd::write_new(&*extent, sectors, &name, None)?;
-        let line = format!("RW {sectors} VMFSSPARSE \"{name}\"");
-        write_text(&*made.create(path)?, &text("vmfsSparse", &[line]))?;
-    } else if family.contains("gbmaxextent") {
-        let mut lines = Vec::new();
-        for (number, size) in (1..).zip(split(sectors)) {
-            let name = format!("{stem}-s{number:03}.vmdk");
+    // Without zeroed grains whatever a guest discards is stored as zeroes, to hide the parent's data.
+    let zeroed = spec.zeroed_grains.unwrap_or(true);
+    match child_type(parent, spec)? {
+        "vmfsSparse" => {
+            let name = format!("{stem}-delta.vmdk");
+            if spec.block_size.is_some() || spec.zeroed_grains == Some(true) {
+                return Err(Error::invalid("a vmfsSparse child has no grains to choose"));
+            }
             let extent = made.create(&path.with_file_name(&name))?;
-            write_sparse(&*extent, size, grain, None)?;
-            lines.push(format!("RW {size} SPARSE \"{name}\""));
+            cowd::write_new(&*extent, sectors, &name, None)?;
+            let line = format!("RW {sectors} VMFSSPARSE \"{name}\"");
+            write_text(&*made.create(path)?, &text("vmfsSparse", &[line]))?;
         }
-        write_text(&*made.create(path)?, &text("twoGbMaxExtentSparse", &lines))?;
-    } else {
-        let line = format!("RW {sectors} SPARSE \"{}\"", file_name(path)?);
-        let text = text("monolithicSparse", &[line]);
-        write_sparse(&*made.create(path)?, sectors, grain, Some(&text))?;
+        "twoGbMaxExtentSparse" => {
+            let mut lines = Vec::new();
+            for (number, size) in (1..).zip(split(sectors, split_size(spec, true)?)) {
+                let name = format!("{stem}-s{number:03}.vmdk");
+                let extent = made.create(&path.with_file_name(&name))?;
+                write_sparse(&*extent, size, grain, zeroed, None)?;
+                lines.push(format!("RW {size} SPARSE \"{name}\""));
+            }
+            write_text(&*made.create(path)?, &text("twoGbMaxExtentSparse", &lines))?;
+        }
+        _ => {
+            let line = format!("RW {sectors} SPARSE \"{}\"", file_name(path)?);
+            let text = text("monolithicSparse", &[line]);
+            write_sparse(&*made.create(path)?, sectors, grain, zeroed, Some(&text))?;
+        }
     }
     made.keep(path)
+}
+
+/// What kind of child `parent` gets: of the parent's family unless `spec` says another. Programs take
+/// no chains of both families.
+fn child_type(parent: &Image, spec: &CreateSpec) -> Result<&'static str> {
+    let family = parent.info.subformat.to_ascii_lowercase();
+    let esx = family.starts_with("vmfs") || family == "sesparse";
+    let usual = match () {
+        () if esx => "vmfsSparse",
+        () if family.contains("gbmaxextent") => "twoGbMaxExtentSparse",
+        () => "monolithicSparse",
+    };
+    let Some(wanted) = &spec.subformat else { return Ok(usual) };
+    let children: &[&str] =
+        if esx { &["vmfsSparse"] } else { &["monolithicSparse", "twoGbMaxExtentSparse"] };
+    children.iter().copied().find(|known| known.eq_ignore_ascii_case(wanted)).ok_or_else(|| {
+        let what = format!("a {} disk has no child of type {wanted}", parent.info.subformat);
+        Error::invalid(what).hint(children.join(", "))
+    })
 }
 
 /// How the child at `path` names its parent: from its own directory on, so that both can be moved

@@ -164,6 +164,11 @@ pub fn free_sector(sector: u64) -> (u64, [u8; 4]) {
     (FREE_SECTOR_AT, u32::try_from(sector).unwrap_or(u32::MAX).to_le_bytes())
 }
 
+/// Bytes of a new extent of `capacity` sectors, its tables not included.
+pub fn new_len(capacity: u64) -> u64 {
+    (HEADER_SECTORS + (tables(capacity, 1) * 4).div_ceil(SECTOR)) * SECTOR
+}
+
 /// Fills a new extent of `capacity` sectors, durably. That of a disk without parent says cylinders,
 /// heads and sectors per track.
 pub fn write_new(

@@ -6,18 +6,20 @@ use std::path::{Path, PathBuf};
 
 use crate::codec;
 use crate::error::{Error, Result};
-use crate::formats::{CreateSpec, references};
-use crate::storage::{Host, Storage};
+use crate::formats::places::directory_of;
+use crate::formats::{CreateSpec, Footprint, Preallocation, preallocate, references};
+use crate::storage::{Appender, Host, Storage};
 
 use super::cowd;
 use super::descriptor::NEVER_WRITTEN;
 use super::layout::{
-    DEFAULT_GRAIN, DESCRIPTOR_SECTORS, ENTRIES_PER_TABLE, FLAG_REDUNDANT, Header, MAX_GRAIN,
-    NewLayout, SECTOR,
+    DEFAULT_GRAIN, DESCRIPTOR_SECTORS, ENTRIES_PER_TABLE, FLAG_NEWLINES, FLAG_REDUNDANT,
+    FLAG_ZEROED_GRAINS, Header, MAX_GRAIN, NewLayout, SECTOR,
 };
+use super::stream::write::StreamWriter;
 
 /// What can be created, the default first.
-pub const SUBFORMATS: [&str; 7] = [
+pub const SUBFORMATS: [&str; 10] = [
     "monolithicSparse",
     "monolithicFlat",
     "twoGbMaxExtentSparse",
@@ -25,13 +27,19 @@ pub const SUBFORMATS: [&str; 7] = [
     "vmfs",
     "vmfsThin",
     "vmfsSparse",
+    "vmfsPreallocated",
+    "vmfsEagerZeroedThick",
+    "streamOptimized",
 ];
 
 const ADAPTERS: [&str; 4] = ["ide", "buslogic", "lsilogic", "legacyESX"];
 const DEFAULT_ADAPTER: &str = "lsilogic";
+const DEFAULT_HW_VERSION: u32 = 10;
 
 /// Sectors of each extent of a split disk but the last: 2047 MiB, for hosts whose files end at 2 GiB.
 pub const SPLIT: u64 = 4_192_256;
+/// Bytes that the size of a part must be a multiple of, so that it holds whole grains.
+const SPLIT_UNIT: u64 = 1 << 20;
 /// Largest disk made, in sectors: 64 TiB, beyond what any VMware product takes.
 pub const MAX_SECTORS: u64 = (64 << 40) / SECTOR;
 /// Most extents of a disk made; readers have limits.
@@ -52,6 +60,32 @@ enum Shape {
     SplitFlat,
     /// One copy-on-write file of ESX.
     Cowd,
+    /// One compressed file with the descriptor inside, written once.
+    Stream,
+}
+
+impl Shape {
+    fn of(subformat: &str) -> Self {
+        match subformat {
+            "monolithicSparse" => Self::Embedded,
+            "twoGbMaxExtentSparse" => Self::SplitSparse,
+            "twoGbMaxExtentFlat" => Self::SplitFlat,
+            "monolithicFlat" => Self::Flat("FLAT"),
+            "vmfsSparse" => Self::Cowd,
+            "streamOptimized" => Self::Stream,
+            _ => Self::Flat("VMFS"),
+        }
+    }
+
+    /// Whether the disk is divided into extents of limited size.
+    fn in_parts(self) -> bool {
+        matches!(self, Self::SplitSparse | Self::SplitFlat)
+    }
+
+    /// Whether its extents are raw.
+    fn flat(self) -> bool {
+        matches!(self, Self::Flat(_) | Self::SplitFlat)
+    }
 }
 
 /// The settings of a new descriptor.
@@ -97,86 +131,203 @@ impl NewDescriptor<'_> {
     }
 }
 
+/// A disk to be made.
+struct NewDisk {
+    shape: Shape,
+    /// Sectors and file name of each extent.
+    extents: Vec<(u64, String)>,
+    grain: u64,
+    zeroed_grains: bool,
+    preallocation: Preallocation,
+    text: String,
+}
+
+impl NewDisk {
+    /// What `spec` asks for, for an image at `path`.
+    fn new(path: &Path, spec: &CreateSpec) -> Result<Self> {
+        let wanted = spec.subformat.as_deref().unwrap_or(SUBFORMATS[0]);
+        let Some(subformat) = SUBFORMATS.into_iter().find(|s| s.eq_ignore_ascii_case(wanted))
+        else {
+            return Err(Error::invalid(format!("vmdk has no subformat `{wanted}`")));
+        };
+        let shape = Shape::of(subformat);
+        let sectors = spec.size / SECTOR;
+        let split_size = split_size(spec, shape.in_parts())?;
+        let in_parts = shape.in_parts();
+        if sectors > MAX_SECTORS || (in_parts && sectors.div_ceil(split_size) > MAX_EXTENTS) {
+            let what = format!("{} bytes are more than a {subformat} disk can have", spec.size);
+            return Err(Error::invalid(what));
+        }
+        let sparse = matches!(shape, Shape::Embedded | Shape::SplitSparse);
+        let zeroed_grains = spec.zeroed_grains.unwrap_or(false);
+        if zeroed_grains && !sparse {
+            return Err(Error::invalid(format!("a {subformat} disk has no zeroed grains")));
+        }
+        let preallocation = match (subformat, spec.preallocation) {
+            ("vmfsPreallocated", Preallocation::Off) => Preallocation::Falloc,
+            ("vmfsEagerZeroedThick", _) => Preallocation::Full,
+            (_, asked) => asked,
+        };
+        if preallocation != Preallocation::Off && !shape.flat() {
+            return Err(Error::invalid(format!("a {subformat} disk grows as it is filled"))
+                .hint("only fixed and flat disks are allocated beforehand"));
+        }
+        let grain = grain(spec, sparse)?;
+        let extents = extents(path, shape, sectors, split_size)?;
+        let lines: Vec<_> = extents.iter().map(|(size, name)| line(shape, *size, name)).collect();
+        let mut ddb = hardware(spec, sectors)?;
+        if subformat == "vmfsThin" {
+            ddb.push(("thinProvisioned".to_owned(), "1".to_owned()));
+        }
+        let text = NewDescriptor {
+            // What ESX writes for thin disks too: `vmfsThin` is in documents, not in files.
+            create_type: if subformat == "vmfsThin" { "vmfs" } else { subformat },
+            cid: NEVER_WRITTEN,
+            long_cid: format!("{:024x}{NEVER_WRITTEN:08x}", fastrand::u128(..) >> 32),
+            parent: None,
+            extents: &lines,
+            ddb,
+        }
+        .text();
+        Ok(Self { shape, extents, grain, zeroed_grains, preallocation, text })
+    }
+}
+
 /// Makes the disk that `spec` asks for.
 pub fn create(host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
-    let wanted = spec.subformat.as_deref().unwrap_or(SUBFORMATS[0]);
-    let Some(subformat) = SUBFORMATS.into_iter().find(|s| s.eq_ignore_ascii_case(wanted)) else {
-        return Err(Error::invalid(format!("vmdk has no subformat `{wanted}`")));
-    };
-    let shape = match subformat {
-        "monolithicSparse" => Shape::Embedded,
-        "twoGbMaxExtentSparse" => Shape::SplitSparse,
-        "twoGbMaxExtentFlat" => Shape::SplitFlat,
-        "monolithicFlat" => Shape::Flat("FLAT"),
-        "vmfsSparse" => Shape::Cowd,
-        _ => Shape::Flat("VMFS"),
-    };
-    let sectors = spec.size / SECTOR;
-    let in_parts = matches!(shape, Shape::SplitSparse | Shape::SplitFlat);
-    if sectors > MAX_SECTORS || (in_parts && sectors.div_ceil(SPLIT) > MAX_EXTENTS) {
-        let what = format!("{} bytes are more than a {subformat} disk can have", spec.size);
-        return Err(Error::invalid(what));
-    }
-    let grain = grain(spec, matches!(shape, Shape::Embedded | Shape::SplitSparse))?;
-    let mut ddb = hardware(spec, sectors)?;
-    if subformat == "vmfsThin" {
-        ddb.push(("thinProvisioned".to_owned(), "1".to_owned()));
-    }
-    let stem = base_name(path)?;
-    let sizes: Vec<u64> = if in_parts { split(sectors).collect() } else { vec![sectors] };
-    let names: Vec<String> = (1..=sizes.len())
-        .map(|number| match shape {
-            Shape::Embedded => file_name(path),
-            Shape::Flat(_) => Ok(format!("{stem}-flat.vmdk")),
-            Shape::SplitSparse => Ok(format!("{stem}-s{number:03}.vmdk")),
-            Shape::SplitFlat => Ok(format!("{stem}-f{number:03}.vmdk")),
-            Shape::Cowd => Ok(format!("{stem}-delta.vmdk")),
-        })
-        .collect::<Result<_>>()?;
-    let lines: Vec<String> = sizes
-        .iter()
-        .zip(&names)
-        .map(|(size, name)| match shape {
-            Shape::Embedded | Shape::SplitSparse => format!("RW {size} SPARSE \"{name}\""),
-            Shape::Flat("VMFS") => format!("RW {size} VMFS \"{name}\""),
-            Shape::Cowd => format!("RW {size} VMFSSPARSE \"{name}\""),
-            Shape::Flat(_) | Shape::SplitFlat => format!("RW {size} FLAT \"{name}\" 0"),
-        })
-        .collect();
-    let text = NewDescriptor {
-        // What ESX writes for thin disks too: `vmfsThin` is in documents, not in files.
-        create_type: if subformat == "vmfsThin" { "vmfs" } else { subformat },
-        cid: NEVER_WRITTEN,
-        long_cid: format!("{:024x}{NEVER_WRITTEN:08x}", fastrand::u128(..) >> 32),
-        parent: None,
-        extents: &lines,
-        ddb,
-    }
-    .text();
-
+    let disk = NewDisk::new(path, spec)?;
     let mut made = MadeFiles::new(host);
-    if shape == Shape::Embedded {
-        let file = made.create(path)?;
-        write_sparse(&*file, sectors, grain, Some(&text))?;
-        return made.keep(path);
+    match disk.shape {
+        Shape::Embedded => {
+            let file = made.create(path)?;
+            let sectors = spec.size / SECTOR;
+            write_sparse(&*file, sectors, disk.grain, disk.zeroed_grains, Some(&disk.text))?;
+            return made.keep(path);
+        }
+        Shape::Stream => {
+            let file = made.create(path)?;
+            let out = Appender::new(&*file);
+            StreamWriter::begin(out, spec.size / SECTOR, &disk.text)?.finish()?;
+            sync(&*file)?;
+            return made.keep(path);
+        }
+        _ => {}
     }
-    for (size, name) in sizes.iter().zip(&names) {
-        let extent = path.with_file_name(name);
-        let file = made.create(&extent)?;
-        match shape {
-            Shape::SplitSparse => write_sparse(&*file, *size, grain, None)?,
+    for (size, name) in &disk.extents {
+        let file = made.create(&path.with_file_name(name))?;
+        match disk.shape {
+            Shape::SplitSparse => {
+                write_sparse(&*file, *size, disk.grain, disk.zeroed_grains, None)?;
+            }
             Shape::Cowd => cowd::write_new(&*file, *size, name, Some(chs(*size, false)))?,
-            _ => write_flat(&*file, *size)?,
+            _ => write_flat(&*file, *size, disk.preallocation)?,
         }
     }
     let file = made.create(path)?;
-    write_text(&*file, &text)?;
+    write_text(&*file, &disk.text)?;
     made.keep(path)
 }
 
+/// How the files of what `spec` asks for grow.
+pub fn footprint(spec: &CreateSpec) -> Result<Footprint> {
+    let disk = NewDisk::new(Path::new("disk.vmdk"), spec)?;
+    let text = DESCRIPTOR_SECTORS * SECTOR;
+    let grain = disk.grain * SECTOR;
+    Ok(match disk.shape {
+        Shape::Flat(_) | Shape::SplitFlat => Footprint::flat(text),
+        Shape::Cowd => {
+            // Grains of a sector, each with an entry in a table.
+            let empty = text + cowd::new_len(spec.size / SECTOR);
+            Footprint { empty, unit: SECTOR, stored: SECTOR + 4 }
+        }
+        Shape::Stream => Footprint { empty: DEFAULT_GRAIN * SECTOR, unit: grain, stored: grain },
+        Shape::Embedded | Shape::SplitSparse => {
+            let area = if disk.shape == Shape::Embedded { DESCRIPTOR_SECTORS } else { 0 };
+            let overhead = |size: u64| NewLayout::new(size, disk.grain, area).overhead * SECTOR;
+            let empty: u64 = disk.extents.iter().map(|(size, _)| overhead(*size)).sum();
+            let text = if disk.shape == Shape::Embedded { 0 } else { text };
+            Footprint { empty: empty + text, unit: grain, stored: grain }
+        }
+    })
+}
+
+/// Makes a descriptor at `path` for the raw disk in the file at `raw`, which lies in the same folder.
+pub fn wrap(host: &dyn Host, path: &Path, raw: &Path, spec: &CreateSpec) -> Result<()> {
+    if directory_of(path) != directory_of(raw) {
+        let what = "the descriptor and the raw disk must lie in one folder";
+        return Err(Error::invalid(what).in_file(path));
+    }
+    let sectors = spec.size / SECTOR;
+    let extent = line(Shape::Flat("FLAT"), sectors, &file_name(raw)?);
+    let text = NewDescriptor {
+        create_type: "monolithicFlat",
+        cid: NEVER_WRITTEN,
+        long_cid: format!("{:024x}{NEVER_WRITTEN:08x}", fastrand::u128(..) >> 32),
+        parent: None,
+        extents: &[extent],
+        ddb: hardware(spec, sectors)?,
+    }
+    .text();
+    let mut made = MadeFiles::new(host);
+    write_text(&*made.create(path)?, &text)?;
+    made.keep(path)
+}
+
+/// Begins the stream-optimised image that `spec` asks for, which calls itself `path`.
+pub fn begin_stream<W: std::io::Write>(
+    out: W,
+    path: &Path,
+    spec: &CreateSpec,
+) -> Result<StreamWriter<W>> {
+    let spec = CreateSpec { subformat: Some("streamOptimized".to_owned()), ..spec.clone() };
+    StreamWriter::begin(out, spec.size / SECTOR, &NewDisk::new(path, &spec)?.text)
+}
+
+/// Size in sectors and file name of each extent.
+fn extents(path: &Path, shape: Shape, sectors: u64, limit: u64) -> Result<Vec<(u64, String)>> {
+    let stem = base_name(path)?;
+    let sizes: Vec<u64> =
+        if shape.in_parts() { split(sectors, limit).collect() } else { vec![sectors] };
+    let named = |(number, size): (usize, u64)| {
+        let name = match shape {
+            Shape::Embedded | Shape::Stream => file_name(path)?,
+            Shape::Flat(_) => format!("{stem}-flat.vmdk"),
+            Shape::SplitSparse => format!("{stem}-s{number:03}.vmdk"),
+            Shape::SplitFlat => format!("{stem}-f{number:03}.vmdk"),
+            Shape::Cowd => format!("{stem}-delta.vmdk"),
+        };
+        Ok((size, name))
+    };
+    (1..).zip(sizes).map(named).collect()
+}
+
+/// The line of an extent in a descriptor.
+fn line(shape: Shape, size: u64, name: &str) -> String {
+    match shape {
+        Shape::Embedded | Shape::SplitSparse | Shape::Stream => {
+            format!("RW {size} SPARSE \"{name}\"")
+        }
+        Shape::Flat("VMFS") => format!("RW {size} VMFS \"{name}\""),
+        Shape::Cowd => format!("RW {size} VMFSSPARSE \"{name}\""),
+        Shape::Flat(_) | Shape::SplitFlat => format!("RW {size} FLAT \"{name}\" 0"),
+    }
+}
+
+/// Sectors of each extent of a split disk but the last.
+pub fn split_size(spec: &CreateSpec, in_parts: bool) -> Result<u64> {
+    match spec.split_size {
+        None => Ok(SPLIT),
+        Some(_) if !in_parts => Err(Error::invalid("only disks in parts have a size of the parts")),
+        Some(bytes) if bytes > 0 && bytes.is_multiple_of(SPLIT_UNIT) => Ok(bytes / SECTOR),
+        Some(bytes) => {
+            Err(Error::invalid(format!("parts of {bytes} bytes")).hint("a multiple of 1 MiB"))
+        }
+    }
+}
+
 /// The sizes, in sectors, of the extents of a split disk.
-pub fn split(sectors: u64) -> impl Iterator<Item = u64> {
-    (0..sectors.div_ceil(SPLIT)).map(move |i| SPLIT.min(sectors - i * SPLIT))
+pub fn split(sectors: u64, limit: u64) -> impl Iterator<Item = u64> {
+    (0..sectors.div_ceil(limit)).map(move |i| limit.min(sectors - i * limit))
 }
 
 /// The files made so far, removed again unless they are kept.
@@ -245,21 +396,28 @@ fn hardware(spec: &CreateSpec, sectors: u64) -> Result<Vec<(String, String)>> {
         return Err(Error::invalid(what).hint(ADAPTERS.join(", ")));
     };
     let [cylinders, heads, per_track] = chs(sectors, adapter == "ide");
-    // VMware's own numbers begin like this, a network address authority and VMware's place in it.
-    let mut uuid = format!("60 00 C2 9{:x}", fastrand::u8(..16));
-    for index in 4..16 {
-        uuid.push(if index == 8 { '-' } else { ' ' });
-        uuid.push_str(&format!("{:02x}", fastrand::u8(..)));
-    }
+    let hw_version = spec.hw_version.unwrap_or(DEFAULT_HW_VERSION);
+    let tools = spec.tools_version.map(|version| ("toolsVersion", version.to_string()));
     let entries = [
         ("adapterType", adapter.to_owned()),
         ("geometry.cylinders", cylinders.to_string()),
         ("geometry.heads", heads.to_string()),
         ("geometry.sectors", per_track.to_string()),
-        ("uuid", uuid),
-        ("virtualHWVersion", "10".to_owned()),
+        ("uuid", spec.uuid.clone().unwrap_or_else(new_uuid)),
+        ("virtualHWVersion", hw_version.to_string()),
     ];
-    Ok(entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+    Ok(entries.into_iter().chain(tools).map(|(key, value)| (key.to_owned(), value)).collect())
+}
+
+/// A new number for a disk. VMware's own begin like this: a network address authority, and VMware's
+/// place in it.
+fn new_uuid() -> String {
+    let mut uuid = format!("60 00 C2 9{:x}", fastrand::u8(..16));
+    for index in 4..16 {
+        uuid.push(if index == 8 { '-' } else { ' ' });
+        uuid.push_str(&format!("{:02x}", fastrand::u8(..)));
+    }
+    uuid
 }
 
 /// Cylinders, heads and sectors per track of a disk. Guests address by sector; this is for firmware
@@ -306,13 +464,18 @@ pub fn write_sparse(
     file: &dyn Storage,
     capacity: u64,
     grain: u64,
+    zeroed_grains: bool,
     descriptor: Option<&str>,
 ) -> Result<()> {
-    let new = NewSparse::new(capacity, grain, descriptor)?;
+    let new = NewSparse::new(capacity, grain, zeroed_grains, descriptor)?;
     file.set_len(new.len).map_err(|e| Error::io("extend", &e).in_file(file.path()))?;
     for (at, bytes, what) in &new.parts {
         codec::write_all(file, *at, bytes, what)?;
     }
+    sync(file)
+}
+
+fn sync(file: &dyn Storage) -> Result<()> {
     file.sync().map_err(|e| Error::io("flush", &e).in_file(file.path()))
 }
 
@@ -325,17 +488,24 @@ pub struct NewSparse {
 }
 
 impl NewSparse {
-    /// An extent of `capacity` sectors in grains of `grain`, with the text of an embedded descriptor.
-    pub fn new(capacity: u64, grain: u64, descriptor: Option<&str>) -> Result<Self> {
+    /// An extent of `capacity` sectors in grains of `grain`, which can be marked as zero if
+    /// `zeroed_grains` says so, with the text of an embedded descriptor.
+    pub fn new(
+        capacity: u64,
+        grain: u64,
+        zeroed_grains: bool,
+        descriptor: Option<&str>,
+    ) -> Result<Self> {
         let area = if descriptor.is_some() { DESCRIPTOR_SECTORS } else { 0 };
         let layout = NewLayout::new(capacity, grain, area);
         if layout.overhead >= u64::from(u32::MAX) {
             let what = format!("grains of {} bytes are too small for this disk", grain * SECTOR);
             return Err(Error::invalid(what));
         }
+        let (version, zeroed) = if zeroed_grains { (2, FLAG_ZEROED_GRAINS) } else { (1, 0) };
         let header = Header {
-            version: 1,
-            flags: FLAG_REDUNDANT | 1,
+            version,
+            flags: FLAG_REDUNDANT | FLAG_NEWLINES | zeroed,
             capacity,
             grain,
             descriptor_at: area.min(1),
@@ -360,17 +530,16 @@ impl NewSparse {
     }
 }
 
-/// Gives a raw extent its length, durably. Its bytes are a hole of the host file.
-fn write_flat(file: &dyn Storage, sectors: u64) -> Result<()> {
-    file.set_len(sectors * SECTOR)
-        .and_then(|()| file.sync())
-        .map_err(|e| Error::io("extend", &e).in_file(file.path()))
+/// Gives a raw extent its length, durably.
+fn write_flat(file: &dyn Storage, sectors: u64, preallocation: Preallocation) -> Result<()> {
+    preallocate(file, 0..sectors * SECTOR, preallocation)?;
+    sync(file)
 }
 
 /// Fills a new descriptor file, durably.
 pub fn write_text(file: &dyn Storage, text: &str) -> Result<()> {
     codec::write_all(file, 0, text.as_bytes(), "the descriptor")?;
-    file.sync().map_err(|e| Error::io("flush", &e).in_file(file.path()))
+    sync(file)
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ impl ExtentFile {
 
     /// Runs a change. The mark is set after it, failed or not: a sync that began in between does not
     /// cover it.
-    fn change(&self, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn change<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         if self.protected {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
@@ -103,6 +103,14 @@ impl Storage for ExtentFile {
 
     fn identity(&self) -> io::Result<FileIdentity> {
         self.inner.identity()
+    }
+
+    fn share_from(&self, at: u64, from: &dyn Storage, from_at: u64, len: u64) -> io::Result<bool> {
+        self.change(|| self.inner.share_from(at, from, from_at, len))
+    }
+
+    fn blocks(&self) -> Option<&std::fs::File> {
+        self.inner.blocks()
     }
 
     fn host_file(&self) -> Option<&std::fs::File> {

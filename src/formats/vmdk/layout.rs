@@ -37,7 +37,7 @@ pub const DESCRIPTOR_SECTORS: u64 = 20;
 pub const UNCLEAN_AT: u64 = 72;
 
 /// Bytes 73..77 are valid.
-const FLAG_NEWLINES: u32 = 1 << 0;
+pub const FLAG_NEWLINES: u32 = 1 << 0;
 /// A redundant grain directory exists.
 pub const FLAG_REDUNDANT: u32 = 1 << 1;
 /// Entry value 1 means a grain of zeroes.
@@ -207,7 +207,9 @@ impl Header {
     /// Why nothing can be written to the extent although it can be read, if so.
     pub fn read_only(&self) -> Option<String> {
         if self.compressed() {
-            return Some("stream-optimised images are never changed in place".into());
+            let what = "stream-optimised images are never changed in place: `flatdisk convert -O vmdk` \
+                        makes one that is, `mount -o nonpersistent` takes writes and forgets them";
+            return Some(what.into());
         }
         if self.version == 3 {
             return Some("changed block tracking is on (sparse header version 3)".into());

@@ -72,17 +72,19 @@ use super::compact::Part;
 use super::places::directory_of;
 use super::plan::Steps;
 use super::{
-    CreateSpec, Format, Identity, Image, ImageInfo, Label, NewLink, OpenContext, Opened, Plan,
-    Probe, Report,
+    CreateSpec, Footprint, Format, Identity, Image, ImageInfo, Label, NewLink, OpenContext, Opened,
+    Plan, Probe, Report,
 };
 use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
 pub use child::create_child;
+pub use create::{begin_stream, wrap};
 use descriptor::ExtentAccess;
 use grains::TableCaches;
 use link::{Link, parent_link};
 use map::{Backing, Parts, VmdkMap};
+pub use stream::write::{DEFAULT_LEVEL, GRAIN, LEVELS, Packer, StreamWriter};
 
 /// The VMDK format.
 pub struct Vmdk;
@@ -133,6 +135,10 @@ impl Format for Vmdk {
 
     fn create(&self, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
         create::create(host, path, spec)
+    }
+
+    fn footprint(&self, spec: &CreateSpec) -> Result<Footprint> {
+        create::footprint(spec)
     }
 
     fn create_child(

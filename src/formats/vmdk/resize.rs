@@ -31,7 +31,7 @@ use super::cowd;
 use super::create::{MAX_EXTENTS, MAX_SECTORS, NewSparse, SPLIT, chs};
 use super::descriptor::{ExtentAccess, ExtentLine, ExtentType};
 use super::grains::{Dialect, Grain};
-use super::layout::{ENTRIES_PER_TABLE, Header, SECTOR, TABLE_SECTORS};
+use super::layout::{ENTRIES_PER_TABLE, FLAG_ZEROED_GRAINS, Header, SECTOR, TABLE_SECTORS};
 use super::link::Link;
 use super::map::{Backing, SparseExtent};
 use super::settled::settle;
@@ -168,8 +168,11 @@ impl Change<'_> {
         let (len, parts) = match like.kind {
             ExtentType::Flat | ExtentType::Vmfs => (sectors * SECTOR, Vec::new()),
             ExtentType::Sparse => {
-                let grain = self.link.sparse.last().map_or(0, |extent| extent.tables.grain);
-                let new = NewSparse::new(sectors, grain / SECTOR, None)?;
+                let last = self.link.sparse.last();
+                let (grain, flags) =
+                    last.map_or((0, 0), |extent| (extent.tables.grain, extent.flags));
+                let zeroed = flags & FLAG_ZEROED_GRAINS != 0;
+                let new = NewSparse::new(sectors, grain / SECTOR, zeroed, None)?;
                 (new.len, new.parts.into_iter().map(|(at, bytes, _)| (at, bytes)).collect())
             }
             _ => return Err(cannot_grow(like)),

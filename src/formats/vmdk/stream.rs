@@ -5,6 +5,8 @@
 //! as in a file that was cut off, the grains are found by following them from the first one on
 //! ([`Salvage`]); what lies behind the last one found is lost, and says so.
 
+pub mod write;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +14,7 @@ use std::sync::atomic::Ordering;
 use flate2::{Decompress, FlushDecompress, Status};
 use parking_lot::Mutex;
 use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
@@ -30,7 +32,7 @@ const INFLATED_BYTES: usize = 4 << 20;
 const MAX_SKIPPED: u64 = 64;
 
 /// What precedes a compressed grain.
-#[derive(Debug, Clone, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct GrainHead {
     /// The grain's first sector on the disk.
@@ -40,7 +42,7 @@ struct GrainHead {
 }
 
 /// What precedes metadata. Read in place of a [`GrainHead`] it has a size of 0.
-#[derive(Debug, Clone, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Marker {
     /// Of a marker: sectors that follow.

@@ -92,7 +92,7 @@ fn custom(lines: &str) -> String {
 /// Adds a new sparse extent without descriptor.
 fn add_sparse(host: &Arc<MemoryHost>, name: &str, sectors: u64, grain: u64) {
     let file = host.create(&at(name)).unwrap();
-    create::write_sparse(&*file, sectors, grain, None).unwrap();
+    create::write_sparse(&*file, sectors, grain, false, None).unwrap();
 }
 
 fn add(host: &Arc<MemoryHost>, name: &str, bytes: &[u8]) {

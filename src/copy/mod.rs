@@ -1,0 +1,47 @@
+//! Copying whole disks: from any image, raw file, device or pipe to any other.
+//!
+//! One loop moves the contents ([`pipeline`]): workers read a chunk, look for zeroes, deflate and write
+//! it, each on its own. Where it goes is a [`sink`]: the disk of a new image, the differences to a base,
+//! a pipe, a compressed stream, a digest, a comparison. Around that [`convert()`] makes the target's
+//! files under temporary names ([`crate::storage::staged`]) and gives them their names when everything
+//! is durable.
+//!
+//! # Sharing blocks
+//!
+//! Where source and target lie on one file system that can (XFS, btrfs), runs of stored data are not
+//! read at all: the target's blocks become the source's ([`crate::storage::Storage::share_from`]), which
+//! takes neither time nor space. Both places must agree in their offset within 4096 bytes, which they do
+//! in raw files, fixed VHDs, VHDX, flat and sparse VMDK, and in VHDs made here. The ends of a run that
+//! are no whole block are copied. What is shared is not looked at for zeroes.
+//!
+//! # Memory
+//!
+//! Every worker holds one chunk (256 KiB), for a compressed stream another one, and there are at most 16;
+//! tables wait in memory up to the limits of the target's driver.
+
+pub mod compare;
+pub mod convert;
+pub mod digest;
+pub mod in_place;
+pub mod measure;
+pub mod pipeline;
+pub mod sink;
+pub mod source;
+mod stream;
+
+pub use compare::{Difference, compare};
+pub use convert::{Converted, Options, Target, convert};
+pub use measure::{Measured, measure};
+pub use source::{Opened, Source};
+
+/// Whether blocks of the host are shared between source and target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sharing {
+    /// Where the host can.
+    #[default]
+    Auto,
+    /// Everywhere; failing where the host cannot.
+    Always,
+    /// Nowhere: everything is read, looked at for zeroes, and written.
+    Never,
+}
