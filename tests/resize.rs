@@ -9,6 +9,7 @@ mod common;
 use std::sync::Arc;
 
 use common::sizes::{Case, Work, all_of, grown, shrunk, survives, tells_of_faults};
+use common::tools;
 use flatdisk::error::ErrorKind;
 use flatdisk::formats::resize::resize;
 use flatdisk::formats::{self, CreateSpec, OpenOptions};
@@ -82,5 +83,71 @@ fn an_image_that_others_stand_on_keeps_its_size() {
         assert_eq!(to("child", 7 << 20).unwrap_err().kind(), ErrorKind::InvalidInput);
         assert_eq!(to("child", 9 << 20).is_ok(), format != "vmdk", "{format}");
         assert_eq!(to("base", 8 << 20).unwrap().changes, [], "{format}");
+    }
+}
+
+/// Runs the program on arguments; what it printed.
+fn flatdisk(args: &[&str]) -> std::process::Output {
+    tools::output(std::process::Command::new(env!("CARGO_BIN_EXE_flatdisk")).args(args))
+}
+
+/// The disk of the image at `path`, as a raw file beside it.
+fn as_raw(path: &std::path::Path) -> std::path::PathBuf {
+    let host = flatdisk::storage::file::HostFs::shared();
+    let disk = formats::open(&host, path, &OpenOptions::new(Access::Read)).unwrap().disk;
+    let mut bytes = vec![0; disk.size() as usize];
+    disk.read_at(0, &mut bytes).unwrap();
+    let raw = path.with_extension("raw");
+    std::fs::write(&raw, bytes).unwrap();
+    raw
+}
+
+#[test]
+fn a_moved_partition_table_is_accepted_by_other_programs() {
+    if !tools::have("sgdisk") || !tools::have("sfdisk") {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    let folder = common::folder();
+    for (name, subformat) in
+        [("a.vhd", "fixed"), ("b.vhdx", "dynamic"), ("c.vmdk", "monolithicSparse")]
+    {
+        let path = folder.path().join(name);
+        let raw = folder.path().join("table");
+        std::fs::write(&raw, vec![0; 64 << 20]).unwrap();
+        tools::run(std::process::Command::new("sgdisk").args(["-n1:2048:+20M"]).arg(&raw));
+        let host = flatdisk::storage::file::HostFs::shared();
+        let format = formats::by_extension(&path).unwrap();
+        let spec = CreateSpec {
+            size: 64 * MIB,
+            subformat: Some(subformat.into()),
+            ..CreateSpec::default()
+        };
+        formats::create(format, &*host, &path, &spec).unwrap();
+        let disk = formats::open(&host, &path, &OpenOptions::new(Access::Write)).unwrap().disk;
+        disk.write_at(0, &std::fs::read(&raw).unwrap()).unwrap();
+        disk.close().unwrap();
+        drop(disk);
+        let image = path.to_str().unwrap();
+        let is_good = |size: u64| {
+            let raw = as_raw(&path);
+            assert_eq!(std::fs::metadata(&raw).unwrap().len(), size, "{name}");
+            let said = tools::run(std::process::Command::new("sgdisk").arg("-v").arg(&raw));
+            assert!(said.contains("No problems found"), "{name}: {said}");
+            let said = tools::run(std::process::Command::new("sfdisk").arg("--verify").arg(&raw));
+            assert!(said.contains("No errors detected"), "{name}: {said}");
+        };
+        // Without being asked to, the command only says so.
+        let said = tools::both(&flatdisk(&["resize", image, "+10M"]));
+        assert!(said.contains("not at the end") && said.contains("growpart"), "{name}: {said}");
+        let grown = flatdisk(&["resize", "--move-gpt", image, "200M"]);
+        assert!(grown.status.success(), "{name}: {}", tools::both(&grown));
+        is_good(200 * MIB);
+        let refused = flatdisk(&["resize", "--shrink", image, "15M"]);
+        assert_eq!(refused.status.code(), Some(1), "{name}: {}", tools::both(&refused));
+        let shrunk = flatdisk(&["resize", "--shrink", "--move-gpt", image, "min"]);
+        assert!(shrunk.status.success(), "{name}: {}", tools::both(&shrunk));
+        // The partition's end, 33 sectors, and whole pages.
+        is_good((21 * MIB + 33 * 512).next_multiple_of(4096));
     }
 }

@@ -13,6 +13,7 @@ mod content;
 pub mod files;
 mod gpt;
 mod mbr;
+pub mod relocate;
 mod types;
 
 use std::ops::Range;
