@@ -171,6 +171,14 @@ pub trait BlockMap: Send + Sync {
     /// `want`.
     fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()>;
 
+    /// What the beginning of `want` reads as, and how far, if the tables tell of a long run at once that
+    /// nothing of it is stored: [`Source::Zero`] or [`Source::Parent`]. A shortcut for searches, with
+    /// bounded work; the run may go on behind it.
+    fn unstored(&self, want: DiskRange) -> Result<Option<Extent>> {
+        let _ = want;
+        Ok(None)
+    }
+
     /// Called once, before the first change of any kind since the disk was opened: marks the image
     /// as being written (identifiers, log, dirty flag), durably where the format needs that.
     fn begin_writes(&self) -> Result<()> {

@@ -36,6 +36,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -51,6 +52,8 @@ const COPY_CHUNK: u64 = 1 << 20;
 const STEP: u64 = 1 << 30;
 /// How much the first step of a search for data covers.
 const FIRST_STEP: u64 = 1 << 20;
+/// How long one search for data or a hole takes at most, that whoever asks can be interrupted.
+const MAX_SEARCH: Duration = Duration::from_secs(2);
 /// How much of the disk is looked up at once where nobody knows how finely it is divided: at most
 /// 65,536 extents, each a sector, fit in a few MiB.
 pub const LOOKUP_STEP: u64 = 32 << 20;
@@ -622,9 +625,10 @@ impl Disk {
     }
 
     /// The first run of data at or after `from`: everything outside such runs reads as zeroes.
-    /// Looks through parents and at the holes of the host's files.
+    /// Looks through parents and at the holes of the host's files. What a long search has not come to is
+    /// taken for data.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
-        self.next_data_in(from..self.size())
+        self.next_data_in(from..self.size(), Instant::now() + MAX_SEARCH)
     }
 
     /// How much of the disk may be looked up at once without a list of extents that knows no bounds.
@@ -637,23 +641,37 @@ impl Disk {
         self.parent.is_none() && self.geometry().block_size >= 64 << 10
     }
 
+    /// The extents of the beginning of a range: at most `reach` bytes, or a long run of which nothing is
+    /// stored.
+    fn next_extents(&self, range: DiskRange, reach: u64) -> Result<ExtentList> {
+        let _held = self.shared(&range);
+        let mut list = ExtentList::new();
+        let want = sectors_around(&range);
+        match self.map.unstored(want.clone())? {
+            Some(run) => list.push(run.start, run.len, run.source),
+            None => self.map.lookup(want.start..want.end.min(want.start + reach), &mut list)?,
+        }
+        Ok(list)
+    }
+
     /// [`Self::next_data`] inside a range, which may reach past the disk's end.
-    fn next_data_in(&self, range: DiskRange) -> Result<Option<Range<u64>>> {
+    fn next_data_in(&self, range: DiskRange, until: Instant) -> Result<Option<Range<u64>>> {
         let end = range.end.min(self.size());
         let mut pos = range.start;
         // Data is near as a rule; a search that does not find it there takes larger and larger steps.
         let mut reach = FIRST_STEP;
         while pos < end {
-            let step = pos..end.min(pos.saturating_add(reach));
+            let extents = self.next_extents(pos..end, reach)?;
             reach = self.longest_lookup().min(reach * 4);
-            for extent in self.extents(step.clone())?.iter() {
+            let step = pos..end.min(extents.last().map_or(end, map::Extent::end));
+            for extent in extents.iter() {
                 let (part, skip) = overlap(extent, &step);
                 let found = match extent.source {
                     Source::Zero => None,
                     Source::Packed { .. } | Source::Bad => Some(part),
                     Source::File { file, at } => self.file_data(file, at + skip, part)?,
                     Source::Parent => match &self.parent {
-                        Some(parent) => parent.next_data_in(part)?,
+                        Some(parent) => parent.next_data_in(part, until)?,
                         None => Some(part),
                     },
                 };
@@ -662,6 +680,9 @@ impl Disk {
                 }
             }
             pos = step.end;
+            if pos < end && Instant::now() > until {
+                return Ok(Some(pos..end.min(pos + LOOKUP_STEP)));
+            }
         }
         Ok(None)
     }
@@ -680,10 +701,12 @@ impl Disk {
             .filter(|d| d.start < d.end))
     }
 
-    /// The first byte at or after `from` that is not stored data; the disk's size if there is none.
+    /// The first byte at or after `from` that is not stored data; the disk's size if there is none, or if a
+    /// long search has found none.
     pub fn next_hole(&self, from: u64) -> Result<u64> {
+        let until = Instant::now() + MAX_SEARCH;
         let mut pos = from;
-        while pos < self.size() {
+        while pos < self.size() && Instant::now() <= until {
             match self.next_data(pos)? {
                 Some(data) if data.start <= pos => pos = data.end,
                 _ => return Ok(pos),

@@ -523,6 +523,10 @@ fn list_damage(map: &dyn BlockMap, report: &mut Report) -> Result<()> {
     let mut extents = ExtentList::new();
     let (mut pos, mut step) = (0, coarse);
     while pos < size {
+        if let Ok(Some(run)) = map.unstored(pos..size) {
+            pos += run.len;
+            continue;
+        }
         let end = size.min(pos.saturating_add(step));
         extents.clear();
         match map.lookup(pos..end, &mut extents) {
