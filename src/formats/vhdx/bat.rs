@@ -12,6 +12,11 @@ use crate::codec::read_exact;
 use crate::error::{Error, Result};
 use crate::storage::Storage;
 
+/// Length of a file in bytes.
+pub fn file_len(file: &dyn Storage) -> Result<u64> {
+    file.len().map_err(|e| Error::io("asking for the size", &e).in_file(file.path()))
+}
+
 /// Bytes of an entry.
 pub const ENTRY_BYTES: u64 = 8;
 /// Entries in a page of the table.
@@ -54,6 +59,11 @@ impl Entry {
     /// The entry of a block that reads as zeroes.
     pub const ZERO: Self = Self(2);
 
+    /// Whether the state has the number that only the draft 0.95 of the format had for it.
+    pub fn is_draft(self) -> bool {
+        self.state() == State::Unmapped && self.0 & 7 == 5
+    }
+
     /// The state; reserved bits make it invalid.
     pub fn state(self) -> State {
         if self.0 & 0xf_fff8 != 0 {
@@ -63,7 +73,8 @@ impl Entry {
             0 => State::NotPresent,
             1 => State::Undefined,
             2 => State::Zero,
-            3 => State::Unmapped,
+            // 5 is what the draft 0.95 of the format had for it.
+            3 | 5 => State::Unmapped,
             6 => State::Present,
             7 => State::Partial,
             _ => State::Invalid,
@@ -167,14 +178,15 @@ impl BatLayout {
 }
 
 /// Calls `visit` for every entry that is not zero, in order, reading the table in large pieces and
-/// skipping the holes of the host file. Linear in what is stored of the table.
+/// skipping the holes of the host file. Linear in what is stored of the table. Entries that the end of
+/// the file cuts off are unknown, and not visited.
 pub fn scan(
     file: &dyn Storage,
     region: &Region,
     layout: &BatLayout,
     mut visit: impl FnMut(u64, Slot, Entry),
 ) -> Result<()> {
-    let end = region.offset + region.length.min(layout.entries * ENTRY_BYTES);
+    let end = region.offset + region.entries(file_len(file)?).min(layout.entries) * ENTRY_BYTES;
     let mut buf = vec![0; MIB as usize];
     let mut at = region.offset;
     while at < end {
@@ -235,7 +247,8 @@ mod tests {
         assert_eq!(Entry::present(8 * MIB), entry);
         assert_eq!(Entry::partial(8 * MIB).state(), State::Partial);
         assert_eq!(Entry::ZERO.state(), State::Zero);
-        for bad in [4, 5, 6 | 1 << 3, 6 | 1 << 19] {
+        assert_eq!(Entry(5).state(), State::Unmapped);
+        for bad in [4, 6 | 1 << 3, 6 | 1 << 19] {
             assert_eq!(Entry(bad).state(), State::Invalid);
         }
     }

@@ -24,6 +24,11 @@ pub fn first_bit(bitmap_at: u64, page: u64) -> u64 {
     (page - bitmap_at / LOG_SECTOR) * PAGE_BITS
 }
 
+/// Bits of a page of the file that lie before byte `end` of it.
+pub fn bits_before(end: u64, page: u64) -> u64 {
+    end.saturating_sub(page * LOG_SECTOR).min(LOG_SECTOR) * 8
+}
+
 /// Calls `visit` for every run of equal bits among `bits` of a page, in order.
 pub fn runs(page: &[u8], bits: Range<u64>, mut visit: impl FnMut(Range<u64>, bool)) {
     let mut start = bits.start;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use super::bat::{BatLayout, ENTRIES_PER_PAGE, ENTRY_BYTES, Entry, State};
+use super::bat::{BatLayout, ENTRIES_PER_PAGE, Entry, State};
 use super::bitmap;
 use super::layout::{LOG_SECTOR, MIB};
 use super::regions::Region;
@@ -29,6 +29,8 @@ pub(super) struct Shape {
     pub layout: BatLayout,
     /// The BAT.
     pub bat: Region,
+    /// Entries of the BAT that the file has.
+    pub bat_entries: u64,
     /// Blocks are never given back.
     pub fixed: bool,
     /// Blocks that are not present are the parent's.
@@ -38,8 +40,8 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// Whether `len` bytes at `at` may be a block in a file of `file_len` bytes. The last block of
-    /// a file may be cut short.
+    /// Whether `len` bytes at `at` may be a block in a file of `file_len` bytes. The end of the file
+    /// may cut it short.
     pub fn may_hold(&self, at: u64, len: u64, file_len: u64) -> bool {
         at.checked_add(len).is_some_and(|end| {
             at < file_len && self.reserved.iter().all(|r| end <= r.start || r.end <= at)
@@ -60,7 +62,20 @@ impl Shape {
 
     /// Whether the table has an entry `index`.
     pub fn has_entry(&self, index: u64) -> bool {
-        index < self.bat.length / ENTRY_BYTES
+        index < self.bat_entries
+    }
+
+    /// Bytes of `block` that hold something of the disk: of the last one what is not behind its end.
+    pub fn needed(&self, block: u64) -> u64 {
+        let start = block * self.layout.block_size;
+        self.geometry.size.saturating_sub(start).min(self.layout.block_size)
+    }
+
+    /// Whether a file of `file_len` bytes has all bits of `block` of the sector bitmap at byte `at`.
+    pub fn has_bits(&self, block: u64, at: u64, file_len: u64) -> bool {
+        let (first, _) = self.block_bits(block);
+        let sectors = self.needed(block).div_ceil(u64::from(self.geometry.logical_sector));
+        self.may_hold(at, MIB, file_len) && at + (first + sectors).div_ceil(8) <= file_len
     }
 
     /// Index of the first bit of `block` in its sector bitmap, and how many bits it has.
@@ -101,9 +116,14 @@ impl Blocks {
         &*self.files[0]
     }
 
-    /// Loads a page of a table.
+    /// Loads what the file has of a page of a table. Nobody asks for the rest but to mark it, which
+    /// happens in a session, where the file has all of it.
     pub fn load(&self, page: u64) -> impl FnMut(&mut [u8]) -> Result<()> {
-        move |buf| read_exact(self.file(), page * LOG_SECTOR, buf, "table page")
+        move |buf| {
+            let at = page * LOG_SECTOR;
+            let stored = self.file_len.load(Ordering::Acquire).saturating_sub(at).min(LOG_SECTOR);
+            read_exact(self.file(), at, &mut buf[..stored as usize], "table page")
+        }
     }
 
     /// The entry at `index` of the BAT.
@@ -115,14 +135,14 @@ impl Blocks {
         self.cache.read(page, self.load(page), |bytes| Entry::get(bytes, slot))
     }
 
-    /// Where the sector bitmap of a block's chunk lies, if there is one.
+    /// Where the sector bitmap of a block's chunk lies, if there is one. The end of the file may cut it
+    /// short.
     pub fn bitmap_at(&self, block: u64) -> Result<Option<u64>> {
         let entry = self.entry(self.shape.layout.bitmap_entry(block))?;
         let file_len = self.file_len.load(Ordering::Acquire);
         // Bitmap entries know no state but 6; another program has been seen to read 7 as that.
         let present = matches!(entry.state(), State::Present | State::Partial)
-            && self.shape.may_hold(entry.offset(), MIB, file_len)
-            && entry.offset() + MIB <= file_len;
+            && self.shape.may_hold(entry.offset(), MIB, file_len);
         Ok(present.then(|| entry.offset()))
     }
 
@@ -178,13 +198,13 @@ impl Blocks {
             return;
         }
         let at = at + part.start % block_size;
-        // Some programs cut the last block off where the disk ends.
         let stored = file_len.saturating_sub(at).min(len) / Geometry::SECTOR * Geometry::SECTOR;
         if stored > 0 {
             out.push(part.start, stored, Source::File { file: 0, at });
         }
         if stored < len {
-            out.push(part.start + stored, len - stored, Source::Zero);
+            // Lost with the end of the file.
+            out.push(part.start + stored, len - stored, Source::Bad);
         }
     }
 
@@ -202,20 +222,29 @@ impl Blocks {
         let bits = first_bit + (part.start - block_start) / sector
             ..first_bit + (part.end - block_start).div_ceil(sector);
         for (page, in_page) in bitmap::pages(bitmap_at, &bits) {
-            // Where on the disk the page's first bit is.
-            let base = |bit: u64| block_start + (bit - first_bit) * sector;
             let page_bit = bitmap::first_bit(bitmap_at, page);
+            // Where on the disk a run of the page's bits is.
+            let on_disk = |run: Range<u64>| {
+                let start = block_start + (page_bit + run.start - first_bit) * sector;
+                let end = block_start + (page_bit + run.end - first_bit) * sector;
+                start.max(part.start)..end.min(part.end)
+            };
+            // Bits that the end of the file cuts off are unknown.
+            let known = in_page.end.min(bitmap::bits_before(file_len, page)).max(in_page.start);
             self.cache.read(page, self.load(page), |bytes| {
-                bitmap::runs(bytes, in_page, |run, set| {
-                    let start = base(page_bit + run.start).max(part.start);
-                    let end = base(page_bit + run.end).min(part.end);
+                bitmap::runs(bytes, in_page.start..known, |run, set| {
+                    let run = on_disk(run);
                     if set {
-                        self.push_stored(start..end, at, file_len, out);
+                        self.push_stored(run, at, file_len, out);
                     } else {
-                        out.push(start, end - start, Source::Parent);
+                        out.push(run.start, run.end - run.start, Source::Parent);
                     }
                 });
             })?;
+            let unknown = on_disk(known..in_page.end);
+            if !unknown.is_empty() {
+                out.push(unknown.start, unknown.end - unknown.start, Source::Bad);
+            }
         }
         Ok(())
     }

@@ -7,12 +7,12 @@ use super::bat::{self, ENTRY_BYTES, Entry, Slot, State};
 use super::bitmap;
 use super::blocks::Shape;
 use super::headers::Header;
-use super::layout::{HEADER_OFFSETS, LOG_SECTOR, MIB, REGION_TABLE_OFFSETS};
+use super::layout::{HEADER_OFFSETS, LOG_SECTOR, REGION_TABLE_OFFSETS};
 use super::open::Parts;
 use super::regions::{Region, read_copy};
 use super::space::Space;
 use super::stock::Stock;
-use crate::codec::read_array;
+use crate::codec::{read_array, read_exact};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::repair::stored;
 use crate::formats::{Report, Severity};
@@ -71,14 +71,18 @@ fn check_region_tables(parts: &Parts, report: &mut Report) -> Result<()> {
     let copies = [read_copy(&*parts.file, 0)?, read_copy(&*parts.file, 1)?];
     for (i, copy) in copies.iter().enumerate() {
         if copy.is_none() {
-            let what = format!("region table {} is invalid", i + 1);
-            report.notice(REGION_TABLE_OFFSETS[i], what);
+            let what = format!("region table {} is invalid: other programs may refuse it", i + 1);
+            report.error(REGION_TABLE_OFFSETS[i], what);
         }
     }
     if let [Some(first), Some(second)] = &copies
         && first != second
     {
-        report.notice(REGION_TABLE_OFFSETS[1], "the two region tables differ");
+        report.error(REGION_TABLE_OFFSETS[1], "the two region tables differ");
+    }
+    for region in parts.regions.all.iter().filter(|r| r.range().end > parts.file_len) {
+        let what = format!("the file ends in the middle of region {}", region.guid);
+        report.notice(region.offset, what);
     }
     Ok(())
 }
@@ -88,12 +92,8 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
     let layout = shape.layout;
     let region = &parts.regions.bat;
     report.blocks = layout.blocks;
-    if region.length / ENTRY_BYTES < layout.entries {
-        let what = format!(
-            "the BAT has room for {} of {} entries",
-            region.length / ENTRY_BYTES,
-            layout.entries
-        );
+    if shape.bat_entries < layout.entries {
+        let what = format!("the BAT has {} of {} entries", shape.bat_entries, layout.entries);
         report.error(region.offset, what);
     }
     let mut stock = match Stock::new(&shape, parts.file_len) {
@@ -103,7 +103,7 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
     let mut partial = PartialBlocks::default();
     let mut complete = 0;
     let mut failed = None;
-    let mut stale = 0u64;
+    let (mut stale, mut draft) = (0u64, 0u64);
     let mut before = (0, Entry(0));
     bat::scan(&*parts.file, region, &layout, |index, slot, entry| {
         let at = region.offset + index * ENTRY_BYTES;
@@ -119,14 +119,14 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
         before = (index, entry);
         let stored = matches!(entry.state(), State::Present | State::Partial);
         match slot {
-            Slot::Block(_) if stored => {
+            Slot::Block(block) if stored => {
                 report.allocated_blocks += 1;
-                if entry.offset().saturating_add(layout.block_size) > parts.file_len
-                    && entry.offset() < parts.file_len
-                {
-                    report.notice(at, "the file ends in the middle of the block");
+                let missing = entry.offset().saturating_add(layout.block_size) > parts.file_len;
+                if missing && entry.offset().saturating_add(shape.needed(block)) <= parts.file_len {
+                    report.notice(at, "the file lacks the part of the block behind the disk's end");
                 }
             }
+            Slot::Block(_) if entry.is_draft() => draft += 1,
             Slot::Block(_) if matches!(entry.state(), State::NotPresent | State::Zero) => {
                 stale += 1 - u64::from(entry.offset() == 0);
             }
@@ -144,7 +144,11 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
         match (slot, entry.state()) {
             (Slot::Block(block), State::Partial) => partial.blocks.push((block, index)),
             (Slot::Bitmap(_), State::Present | State::Partial) => {
-                for (block, _) in partial.blocks.drain(..) {
+                for (block, index) in partial.blocks.drain(..) {
+                    if !shape.has_bits(block, entry.offset(), parts.file_len) {
+                        no_bitmap(report, region, block, index);
+                        continue;
+                    }
                     match complete_bitmap(parts, &shape, block, entry.offset()) {
                         Ok(full) => complete += u64::from(full),
                         Err(e) => failed = Some(e),
@@ -160,6 +164,12 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
     failed.map_or(Ok(()), |e| finding(report, e))?;
     if complete > 0 {
         let what = format!("{complete} blocks hide all of the parent, but are marked as partial");
+        report.notice(region.offset, what);
+    }
+    if draft > 0 {
+        let what = format!(
+            "{draft} blocks are unmapped in a way of which only a draft of the format knew"
+        );
         report.notice(region.offset, what);
     }
     if stale > 0 {
@@ -199,20 +209,19 @@ impl PartialBlocks {
 }
 
 fn no_bitmap(report: &mut Report, bat: &Region, block: u64, index: u64) {
-    let what = format!("block {block} is partially present, but has no sector bitmap");
+    let what = format!("block {block} is partially present, but has no bits in a sector bitmap");
     report.error(bat.offset + index * ENTRY_BYTES, what);
 }
 
 /// Whether the bitmap at byte `at` of the file says that all sectors of `block` are in the file.
 fn complete_bitmap(parts: &Parts, shape: &Shape, block: u64, at: u64) -> Result<bool> {
-    // Where the bitmap may not lie its entry is reported already.
-    if !shape.may_hold(at, MIB, parts.file_len) {
-        return Ok(false);
-    }
     let (first, count) = shape.block_bits(block);
     for (page, bits) in bitmap::pages(at, &(first..first + count)) {
-        let bytes: [u8; LOG_SECTOR as usize] =
-            read_array(&*parts.file, page * LOG_SECTOR, "sector bitmap")?;
+        let mut bytes = [0; LOG_SECTOR as usize];
+        // Bits that count are there; the file may end behind them.
+        let stored = parts.file_len.saturating_sub(page * LOG_SECTOR).min(LOG_SECTOR);
+        let stored = &mut bytes[..stored as usize];
+        read_exact(&*parts.file, page * LOG_SECTOR, stored, "sector bitmap")?;
         if !bitmap::full(&bytes, bits) {
             return Ok(false);
         }

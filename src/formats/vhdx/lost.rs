@@ -4,7 +4,7 @@
 //! # Order
 //!
 //! One round each. Blocks that are given up go first: the file grows only when no entry leads past its
-//! end. A block that is copied has the same data in both places until its entry changes, which happens
+//! end. Then, with consent, what the end of the file cuts short gets zeroes for the rest. A block that is copied has the same data in both places until its entry changes, which happens
 //! when the copy is durable; what a crash leaves of copies is unused space.
 //!
 //! A block of a differencing disk becomes an undefined one, which reads as zeroes. One that is not
@@ -13,12 +13,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::bat::{self, ENTRY_BYTES, Entry, Slot, State};
+use super::bat::{self, BatLayout, ENTRY_BYTES, Entry, Slot, State};
 use super::check::PartialBlocks;
 use super::layout::{MAX_FILE, MIB};
 use super::open::Parts;
 use super::stock::{MisfitKind, Stock};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formats::Plan;
 use crate::formats::repair::MAX_COPIED;
 use crate::storage::Storage;
@@ -40,12 +40,23 @@ struct Change {
 struct Wrong {
     /// Indices of those whose block or bitmap cannot be read, and what they become.
     lost: Vec<(Range<u64>, Entry)>,
+    /// Blocks that the end of the file cuts short.
+    cut: CutShort,
     /// Blocks that are whole ones.
     whole: Vec<Change>,
     /// Those whose place is another one's too, with it.
     shared: Vec<(Change, Range<u64>)>,
     /// Bytes of all of those.
     shared_bytes: u64,
+}
+
+/// Where the blocks end that the end of the file cuts short.
+#[derive(Default)]
+struct CutShort {
+    /// Those of which something of the disk is missing.
+    lost: Option<u64>,
+    /// Those that lack only what is behind the disk's end, and bitmaps that lack bits of no use.
+    harmless: Option<u64>,
 }
 
 impl Wrong {
@@ -71,6 +82,12 @@ pub(super) fn repair_entries(
         }
     } else if !wrong.whole.is_empty() {
         wrong.whole.iter().for_each(|change| put(file, parts, change, work));
+    } else if let Some(end) = wrong.cut.lost {
+        if work.lossy() {
+            work.set_len(file, end, "zeroes for what the end of the file cuts off");
+        }
+    } else if let Some(end) = wrong.cut.harmless {
+        work.set_len(file, end, "the part of the last block behind the disk's end");
     } else if wrong.shared_bytes <= MAX_COPIED {
         separate(file, parts, wrong.shared, work)?;
     }
@@ -100,6 +117,11 @@ fn put(file: &Arc<dyn Storage>, parts: &Parts, change: &Change, work: &mut Plan)
     work.write(file, at, change.entry.0.to_le_bytes().to_vec(), change.what.as_str());
 }
 
+/// Bytes of what a slot is for.
+fn slot_len(layout: &BatLayout, slot: Slot) -> u64 {
+    if matches!(slot, Slot::Block(_)) { layout.block_size } else { MIB }
+}
+
 /// Goes through the BAT; of each kind no more than one round changes.
 fn find(parts: &Parts) -> Result<Wrong> {
     let (shape, layout) = (parts.shape(), &parts.layout);
@@ -108,26 +130,36 @@ fn find(parts: &Parts) -> Result<Wrong> {
     let mut partial = PartialBlocks::default();
     let given_up = if shape.has_parent { UNDEFINED } else { Entry(0) };
     bat::scan(&*parts.file, &parts.regions.bat, layout, |index, slot, entry| {
-        let mut readable = true;
+        let (mut readable, mut whole) = (true, true);
+        let end = entry.offset().checked_add(slot_len(layout, slot));
         if let Err(misfit) = stock.take(slot, entry) {
             readable = misfit.kind != MisfitKind::Nowhere;
+            whole = misfit.kind == MisfitKind::Shared;
             match (misfit.kind, slot) {
                 (MisfitKind::Nowhere, Slot::Block(_)) => wrong.lose(index, given_up),
                 (MisfitKind::Nowhere, _) => wrong.lose(index, Entry(0)),
+                (MisfitKind::CutShort, Slot::Block(_)) => wrong.cut.lost = wrong.cut.lost.max(end),
+                // Blocks whose bits are missing are lost; the other bits mean nothing.
+                (MisfitKind::CutShort, _) => whole = true,
                 (MisfitKind::NoParent, _) => {
                     let what = "a whole block, for there is no parent".to_owned();
                     wrong.whole.push(Change { index, entry: Entry::present(entry.offset()), what });
                 }
                 (MisfitKind::Shared, _) => {
-                    let (name, len) = match slot {
-                        Slot::Block(block) => (format!("block {block}"), layout.block_size),
-                        _ => ("a sector bitmap".to_owned(), MIB),
+                    let name = match slot {
+                        Slot::Block(block) => format!("block {block}"),
+                        _ => "a sector bitmap".to_owned(),
                     };
+                    let len = slot_len(layout, slot);
                     let change = Change { index, entry, what: name };
                     wrong.shared_bytes = wrong.shared_bytes.saturating_add(len);
                     wrong.shared.push((change, entry.offset()..entry.offset() + len));
                 }
             }
+        }
+        let stored = matches!(entry.state(), State::Present | State::Partial);
+        if whole && stored && end > Some(parts.file_len) {
+            wrong.cut.harmless = wrong.cut.harmless.max(end);
         }
         if shape.has_parent {
             for (_, index) in partial.begin(index / (layout.chunk_ratio + 1)) {
@@ -138,7 +170,11 @@ fn find(parts: &Parts) -> Result<Wrong> {
                     partial.blocks.push((block, index));
                 }
                 (Slot::Bitmap(_), State::Present | State::Partial) if readable => {
-                    partial.blocks.clear();
+                    for (block, index) in partial.blocks.drain(..) {
+                        if !shape.has_bits(block, entry.offset(), parts.file_len) {
+                            wrong.lose(index, given_up);
+                        }
+                    }
                 }
                 _ => {}
             }
@@ -157,16 +193,13 @@ fn separate(
     shared: Vec<(Change, Range<u64>)>,
     work: &mut Plan,
 ) -> Result<()> {
-    let stored = file.len().map_err(|e| Error::io("asking for the size", &e))?;
     let (mut copies, mut entries) = (work.part(), work.part());
-    let mut place = parts.file_len;
+    let mut place = parts.file_len.next_multiple_of(MIB);
     for (change, from) in shared {
         let len = from.end - from.start;
         if place + len > MAX_FILE {
             break;
         }
-        // What the host does not have of the last block are zeroes.
-        let from = from.start..from.end.min(stored);
         copies.copy(file, from, place, format!("a place of its own for {}", change.what));
         let state = change.entry.0 & 7;
         let what = format!("{}, which shared its place", change.what);

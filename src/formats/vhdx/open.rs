@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::bat::{BatLayout, ENTRY_BYTES};
+use super::bat::{self, BatLayout, ENTRY_BYTES, Slot, State};
 use super::blocks::{Blocks, Shape};
 use super::headers::{Header, HeaderWriter, Headers, read_creator};
 use super::layout::{LOG_SECTOR, MIB};
@@ -50,6 +50,9 @@ pub(super) struct Parts {
     pub read_only: Option<String>,
     /// What is wrong with the log, if that is all that keeps the file from being written.
     pub bad_log: Option<BadLog>,
+    /// The end of the file cuts off entries of the BAT, and but for its log that is all that keeps the
+    /// file from being written.
+    pub cut_bat: bool,
 }
 
 /// What can be wrong with a log, and be put right.
@@ -86,9 +89,6 @@ impl Parts {
             raw.len().map_err(|e| Error::io("asking for the size", &e).in_file(raw.path()))?;
         let (overlay, log_entries) = match replay(&*raw, raw_len, &header, &mut doubts)? {
             Some((overlay, entries)) => (Some(overlay), entries),
-            None if !raw_len.is_multiple_of(MIB) => {
-                (Some(Overlay::new(raw_len.next_multiple_of(MIB))), 0)
-            }
             None => (None, 0),
         };
         let replayed = overlay.map(|overlay| ReplayedFile::new(raw.clone(), overlay));
@@ -120,8 +120,12 @@ impl Parts {
         if header.sequence > u64::MAX - 16 {
             doubts.warn("the header's sequence number cannot grow any more".to_owned());
         }
+        let mut cut_bat = false;
         if regions.bat.length / ENTRY_BYTES < layout.entries {
             doubts.warn("the BAT is too small for the disk".to_owned());
+        } else if regions.bat.entries(file_len) < layout.entries {
+            cut_bat = doubts.read_only.is_none();
+            doubts.warn("the file ends in the middle of the BAT".to_owned());
         }
         let Doubts { faults, warnings, read_only, bad_log, .. } = doubts;
         let (bad_log, read_only) = match (bad_log, read_only) {
@@ -142,6 +146,7 @@ impl Parts {
             warnings,
             read_only,
             bad_log,
+            cut_bat,
         })
     }
 
@@ -164,6 +169,7 @@ impl Parts {
             },
             layout: self.layout,
             bat: self.regions.bat.clone(),
+            bat_entries: self.regions.bat.entries(self.file_len),
             fixed: self.metadata.fixed,
             has_parent: self.metadata.has_parent,
             reserved,
@@ -205,7 +211,7 @@ impl Parts {
 
     /// The part of the disk whose blocks have no entry.
     fn lost(&self) -> Vec<DiskRange> {
-        let entries = self.regions.bat.length / ENTRY_BYTES;
+        let entries = self.regions.bat.entries(self.file_len);
         if entries >= self.layout.entries {
             return Vec::new();
         }
@@ -298,7 +304,7 @@ fn replay(
                 "the file is truncated: it has {raw_len:#x} bytes, its log knows of {flushed:#x}"
             )));
         }
-        let overlay = overlay(raw, &place, &sequence, raw_len.next_multiple_of(MIB))?;
+        let overlay = overlay(raw, &place, &sequence, raw_len)?;
         let stated = sequence.newest.last_file_offset;
         Ok(Some((overlay, sequence.entries.len(), raw_len.max(stated) - raw_len)))
     };
@@ -348,13 +354,34 @@ pub(super) fn open(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> 
     let info = info(&parts, parent.as_ref());
     let identity = Identity::VhdxDataWrite(vec![parts.headers.header().data_write]);
     let damage = parts.lost();
-    let read_only = parts.read_only.clone();
+    let read_only = match &parts.read_only {
+        Some(why) => Some(why.clone()),
+        None => cut_short(&parts)?,
+    };
     let next = match &ctx.next_identity {
         Some(Identity::VhdxDataWrite(ids)) => ids.first().copied(),
         _ => None,
     };
     let map = parts.into_blocks(&ctx.budget, next);
     Ok(Opened { map: Box::new(map), info, identity, parent, read_only, damage })
+}
+
+/// Which block the end of the file cuts short, if any. Whole files are multiples of 1 MiB long: of them
+/// the BAT is not gone through before the first write.
+fn cut_short(parts: &Parts) -> Result<Option<String>> {
+    if parts.file_len.is_multiple_of(MIB) {
+        return Ok(None);
+    }
+    let shape = parts.shape();
+    let mut found = None;
+    bat::scan(&*parts.file, &parts.regions.bat, &parts.layout, |_, slot, entry| {
+        if let (Slot::Block(block), State::Present | State::Partial) = (slot, entry.state())
+            && entry.offset().saturating_add(shape.needed(block)) > parts.file_len
+        {
+            found.get_or_insert(block);
+        }
+    })?;
+    Ok(found.map(|block| format!("the file ends in the middle of block {block} or before it")))
 }
 
 fn info(parts: &Parts, parent: Option<&ParentLink>) -> ImageInfo {

@@ -4,8 +4,6 @@
 //! above the headers reads a file that was not closed cleanly through one, so tables and payload
 //! are right whether or not the file may be written. The first write of a session applies the
 //! overlay to the file, after which the file is its own truth.
-//!
-//! The same type pads a file whose length is no multiple of 1 MiB with zeroes.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -291,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_padded_file_ends_in_zeroes() {
+    fn a_file_that_its_log_extends_ends_in_zeroes() {
         let file = MemoryFile::new("x", &[7; 1000]);
         let padded = ReplayedFile::new(file, Overlay::new(1 << 20));
         let mut buf = [1; 1024];

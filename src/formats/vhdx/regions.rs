@@ -5,8 +5,9 @@ use std::ops::Range;
 use uuid::Uuid;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
+use super::bat::ENTRY_BYTES;
 use super::layout::{
-    BAT_REGION, MAX_TABLE_ENTRIES, METADATA_REGION, MIB, REGION_TABLE_OFFSETS, RawRegion,
+    BAT_REGION, MAX_FILE, MAX_TABLE_ENTRIES, METADATA_REGION, MIB, REGION_TABLE_OFFSETS, RawRegion,
     RawRegionTable, TABLE_BYTES, seal, sealed,
 };
 use crate::codec::{guid, read_exact};
@@ -30,6 +31,11 @@ impl Region {
     /// The bytes of the file that the region takes.
     pub fn range(&self) -> Range<u64> {
         self.offset..self.offset + self.length
+    }
+
+    /// Entries of a table in the region that a file of `file_len` bytes has.
+    pub fn entries(&self, file_len: u64) -> u64 {
+        self.length.min(file_len.saturating_sub(self.offset)) / ENTRY_BYTES
     }
 }
 
@@ -132,8 +138,10 @@ impl Region {
             let what = format!("region {id}: {:#x} bytes at {:#x}", self.length, self.offset);
             return Err(Error::corrupt(format!("{what} is no valid place")));
         }
-        if self.offset.checked_add(self.length).is_none_or(|end| end > file_len) {
-            return Err(Error::corrupt(format!("region {id} reaches past the end of the file")));
+        // Of the BAT a first part is worth something; whether the metadata is there shows in reading it.
+        let end = self.offset.checked_add(self.length);
+        if end.is_none_or(|end| end > MAX_FILE) || self.offset >= file_len {
+            return Err(Error::corrupt(format!("region {id} lies past the end of the file")));
         }
         Ok(())
     }
@@ -204,7 +212,7 @@ mod tests {
         with(&|r| r[0].offset = 0, ErrorKind::Corrupt);
         with(&|r| r[0].offset = !0xfffff, ErrorKind::Corrupt);
         with(&|r| r[0].length = 0, ErrorKind::Corrupt);
-        with(&|r| r[0].length = 14 << 20, ErrorKind::Corrupt);
+        with(&|r| r[0].offset = 16 << 20, ErrorKind::Corrupt);
         with(&|r| r.push(r[0].clone()), ErrorKind::Corrupt);
         with(&|r| r.push(region(Uuid::new_v4(), 8, 1)), ErrorKind::Unsupported);
         for (regions, kind) in cases {

@@ -1,7 +1,8 @@
 //! What can be rebuilt: what the log has to say, a place for a log that has none, the bad one of two
-//! headers or region tables, a last block that was cut short, places named by blocks that are not stored,
+//! headers or region tables, places named by blocks that are not stored, blocks cut short and
 //! entries that lead wrong (see [`lost`](super::lost)), and space that nothing uses. With consent also
-//! headers of which only the checksum is wrong, and a log is forgotten that has no entries.
+//! headers of which only the checksum is wrong, a log is forgotten that has no entries, and so are entries
+//! of a BAT that the file does not reach to the end of.
 //!
 //! # Order
 //!
@@ -46,6 +47,9 @@ pub(super) fn repair(file: &Arc<dyn Storage>, plan: &mut Plan) -> Result<()> {
         && let Some(bad) = parts.bad_log
     {
         return repair_log(file, &parts, bad, plan);
+    }
+    if plan.lossy() && parts.cut_bat && !parts.metadata.has_parent {
+        return complete_bat(file, &parts, plan);
     }
     if parts.read_only.is_some() {
         return Ok(());
@@ -118,8 +122,8 @@ fn repair_log(file: &Arc<dyn Storage>, parts: &Parts, bad: BadLog, plan: &mut Pl
             (h.file_write, h.log) = (id, Uuid::nil());
         });
     }
-    // The last block may be cut short.
-    let at = parts.file_len.max(space.used_end());
+    // The last block may be cut short behind the end of the disk.
+    let at = parts.file_len.max(space.used_end()).next_multiple_of(MIB);
     let what = "a header that says the file was changed";
     replace_headers(file, &mut headers, plan, what, |h| h.file_write = id)?;
     plan.sync(file);
@@ -127,6 +131,18 @@ fn repair_log(file: &Arc<dyn Storage>, parts: &Parts, bad: BadLog, plan: &mut Pl
     replace_headers(file, &mut headers, plan, "a header that names this log", |h| {
         (h.log_offset, h.log_length) = (at, MIB as u32);
     })
+}
+
+/// Gives up the blocks whose entries the end of the file cuts off: the entries become zeroes, and so do
+/// the blocks. On a child such entries would show the parent.
+fn complete_bat(file: &Arc<dyn Storage>, parts: &Parts, plan: &mut Plan) -> Result<()> {
+    let id = Uuid::new_v4();
+    let mut headers = parts.headers.clone();
+    let what = "a header that says the file was changed";
+    replace_headers(file, &mut headers, plan, what, |h| h.file_write = id)?;
+    plan.sync(file);
+    plan.set_len(file, parts.regions.bat.range().end, "the rest of the BAT");
+    Ok(())
 }
 
 /// Puts what the log says into its place.
@@ -162,29 +178,19 @@ fn repair_region_tables(file: &Arc<dyn Storage>, parts: &Parts, work: &mut Plan)
     Ok(())
 }
 
-/// Gives a block that was cut short the rest of its bytes, and takes away the places of blocks that
-/// are not stored.
+/// Takes away the places of blocks that are not stored.
 fn repair_blocks(file: &Arc<dyn Storage>, parts: &Parts, work: &mut Plan) -> Result<()> {
     let (region, layout) = (&parts.regions.bat, &parts.layout);
-    let mut needed = 0;
     let mut pages: Vec<u64> = Vec::new();
     bat::scan(&*parts.file, region, layout, |index, slot, entry| {
         if !matches!(slot, Slot::Block(_)) {
             return;
-        }
-        if matches!(entry.state(), State::Present | State::Partial)
-            && entry.offset() < parts.file_len
-        {
-            needed = needed.max(entry.offset() + layout.block_size);
         }
         let page = index / ENTRIES_PER_PAGE;
         if is_stale(entry) && pages.last() != Some(&page) && pages.len() < MAX_PAGES {
             pages.push(page);
         }
     })?;
-    if needed > parts.file_len {
-        work.set_len(file, needed, "the last block is cut short");
-    }
     for page in pages {
         let at = region.offset + page * LOG_SECTOR;
         let mut bytes = vec![0; LOG_SECTOR as usize];

@@ -33,7 +33,7 @@ const NEW_LOG: u64 = MIB;
 #[derive(Debug)]
 pub(super) struct Session {
     pub headers: HeaderWriter,
-    /// The file as its log makes it, if it needs replaying or padding.
+    /// The file as its log makes it, if it needs replaying.
     pub replayed: Option<Arc<ReplayedFile>>,
     /// The log, while it is in use.
     pub ring: Option<Ring>,
@@ -72,7 +72,7 @@ impl Blocks {
             let ring = self.start_log(session, &mut state)?;
             session.ring = Some(ring);
         }
-        // A last block that was cut short gets the rest of its bytes.
+        // A last block that ends with the disk gets the rest of its bytes.
         let needed = state.space.used_end();
         if needed > state.space.file_len() {
             file.set_len(needed)

@@ -31,6 +31,8 @@ pub(super) struct Misfit {
 pub(super) enum MisfitKind {
     /// It leads where no block can be, or has no valid state: nothing can be read.
     Nowhere,
+    /// The file ends before what the block holds of the disk, or in the middle of the bitmap.
+    CutShort,
     /// It leads to where an entry before it leads, too.
     Shared,
     /// It counts on a parent that the disk has not. The block is read as a whole one.
@@ -70,7 +72,8 @@ impl<'a> Stock<'a> {
                 Err(Misfit::new(MisfitKind::NoParent, what))
             }
             (Slot::Block(block), State::Present | State::Partial) => {
-                self.claim(entry.offset(), block_size, || format!("block {block}"))
+                let needed = self.shape.needed(block);
+                self.claim(entry.offset(), block_size, needed, || format!("block {block}"))
             }
             (Slot::Block(_), State::Zero) => Ok(()),
             (Slot::Block(_), State::Undefined | State::Unmapped) => {
@@ -82,7 +85,8 @@ impl<'a> Stock<'a> {
                 Ok(())
             }
             (Slot::Bitmap(chunk), State::Present | State::Partial) if self.shape.has_parent => {
-                self.claim(entry.offset(), MIB, || format!("the sector bitmap of chunk {chunk}"))
+                let name = || format!("the sector bitmap of chunk {chunk}");
+                self.claim(entry.offset(), MIB, MIB, name)
             }
             (Slot::Bitmap(chunk), _) => {
                 let what = format!("the sector bitmap of chunk {chunk} has no valid state");
@@ -91,10 +95,12 @@ impl<'a> Stock<'a> {
         }
     }
 
+    /// Takes `len` bytes at `at`, of which the file must have `needed`.
     fn claim(
         &mut self,
         at: u64,
         len: u64,
+        needed: u64,
         name: impl Fn() -> String,
     ) -> std::result::Result<(), Misfit> {
         let misfit =
@@ -106,7 +112,11 @@ impl<'a> Stock<'a> {
         if !self.shape.may_hold(at, len, self.file_len) {
             return misfit(MisfitKind::Nowhere, "lies on the header, the log or a region");
         }
-        if !self.space.mark(at..end) {
+        let fresh = self.space.mark(at..end);
+        if at + needed > self.file_len {
+            return misfit(MisfitKind::CutShort, "is cut short by the end of the file");
+        }
+        if !fresh {
             return misfit(MisfitKind::Shared, "overlaps another block");
         }
         Ok(())

@@ -22,8 +22,8 @@ use crate::formats::vhdx::layout::{
 use crate::storage::Storage;
 
 const SECTOR: usize = LOG_SECTOR as usize;
-/// Most descriptors that are read from one entry: 4 GiB of pages.
-const MAX_DESCRIPTORS: u32 = 1 << 20;
+/// Most descriptors that are read from one entry: half a GiB of pages.
+const MAX_DESCRIPTORS: u32 = 1 << 17;
 
 /// A 4 KiB page of the file and its new contents.
 #[derive(Debug, Clone, Copy)]

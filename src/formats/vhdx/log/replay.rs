@@ -2,13 +2,17 @@
 
 use super::LogPlace;
 use super::entry::{EntryHeader, Update, decode};
+use crate::codec::read_exact;
 use crate::error::{Error, Result};
-use crate::formats::vhdx::layout::LOG_SECTOR;
+use crate::formats::vhdx::layout::{LOG_SECTOR, RawEntry};
 use crate::formats::vhdx::overlay::Overlay;
 use crate::storage::Storage;
 
-/// Most updates that are kept in memory for one file: 4 GiB of pages.
-const MAX_UPDATES: usize = 1 << 20;
+/// Most updates that are kept in memory for one file, some 10 MiB: half a GiB of pages, where logs of
+/// 1 MiB are what anybody makes.
+const MAX_UPDATES: usize = 1 << 17;
+/// Bytes of the log that are looked at together when entries are searched for.
+const CHUNK: u64 = 1 << 20;
 
 /// The entries that have to be replayed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +36,8 @@ pub fn find_active(file: &dyn Storage, log: &LogPlace) -> Result<Option<Sequence
     let mut best: Option<Sequence> = None;
     let mut at = 0;
     loop {
+        let Some(start) = find_entry(file, log, at)? else { return Ok(best) };
+        at = start;
         let next = match read_run(file, log, at)? {
             None => at + LOG_SECTOR,
             Some(run) => {
@@ -53,6 +59,33 @@ pub fn find_active(file: &dyn Storage, log: &LogPlace) -> Result<Option<Sequence
         }
         at = next;
     }
+}
+
+/// The first sector of the ring at or after `from` that begins like an entry. Holes of the host's file are
+/// passed over, so that a log costs what is stored of it.
+fn find_entry(file: &dyn Storage, log: &LogPlace, from: u64) -> Result<Option<u64>> {
+    let mut buf = Vec::new();
+    let mut at = from;
+    while at < log.length {
+        let place = log.position(at);
+        let data = file
+            .next_data(place)
+            .map_err(|e| Error::io("looking for the log", &e).in_file(file.path()).at(place))?;
+        let Some(data) = data.filter(|data| data.start < log.range().end) else { return Ok(None) };
+        at = (data.start.max(place) - log.offset) / LOG_SECTOR * LOG_SECTOR;
+        // Where an entry begins as a rule the first sector tells.
+        let len = if buf.is_empty() { LOG_SECTOR } else { CHUNK };
+        buf.resize(len.min(log.length - at) as usize, 0);
+        read_exact(file, log.position(at), &mut buf, "log")?;
+        let found = buf
+            .chunks(LOG_SECTOR as usize)
+            .position(|sector| sector.starts_with(&RawEntry::SIGNATURE));
+        if let Some(index) = found {
+            return Ok(Some(at + index as u64 * LOG_SECTOR));
+        }
+        at += buf.len() as u64;
+    }
+    Ok(None)
 }
 
 /// Reads entries from `start` as long as each continues the one before.
@@ -109,7 +142,10 @@ pub fn overlay(
 mod tests {
     use super::super::entry::{Page, encode, entry_length};
     use super::*;
-    use crate::storage::memory::MemoryFile;
+    use crate::storage::faulty::{Call, Faults, FaultyHost};
+    use crate::storage::memory::{MemoryFile, MemoryHost};
+    use crate::storage::{Access, Host};
+    use std::path::Path;
     use std::sync::Arc;
     use uuid::Uuid;
 
@@ -180,6 +216,27 @@ mod tests {
         // Leftovers in the middle with smaller numbers.
         put(&file, MIB / 2, 3, MIB / 2, 1);
         assert_eq!(active(&file), Some((vec![start, second, third], 12)));
+    }
+
+    #[test]
+    fn entries_behind_much_that_is_none_are_found() {
+        let file = empty();
+        let end = put(&file, MIB / 2, 5, MIB / 2, 1);
+        file.write_at(MIB + end, &vec![0xee; 100 << 10]).unwrap();
+        put(&file, MIB - 2 * LOG_SECTOR, 9, MIB - 2 * LOG_SECTOR, 1);
+        assert_eq!(active(&file), Some((vec![MIB - 2 * LOG_SECTOR], 9)));
+    }
+
+    #[test]
+    fn a_log_that_is_a_hole_is_not_read() {
+        let host = MemoryHost::new();
+        host.insert(MemoryFile::new("/x", &[]));
+        let faults = Arc::new(Faults::default());
+        let file = FaultyHost::over(host, &faults).open(Path::new("/x"), Access::Write).unwrap();
+        file.set_len(3 << 30).unwrap();
+        let place = LogPlace { offset: MIB, length: 1 << 30, guid: Uuid::from_u128(7) };
+        assert_eq!(find_active(&*file, &place).unwrap(), None);
+        assert!(faults.count(&[Call::Read, Call::Look]) < 10);
     }
 
     #[test]
