@@ -37,6 +37,8 @@ use crate::storage::Storage;
 
 /// Most blocks that one plan allocates.
 const MAX_PLAN: u64 = 64;
+/// Changed pages of BAT and bitmaps that may wait in memory for a flush, at most 8 MiB.
+const MAX_DIRTY_PAGES: usize = 2048;
 
 /// The mapping of a dynamic or differencing disk.
 #[derive(Debug)]
@@ -50,6 +52,10 @@ pub(super) struct SparseMap {
     pub(super) bitmaps: Option<SectorBitmaps>,
     /// Where the trailing footer begins: no data lies beyond.
     data_end: AtomicU64,
+    /// One flush at a time: who finds that another one has taken the changes waits until they are
+    /// durable. Holds why one failed for good: what it should have made durable is lost, whatever later
+    /// ones achieve. Taken before `writing`.
+    flushing: Mutex<Option<Error>>,
     /// What writing needs, from its beginning on.
     writing: Mutex<Option<Writing>>,
 }
@@ -112,6 +118,7 @@ impl SparseMap {
             bat: Bat::new(file.clone(), &structure, budget),
             bitmaps,
             data_end: AtomicU64::new(footers.data_end),
+            flushing: Mutex::new(None),
             writing: Mutex::new(None),
             files: [file],
             geometry,
@@ -306,6 +313,41 @@ impl SparseMap {
         sync_file(self.file())
     }
 
+    /// Flushes when very much waits in memory.
+    pub(super) fn bound_dirty_pages(&self) -> Result<()> {
+        if self.dirty_pages() < MAX_DIRTY_PAGES { Ok(()) } else { self.flush_tables() }
+    }
+
+    fn dirty_pages(&self) -> usize {
+        let bitmaps = self.bitmaps.as_ref().map_or(0, |bitmaps| bitmaps.cache().dirty_pages());
+        self.bat.cache().dirty_pages() + bitmaps
+    }
+
+    /// Makes payload and tables durable.
+    fn flush_tables(&self) -> Result<()> {
+        let mut failure = self.flushing.lock();
+        if let Some(failure) = &*failure {
+            return Err(failure.clone());
+        }
+        let taken = self.take();
+        if taken.bat.is_empty() && taken.bitmaps.is_empty() && taken.batmap.is_none() {
+            return sync_file(self.file()).inspect_err(|e| *failure = Some(e.clone()));
+        }
+        if let Err(e) = self.write_out(&taken) {
+            self.put_back(taken);
+            if e.kind() != ErrorKind::NoSpace {
+                *failure = Some(e.clone());
+            }
+            return Err(e);
+        }
+        self.bat.cache().retire(&taken.bat);
+        if let Some(bitmaps) = &self.bitmaps {
+            bitmaps.cache().retire(&taken.bitmaps);
+        }
+        self.release(taken.freed);
+        Ok(())
+    }
+
     /// Puts back what could not be written.
     fn put_back(&self, mut taken: Taken) {
         let mut writing = self.writing.lock();
@@ -399,6 +441,7 @@ impl BlockMap for SparseMap {
     }
 
     fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
+        self.bound_dirty_pages()?;
         match &self.bitmaps {
             Some(bitmaps) => self.plan_sectors(bitmaps, &want),
             None => self.plan_blocks(&want),
@@ -441,6 +484,7 @@ impl BlockMap for SparseMap {
         }
         let mut block = first;
         while block < past {
+            self.bound_dirty_pages()?;
             let until = past.min(Bat::same_page(block).end);
             self.unmap_in_page(block..until)?;
             block = until;
@@ -452,30 +496,19 @@ impl BlockMap for SparseMap {
     }
 
     fn flush(&self) -> Result<()> {
-        let taken = self.take();
-        if taken.bat.is_empty() && taken.bitmaps.is_empty() && taken.batmap.is_none() {
-            return sync_file(self.file());
-        }
-        if let Err(e) = self.write_out(&taken) {
-            self.put_back(taken);
-            return Err(e);
-        }
-        self.bat.cache().retire(&taken.bat);
-        if let Some(bitmaps) = &self.bitmaps {
-            bitmaps.cache().retire(&taken.bitmaps);
-        }
-        self.release(taken.freed);
-        Ok(())
+        self.flush_tables()
     }
 
     fn dirty(&self) -> bool {
-        let bitmaps = self.bitmaps.as_ref().map_or(0, |bitmaps| bitmaps.cache().dirty_pages());
-        self.bat.cache().dirty_pages() + bitmaps > 0
+        self.dirty_pages() > 0
     }
 
     fn close(&self) -> Result<()> {
+        if let Some(failure) = &*self.flushing.lock() {
+            return Err(failure.clone());
+        }
         if self.dirty() {
-            self.flush()?;
+            self.flush_tables()?;
         }
         let mut writing = self.writing.lock();
         let Some(Writing { space, .. }) = &mut *writing else { return Ok(()) };

@@ -12,6 +12,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{Report, Severity, repair};
 use crate::storage::Storage;
 
+/// What it means that one of the two footers is lost.
+const REFUSED: &str = "other programs may refuse the image";
+
 /// Adds everything that is wrong with the image to `report`.
 pub(super) fn check(file: &dyn Storage, force: bool, report: &mut Report) -> Result<()> {
     // What cannot be made sense of is a finding, what the host failed at is an error.
@@ -38,8 +41,8 @@ pub(super) fn check(file: &dyn Storage, force: bool, report: &mut Report) -> Res
 }
 
 /// Whichever of the two footers is intact says all there is to say, so the loss of the other one is
-/// no loss of data, though other programs may look at that one only. Two that contradict each other
-/// are: nobody knows whose disk is right.
+/// no loss of data, but other programs look at that one only and refuse the image. Two that contradict
+/// each other are worse: nobody knows whose disk is right.
 fn check_footers(footers: &Footers, report: &mut Report) {
     let footer = &footers.footer;
     let end = footers.data_end;
@@ -49,22 +52,26 @@ fn check_footers(footers: &Footers, report: &mut Report) {
             report.notice(end, "the footer is of the 511-byte form that few programs know");
         }
         CopyState::Damaged(why) => {
-            report.notice(footers.file_len - FOOTER, format!("the footer is damaged: {why}"));
+            let what = format!("the footer is damaged: {why}; {REFUSED}");
+            report.error(footers.file_len - FOOTER, what);
         }
-        CopyState::Absent => report.notice(end, "the footer is missing"),
+        CopyState::Absent if footers.trailing_garbage > 0 => {}
+        CopyState::Absent => report.error(end, format!("the footer is missing; {REFUSED}")),
     }
     match &footers.head {
         CopyState::Differs => report.error(0, "the footer copy differs from the footer"),
-        CopyState::Damaged(why) => report.notice(0, format!("the footer copy is damaged: {why}")),
+        CopyState::Damaged(why) => {
+            report.error(0, format!("the footer copy is damaged: {why}; {REFUSED}"));
+        }
         CopyState::Absent if footers.disk_type != DiskType::Fixed => {
-            report.notice(0, "the footer copy is missing");
+            report.error(0, format!("the footer copy is missing; {REFUSED}"));
         }
         _ => {}
     }
     if footers.trailing_garbage > 0 {
         let garbage = footers.trailing_garbage;
-        let what = format!("{garbage} bytes of garbage follow the footer");
-        report.notice(footers.file_len - garbage, what);
+        let what = format!("{garbage} bytes of garbage follow the footer; {REFUSED}");
+        report.error(footers.file_len - garbage, what);
     }
     if let Some(why) = &footers.forced {
         report.error(end, why.clone());

@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use super::layout::{
     BLOCK_SIZES, DiskType, DynamicHeader, FOOTER, Footer, HEADER, MAX_SPARSE_SIZE, SECTOR, UNUSED,
-    bitmap_size, since_epoch, table_size,
+    bitmap_size, footer_place, since_epoch, table_size,
 };
 use super::locators::{W2KU, W2RU};
 use crate::codec;
@@ -195,7 +195,7 @@ fn create_sparse(
     }
     sync_file(file)?;
     codec::write_all(file, 0, footer.as_bytes(), "the footer copy")?;
-    finish(host, path, file, footer, end)
+    finish(host, path, file, footer, footer_place(end))
 }
 
 /// Fills a BAT, padding included, with unused entries.

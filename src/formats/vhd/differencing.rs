@@ -117,6 +117,7 @@ impl SparseMap {
         self.begin_writes()?;
         let mut block = 0;
         while block < self.structure.blocks {
+            self.bound_dirty_pages()?;
             let until = self.structure.blocks.min(Bat::same_page(block).end);
             self.unmap_in_page(block..until)?;
             block = until;

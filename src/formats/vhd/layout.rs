@@ -36,10 +36,18 @@ pub(super) const NO_OFFSET: u64 = u64::MAX;
 pub(super) const UNUSED: u32 = u32::MAX;
 /// One past the last byte of a file that a BAT entry can point at.
 pub(super) const REACH: u64 = UNUSED as u64 * SECTOR;
+/// Block data is placed at multiples of this many bytes, so that no write makes the host read.
+pub(super) const ALIGNMENT: u64 = 4096;
 /// Largest size in bytes of a disk with a BAT: 2040 GiB.
 pub(super) const MAX_SPARSE_SIZE: u64 = 2040 << 30;
 /// Block sizes in bytes that are read.
 pub(super) const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=256 << 20;
+
+/// Where the footer goes that has to lie at or behind byte `end`: the file then ends at a multiple of
+/// [`ALIGNMENT`]. Windows puts the next block where the footer was, and so has its data aligned, too.
+pub(super) fn footer_place(end: u64) -> u64 {
+    (end + FOOTER).next_multiple_of(ALIGNMENT) - FOOTER
+}
 
 /// Seconds from the Unix epoch to the format's own, 2000-01-01 00:00:00 UTC.
 pub(super) const EPOCH: u64 = 946_684_800;

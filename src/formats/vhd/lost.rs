@@ -14,16 +14,13 @@
 use std::sync::Arc;
 
 use super::footers::Footers;
-use super::layout::{DiskType, FOOTER, REACH, SECTOR, UNUSED};
+use super::layout::{ALIGNMENT, DiskType, FOOTER, REACH, SECTOR, UNUSED, footer_place};
 use super::structure::Structure;
 use super::survey::Survey;
 use crate::error::Result;
 use crate::formats::Plan;
 use crate::formats::repair::MAX_COPIED;
 use crate::storage::Storage;
-
-/// Copies have their data at multiples of this many bytes.
-const ALIGNMENT: u64 = 4096;
 
 /// Plans the next round for an image whose footers are both good.
 pub(super) fn repair_entries(
@@ -68,7 +65,7 @@ fn complete(file: &Arc<dyn Storage>, footers: &Footers, end: u64, plan: &mut Pla
     plan.write(file, footers.data_end, zeroes, "the footer, which lies over a block");
     plan.sync(file);
     let bytes = footers.bytes().to_vec();
-    plan.write(file, end.next_multiple_of(SECTOR), bytes, "the footer, behind the last block");
+    plan.write(file, footer_place(end), bytes, "the footer, behind the last block");
 }
 
 /// Gives every block that begins inside another one a place of its own behind all of them.
@@ -111,7 +108,7 @@ fn separate(
     }
     if !copies.is_empty() {
         let bytes = footers.bytes().to_vec();
-        plan.write(file, end.next_multiple_of(SECTOR), bytes, "the footer, behind the copies");
+        plan.write(file, footer_place(end), bytes, "the footer, behind the copies");
         plan.sync(file);
         plan.append(copies);
         plan.sync(file);

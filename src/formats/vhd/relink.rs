@@ -9,7 +9,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::create::ParentNames;
 use super::footers::Footers;
-use super::layout::{DiskType, FOOTER, HEADER, ParentLocator, SECTOR};
+use super::layout::{DiskType, FOOTER, HEADER, ParentLocator, SECTOR, footer_place};
 use super::structure::Structure;
 use super::survey::Survey;
 use crate::codec;
@@ -51,7 +51,7 @@ pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'
     }
     let (_, used_end) = survey.gaps(&structure, u64::MAX);
     let header_at = footers.file_len.max(used_end).next_multiple_of(SECTOR);
-    let end = ParentNames::place(&names.locators, &mut header, header_at + HEADER);
+    let end = footer_place(ParentNames::place(&names.locators, &mut header, header_at + HEADER));
     let mut footer = footers.footer;
     // Until the new footer is the last sector, the copy at the beginning is what counts.
     codec::write_all(file, 0, footer.as_bytes(), "the footer copy")?;

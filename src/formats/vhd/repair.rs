@@ -14,7 +14,7 @@ use zerocopy::IntoBytes;
 use super::batmap::Batmap;
 use super::bitmaps::is_full;
 use super::footers::{CopyState, Footers};
-use super::layout::{Chs, DiskType, FOOTER, SECTOR, VERSION};
+use super::layout::{ALIGNMENT, Chs, DiskType, FOOTER, SECTOR, VERSION, footer_place};
 use super::lost::repair_entries;
 use super::structure::Structure;
 use super::survey::Survey;
@@ -146,7 +146,7 @@ fn repair_trailing(
     let in_place = matches!(footers.trailing, CopyState::Damaged(_)) && last.is_multiple_of(SECTOR);
     let at = match in_place && fits(file, structure, last)? {
         true => last,
-        false => len.next_multiple_of(SECTOR),
+        false => footer_place(len),
     };
     plan.write(file, at, footer(), "the footer, from its copy");
     Ok(())
@@ -239,8 +239,8 @@ fn reclaim(
             plan.punch(file, gap, "nothing uses this space");
         }
     }
-    let end = end.next_multiple_of(SECTOR);
-    if footers.data_end.saturating_sub(end) >= stride {
+    if footers.data_end.saturating_sub(end) >= stride.max(ALIGNMENT) {
+        let end = footer_place(end);
         // Both footers count until the file is cut off: the copy at the beginning is intact.
         plan.write(file, end, footers.bytes().to_vec(), "the footer, behind the last block");
         plan.sync(file);

@@ -2,20 +2,18 @@
 //!
 //! From the first write on, the file ends with the trailing footer. Blocks are handed out from holes,
 //! else from the space between the last block and the footer; when that is used up, the footer moves
-//! further out by a large step.
+//! further out by a large step, or where the host does not let the file grow so far, by a small one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::layout::{FOOTER, REACH, SECTOR};
+use super::layout::{ALIGNMENT, FOOTER, REACH, SECTOR, footer_place};
 use super::structure::Structure;
 use super::survey::Survey;
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
-/// Block data is placed at multiples of this many bytes, so that no write makes the host read.
-const ALIGNMENT: u64 = 4096;
 /// Largest step, in bytes, by which the file grows.
 const MAX_STEP: u64 = 64 << 20;
 
@@ -83,7 +81,11 @@ impl Space {
             footer_at: footer_at.unwrap_or(file_len),
             zeroed_from: file_len,
         };
-        let place = space.footer_at.max(space.end).next_multiple_of(SECTOR);
+        let least = space.footer_at.max(space.end);
+        let place = match footer_at == Some(least) {
+            true => least.next_multiple_of(SECTOR),
+            false => footer_place(least),
+        };
         if footer_at != Some(place) || file_len != place + FOOTER {
             space.move_footer(footer_at, place, file_len)?;
         }
@@ -108,8 +110,11 @@ impl Space {
         }
         if end > self.footer_at {
             let step = self.footer_at.clamp(self.stride, MAX_STEP.max(self.stride));
-            let place = end.max(self.footer_at.saturating_add(step)).next_multiple_of(SECTOR);
-            self.move_footer(Some(self.footer_at), place, self.footer_at + FOOTER)?;
+            let roomy = footer_place(end.max(self.footer_at.saturating_add(step)));
+            let (old, file_len) = (Some(self.footer_at), self.footer_at + FOOTER);
+            // A file that may not grow so far may still grow as far as needed.
+            self.move_footer(old, roomy, file_len)
+                .or_else(|_| self.move_footer(old, footer_place(end), file_len))?;
         }
         self.end = end;
         Ok(Slot { at, zeroed: at >= self.zeroed_from })
@@ -161,7 +166,8 @@ impl Space {
         Ok(())
     }
 
-    /// Where the footer belongs when the image is closed: right behind everything in use.
+    /// Where the footer belongs when the image is closed: behind everything in use, but not further out
+    /// than it is.
     pub(super) fn trim(&mut self) -> u64 {
         while let Some((&start, hole)) = self.holes.last_key_value()
             && hole.end + self.alignment > self.end
@@ -170,6 +176,6 @@ impl Space {
             self.end = start;
             self.holes.pop_last();
         }
-        self.end
+        footer_place(self.end).min(self.footer_at)
     }
 }
