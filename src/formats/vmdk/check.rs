@@ -16,7 +16,7 @@ use super::walk::{self, Kind};
 
 /// Checks the disk whose descriptor is in `file`.
 pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
-    let link = match Link::open(file, ctx) {
+    let link = match Link::open_with(file, ctx, true) {
         Ok(link) => link,
         Err(e) if e.kind() == ErrorKind::Corrupt => {
             report.add_in(e.path().map(PathBuf::from), Severity::Error, e.offset(), e.what());
@@ -26,6 +26,10 @@ pub fn check(file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> 
     };
     for problem in &link.problems {
         report.add(Severity::Error, None, problem.as_str());
+    }
+    // An image that opens is looked through for what is damaged.
+    if link.lost && !ctx.force {
+        link.damage.iter().all(|range| report.lose(range.start, range.end - range.start));
     }
     for warning in &link.warnings {
         report.add(Severity::Notice, None, warning.as_str());

@@ -5,9 +5,15 @@
 //! by a crash leaves a text that still parses.
 //!
 //! Sections are told apart by the shape of their lines, their titles are comments. Lines of no known
-//! shape are refused: skipping an extent line would move everything behind it.
+//! shape are refused, for skipping an extent line would move everything behind it, but where the caller
+//! knows that there is one extent only ([`Descriptor::broken`]).
+//!
+//! Text beyond ASCII is in the code page that the text itself names, as VMware writes it on the Windows
+//! of many languages. All of them leave line ends, blanks, `=` and quotes to ASCII.
 
 use std::ops::Range;
+
+use encoding_rs::{Encoding, UTF_8, WINDOWS_1252};
 
 use crate::error::{Error, Result};
 
@@ -111,6 +117,9 @@ pub struct Descriptor {
     pub warnings: Vec<String>,
     /// A header key stands there twice with different values: which one counts is a guess.
     pub ambiguous: bool,
+    /// What is wrong with lines that were left out.
+    pub broken: Vec<String>,
+    charset: Charset,
 }
 
 /// Whether a file begins like a descriptor: its first line that says anything is `version=`, or its
@@ -138,64 +147,75 @@ fn starts_with_ignoring_case(text: &[u8], prefix: &[u8]) -> bool {
     text.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
 }
 
-/// How bytes beyond ASCII are read.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Charset {
-    Utf8,
-    Windows1252,
-    /// None that is known here: such names cannot be used.
-    Other,
-}
+/// How bytes beyond ASCII are read; `None` where the code page is not known: such names cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Charset(Option<&'static Encoding>);
+
+/// Names of code pages, by their number in Windows, that are no labels of the encoding standard.
+const CODE_PAGES: [(&[u8], &[u8]); 5] = [
+    (b"932", b"shift_jis"),
+    (b"936", b"gbk"),
+    (b"949", b"euc-kr"),
+    (b"950", b"big5"),
+    (b"874", b"windows-874"),
+];
 
 impl Charset {
+    /// The code page that the text names in its header, or else in its disk database.
     fn of(text: &[u8]) -> Self {
-        let named = text.split(|b| *b == b'\n').find_map(|line| {
-            let line = line.trim_ascii();
-            let value = line.get(b"encoding".len()..)?;
-            if !starts_with_ignoring_case(line, b"encoding") {
-                return None;
-            }
-            let value = value.trim_ascii_start().strip_prefix(b"=")?.trim_ascii();
-            let value = value.strip_prefix(b"\"").unwrap_or(value);
-            Some(value.strip_suffix(b"\"").unwrap_or(value).to_ascii_lowercase())
+        let named = [&b"encoding"[..], b"ddb.encoding"].into_iter().find_map(|key| {
+            text.split(|b| *b == b'\n').find_map(|line| {
+                let line = line.trim_ascii();
+                let value = line.get(key.len()..)?;
+                if !starts_with_ignoring_case(line, key) {
+                    return None;
+                }
+                let value = value.trim_ascii_start().strip_prefix(b"=")?.trim_ascii();
+                let value = value.strip_prefix(b"\"").unwrap_or(value);
+                Some(value.strip_suffix(b"\"").unwrap_or(value).to_ascii_lowercase())
+            })
         });
-        match named.as_deref() {
-            Some(b"utf-8" | b"utf8") => Self::Utf8,
-            Some(b"windows-1252" | b"cp1252" | b"iso-8859-1") => Self::Windows1252,
-            Some(_) => Self::Other,
-            None if std::str::from_utf8(text).is_ok() => Self::Utf8,
-            None => Self::Windows1252,
-        }
+        Self(match named {
+            Some(name) => Self::named(&name),
+            None if std::str::from_utf8(text).is_ok() => Some(UTF_8),
+            None => Some(WINDOWS_1252),
+        })
+    }
+
+    fn named(name: &[u8]) -> Option<&'static Encoding> {
+        let number = [&b"windows-"[..], b"cp", b"ms"]
+            .into_iter()
+            .find_map(|prefix| name.strip_prefix(prefix))
+            .unwrap_or(name);
+        let label = CODE_PAGES.iter().find(|(page, _)| *page == number).map_or(name, |(_, l)| l);
+        Encoding::for_label(label).filter(|encoding| encoding.is_ascii_compatible())
     }
 
     /// The text of `bytes`; what cannot be read becomes replacement characters.
     fn decode(self, bytes: &[u8]) -> String {
-        match self {
-            Self::Utf8 => String::from_utf8_lossy(bytes).into_owned(),
-            Self::Windows1252 => bytes.iter().map(|b| windows_1252(*b)).collect(),
-            Self::Other => bytes
+        match self.0 {
+            Some(encoding) => encoding.decode_without_bom_handling(bytes).0.into_owned(),
+            None => bytes
                 .iter()
                 .map(|b| if b.is_ascii() { *b as char } else { char::REPLACEMENT_CHARACTER })
                 .collect(),
         }
     }
-}
 
-/// The character of a byte in Windows' western code page. It differs from Latin-1 in 0x80..0xa0.
-fn windows_1252(byte: u8) -> char {
-    const HIGH: [char; 32] = [
-        '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž',
-        '\u{8f}', '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}',
-        'ž', 'Ÿ',
-    ];
-    match byte {
-        0x80..0xa0 => HIGH[usize::from(byte - 0x80)],
-        _ => char::from(byte),
+    /// The bytes of a text, if it can be had back from them.
+    fn encode(self, text: &str) -> Option<Vec<u8>> {
+        let bytes = match self.0 {
+            _ if text.is_ascii() => text.as_bytes().to_vec(),
+            Some(encoding) => encoding.encode(text).0.into_owned(),
+            None => return None,
+        };
+        (self.decode(&bytes) == text).then_some(bytes)
     }
 }
 
 impl Descriptor {
-    /// Parses a descriptor, up to the first NUL.
+    /// Parses a descriptor, up to the first NUL. Lines that are broken, or cut off, and no extent lines,
+    /// are left out and told in [`Self::broken`]: what they cost is for the caller to judge.
     pub fn parse(text: &[u8]) -> Result<Self> {
         let text = &text[..text.iter().position(|b| *b == 0).unwrap_or(text.len())];
         if text.len() as u64 > MAX_BYTES {
@@ -208,6 +228,8 @@ impl Descriptor {
             extents: Vec::new(),
             warnings: Vec::new(),
             ambiguous: false,
+            broken: Vec::new(),
+            charset,
         };
         let mut start = 0;
         for (index, line) in text.split(|b| *b == b'\n').enumerate() {
@@ -215,9 +237,13 @@ impl Descriptor {
             if number > MAX_LINES {
                 return Err(Error::corrupt("the descriptor has more than 65536 lines"));
             }
-            parsed
-                .line(number, start, line, charset)
-                .map_err(|what| Error::corrupt(format!("descriptor line {number}: {what}")))?;
+            if let Err(what) = parsed.line(number, start, line, charset) {
+                let what = format!("descriptor line {number}: {what}");
+                if access_word(line.trim_ascii()).is_some() {
+                    return Err(Error::corrupt(what));
+                }
+                parsed.broken.push(what);
+            }
             start += line.len() + 1;
         }
         parsed.find_duplicates();
@@ -410,24 +436,24 @@ impl Descriptor {
 
     /// The text with another parent; everything else as it is.
     pub fn with_parent(&self, cid: u32, hint: &str) -> Result<Vec<u8>> {
-        let utf8 = self.get("encoding").is_none_or(|e| e.to_ascii_lowercase().starts_with("utf"));
-        if !hint.is_ascii() && !utf8 {
+        let Some(hint) = self.charset.encode(hint) else {
             return Err(Error::invalid("the descriptor's encoding cannot hold the parent's name"));
-        }
-        let cid = format!("{cid:08x}");
+        };
+        let cid = format!("{cid:08x}").into_bytes();
         let mut changes = Vec::new();
         for setting in &self.settings {
             if setting.key.eq_ignore_ascii_case("parentCID") {
                 changes.push((setting.at.clone(), cid.clone()));
             } else if setting.key.eq_ignore_ascii_case("parentFileNameHint") {
-                changes.push((setting.at.clone(), hint.to_owned()));
+                changes.push((setting.at.clone(), hint.clone()));
             }
         }
         if self.get("parentFileNameHint").is_none() {
             // A line of its own, in front of the one with the CID.
             let at = self.setting("parentCID").map_or(0, |s| s.at.start);
             let line = self.text[..at].iter().rposition(|b| *b == b'\n').map_or(0, |lf| lf + 1);
-            changes.push((line..line, format!("parentFileNameHint=\"{hint}\"\n")));
+            let new = [&b"parentFileNameHint=\""[..], &hint, b"\"\n"].concat();
+            changes.push((line..line, new));
         }
         Ok(self.changed(changes))
     }
@@ -496,7 +522,7 @@ impl Descriptor {
         changes.sort_by_key(|(at, _)| at.start);
         let mut text = self.text.clone();
         for (at, value) in changes.into_iter().rev() {
-            text.splice(at, value.into_bytes());
+            text.splice(at, value);
         }
         text
     }
@@ -546,10 +572,15 @@ mod tests {
         Descriptor::parse(text.as_bytes()).unwrap()
     }
 
+    /// What is wrong with the text: as a whole, or with one line.
     fn refused(text: &str) -> String {
-        let error = Descriptor::parse(text.as_bytes()).expect_err(text);
-        assert_eq!(error.kind(), ErrorKind::Corrupt);
-        error.what().to_owned()
+        match Descriptor::parse(text.as_bytes()) {
+            Ok(parsed) => parsed.broken.into_iter().next().expect(text),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Corrupt);
+                error.what().to_owned()
+            }
+        }
     }
 
     const ESX: &str = "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=0172e8a4\n\
@@ -649,8 +680,50 @@ mod tests {
         assert_eq!(d.unwrap().extents[0].name.as_deref(), Some("ä€.vmdk"));
         let d = Descriptor::parse(b"version=1\nRW 1 FLAT \"\xe4.vmdk\" 0\n").unwrap();
         assert_eq!(d.extents[0].name.as_deref(), Some("ä.vmdk"));
-        let d = Descriptor::parse(b"encoding=\"GBK\"\nRW 1 FLAT \"\xc4\xe3.vmdk\" 0\n").unwrap();
-        assert_eq!(d.extents[0].name.as_deref(), Some("\u{fffd}\u{fffd}.vmdk"));
+        let name = |text: &[u8]| Descriptor::parse(text).unwrap().extents[0].name.clone().unwrap();
+        // The second byte of a character may be an ASCII letter, a backslash or a bracket.
+        for (label, bytes, text) in [
+            ("GBK", &b"\xc4\xe3\x81\x5c"[..], "你乗"),
+            ("ms936", b"\xc4\xe3", "你"),
+            ("Big5", b"\xb3\x5c\xa4\x40", "許一"),
+            ("windows-950", b"\xa4\x40", "一"),
+            ("Shift_JIS", b"\x83\x5c\x95\x5c", "ソ表"),
+            ("cp932", b"\xb1", "ｱ"),
+            ("EUC-KR", b"\xc7\xd1", "한"),
+            ("windows-949", b"\xc7\xd1", "한"),
+            ("windows-1250", b"\x9elu\x9d", "žluť"),
+            ("windows-1251", b"\xc4\xe8\xf1\xea", "Диск"),
+            ("windows-1253", b"\xc4", "Δ"),
+        ] {
+            for key in ["encoding=", "ddb.encoding = "] {
+                let line = format!("{key}\"{label}\"\nRW 1 FLAT \"");
+                let whole = [line.as_bytes(), bytes, b".vmdk\" 0\n"].concat();
+                assert_eq!(name(&whole), format!("{text}.vmdk"), "{label}");
+            }
+        }
+        let unknown = name(b"encoding=\"KLINGON\"\nRW 1 FLAT \"\xc4\xe3.vmdk\" 0\n");
+        assert_eq!(unknown, "\u{fffd}\u{fffd}.vmdk");
+        // Quotes and line ends are no ASCII there.
+        assert_eq!(name(b"encoding=\"UTF-16LE\"\nRW 1 FLAT \"\xe4\" 0\n"), "\u{fffd}");
+    }
+
+    #[test]
+    fn a_parent_is_named_in_the_descriptors_own_code_page() {
+        let text = b"encoding=\"GBK\"\nparentCID=00000001\nRW 1 FLAT \"a\" 0\n";
+        let child = Descriptor::parse(text).unwrap();
+        let again = Descriptor::parse(&child.with_parent(2, "父.vmdk").unwrap()).unwrap();
+        assert_eq!(again.get("parentFileNameHint"), Some("父.vmdk"));
+        assert!(again.text().windows(2).any(|pair| pair == b"\xb8\xb8"));
+        assert!(child.with_parent(2, "😀.vmdk").is_err());
+    }
+
+    #[test]
+    fn lines_that_are_no_extents_can_be_left_out() {
+        let text = b"version=1\nCID=1\nRW 5 SPARSE \"a\"\nddb.x = \"1\nddb.no";
+        let d = Descriptor::parse(text).unwrap();
+        assert_eq!((d.extents.len(), d.broken.len(), d.cid()), (1, 2, Some(1)));
+        // What was an extent line moves everything behind it.
+        assert!(Descriptor::parse(b"CID=1\nRW 5 SPARSE \"a\n").is_err());
     }
 
     #[test]

@@ -21,6 +21,8 @@ use super::stream::Salvage;
 
 /// Bytes of a page of a directory or table.
 pub const PAGE: u64 = 2048;
+/// Most entries of a directory that are gone through at once.
+const MAX_SEARCHED: u64 = 1 << 20;
 
 /// What a grain table entry says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -359,6 +361,52 @@ impl GrainTables {
         codec::read_exact(&*self.file, gd + from, &mut buf[..len], "the grain directory")
     }
 
+    /// Where the run of tables that do not exist ends at whose beginning `range` (bytes of the extent)
+    /// begins, at most at the range's end. Looks at a bounded part of the directories.
+    pub fn unallocated_until(&self, cache: &TableCaches, range: Range<u64>) -> Result<u64> {
+        if self.salvage.is_some() {
+            return Ok(range.start);
+        }
+        let span = self.entries_per_table * self.grain;
+        let first = range.start / span;
+        let tables = first..range.end.div_ceil(span).min(self.directory_entries);
+        let mut next = tables.end.min(first + MAX_SEARCHED);
+        for gd in [Some(self.gd), self.rgd].into_iter().flatten() {
+            next = self.next_entry(cache, gd, tables.start..next)?;
+        }
+        Ok(next.saturating_mul(span).clamp(range.start, range.end))
+    }
+
+    /// The first of `tables` for which the directory at byte `gd` has an entry, or their end.
+    fn next_entry(&self, cache: &TableCaches, gd: u64, tables: Range<u64>) -> Result<u64> {
+        let width = self.dialect.entry_len();
+        let per_page = PAGE / width;
+        let copy = if gd == self.gd { 0 } else { REDUNDANT };
+        let mut table = tables.start;
+        while table < tables.end {
+            let page = table / per_page;
+            let until = tables.end.min((page + 1) * per_page);
+            let load = |buf: &mut [u8]| self.load_directory(gd, page, buf);
+            let found = cache.directories.read(self.key(copy | page), load, |bytes| {
+                (table..until).find(|table| self.raw(bytes, table % per_page) != 0)
+            })?;
+            if let Some(found) = found {
+                return Ok(found);
+            }
+            table = until;
+            // What is written of a directory by and by has entries in memory that the file has not.
+            if self.preallocated() && table < tables.end {
+                let at = gd + table * width;
+                let data = self.file.next_data(at).map_err(|e| {
+                    Error::io("looking for tables", &e).in_file(self.file.path()).at(at)
+                })?;
+                let hole = data.map_or(u64::MAX, |data| data.start.saturating_sub(at) / width);
+                table = tables.end.min(table.saturating_add(hole));
+            }
+        }
+        Ok(table)
+    }
+
     /// Gives table `table`, which has none yet, a place: sector `sector`, where zeroes are.
     pub fn set_table(&self, cache: &TableCaches, table: u64, sector: u64) -> Result<()> {
         let width = self.dialect.entry_len();
@@ -468,8 +516,17 @@ impl GrainTables {
         out: &mut ExtentList,
     ) -> Result<()> {
         let page_span = self.entries_per_page() * self.grain;
+        let table_span = self.entries_per_table * self.grain;
         let mut pos = range.start;
         while pos < range.end {
+            if pos.is_multiple_of(table_span) && range.end - pos >= table_span {
+                let absent = self.unallocated_until(cache, pos..range.end)?;
+                if absent > pos {
+                    out.push(base + pos, absent - pos, below);
+                    pos = absent;
+                    continue;
+                }
+            }
             let page = pos / page_span;
             let end = range.end.min((page + 1) * page_span);
             self.read_page(cache, page, |view| {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::codec;
 use crate::disk::map::{DiskRange, FileIndex};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{Identity, OpenContext, ParentLink, references};
 use crate::storage::{FileIdentity, Storage};
 
@@ -37,6 +37,8 @@ pub struct Link {
     pub read_only: Option<String>,
     /// Parts of the disk that no file holds although one should.
     pub damage: Vec<DiskRange>,
+    /// Extents could not be opened.
+    pub lost: bool,
     /// What is damaged, as far as opening could tell.
     pub problems: Vec<String>,
     /// What is odd.
@@ -49,6 +51,37 @@ pub struct Found {
     pub file: DescriptorFile,
     /// The file holds the first extent too.
     is_extent: bool,
+    /// Sectors of the extent that the file is.
+    capacity: u64,
+}
+
+impl Found {
+    /// Judges a descriptor of which lines are broken. Left out they cost nothing where the rest says that
+    /// the file is all there is of the disk, and that it has no parent or which one.
+    fn judge_broken(&mut self, force: bool) -> Result<()> {
+        let descriptor = &mut self.file.descriptor;
+        let Some(what) = descriptor.broken.first() else { return Ok(()) };
+        let broken = Error::corrupt(what.clone()).at(self.file.at);
+        let whole = ["monolithicSparse", "streamOptimized"]
+            .iter()
+            .any(|kind| descriptor.create_type().eq_ignore_ascii_case(kind));
+        let one = matches!(&descriptor.extents[..], [line] if line.kind == ExtentType::Sparse);
+        if !self.is_extent || !(force || whole && one && descriptor.get("parentCID").is_some()) {
+            let hint = "`-o force` takes the file for the whole disk";
+            return Err(if self.is_extent { broken.hint(hint) } else { broken });
+        }
+        if !one {
+            descriptor.extents = vec![ExtentLine {
+                access: ExtentAccess::ReadWrite,
+                sectors: self.capacity,
+                kind: ExtentType::Sparse,
+                name: None,
+                offset: None,
+                line: 0,
+            }];
+        }
+        Ok(())
+    }
 }
 
 /// A sparse extent that is to be opened.
@@ -95,20 +128,42 @@ pub struct OpenedSparse {
 impl Link {
     /// Opens the link whose descriptor is in `file`.
     pub fn open(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Self> {
-        let found = find_descriptor(&file)?;
+        Self::open_with(file, ctx, ctx.force)
+    }
+
+    /// The same; `force` goes on without extents that cannot be opened, as long as there are others.
+    pub fn open_with(file: Arc<dyn Storage>, ctx: &OpenContext, force: bool) -> Result<Self> {
+        let mut found = find_descriptor(&file)?;
         refuse_unsupported(&found.file.descriptor)?;
+        found.judge_broken(force)?;
         let mut builder = Builder::new(&file, ctx, found)?;
         let lines = builder.link.descriptor.descriptor.extents.clone();
         if lines.is_empty() {
             return Err(Error::corrupt("the descriptor names no extents"));
         }
+        let mut lost = Vec::new();
         for (index, line) in lines.iter().enumerate() {
-            builder.add(index, line).map_err(|e| {
-                if lines.len() == 1 { e } else { in_extent(&e, index, lines.len()) }
-            })?;
+            let Err(e) = builder.add(index, line) else { continue };
+            if lines.len() == 1 {
+                return Err(e);
+            }
+            let e = in_extent(&e, index, lines.len());
+            if !force || matches!(e.kind(), ErrorKind::Busy | ErrorKind::Unsupported) {
+                return Err(if is_loss(&e) { e.hint("`-o force` reads the others") } else { e });
+            }
+            builder.lose(line, &e)?;
+            lost.push(e);
         }
-        builder.finish()
+        match lost.pop() {
+            Some(e) if lost.len() + 1 == lines.len() => Err(e),
+            _ => builder.finish(),
+        }
     }
+}
+
+/// Whether an extent that cannot be opened is gone or damaged.
+fn is_loss(e: &Error) -> bool {
+    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Corrupt | ErrorKind::Io)
 }
 
 /// Says which of several extents an error is about.
@@ -144,7 +199,7 @@ pub fn find_descriptor(file: &Arc<dyn Storage>) -> Result<Found> {
     if magic != layout::MAGIC && magic != layout::MAGIC_UNFINISHED {
         let mut text = vec![0; len.min(MAX_BYTES + 1) as usize];
         file.read_at(0, &mut text).map_err(failed)?;
-        return Ok(Found { file: wrap(0, &text)?, is_extent: false });
+        return Ok(Found { file: wrap(0, &text)?, is_extent: false, capacity: 0 });
     }
     let header = Header::read(&**file, 0)?;
     if header.descriptor_at == 0 {
@@ -161,7 +216,7 @@ pub fn find_descriptor(file: &Arc<dyn Storage>) -> Result<Found> {
         return Err(lone_extent());
     }
     let file = wrap(at, &text).map_err(|e| e.at(at))?;
-    Ok(Found { file, is_extent: header.capacity != 0 })
+    Ok(Found { file, is_extent: header.capacity != 0, capacity: header.capacity })
 }
 
 fn lone_extent() -> Error {
@@ -246,6 +301,7 @@ impl<'a> Builder<'a> {
                 size: 0,
                 read_only: None,
                 damage: Vec::new(),
+                lost: false,
                 problems: Vec::new(),
                 warnings,
             },
@@ -268,8 +324,28 @@ impl<'a> Builder<'a> {
             (_, ExtentType::Flat | ExtentType::Vmfs) => self.flat(line, start, len)?,
             _ => self.sparse(index, line, len)?,
         };
+        self.push(len, backing);
+        Ok(())
+    }
+
+    fn push(&mut self, len: u64, backing: Backing) {
+        let start = self.link.size;
         self.link.size = start + len;
         self.link.slots.push(Slot { start, end: start + len, backing });
+    }
+
+    /// Goes on without the extent of a line, which could not be added because of `e`.
+    fn lose(&mut self, line: &ExtentLine, e: &Error) -> Result<()> {
+        let start = self.link.size;
+        let len = layout::bytes(line.sectors)
+            .filter(|len| start.checked_add(*len).is_some_and(|end| end <= i64::MAX as u64))
+            .ok_or_else(|| e.clone())?;
+        self.read_only(|| e.what().to_owned());
+        let name = line.name.as_deref().unwrap_or_default().escape_debug();
+        self.link.problems.push(format!("`{name}` is lost: {}", e.what()));
+        self.link.damage.push(start..start + len);
+        self.link.lost = true;
+        self.push(len, Backing::NoAccess);
         Ok(())
     }
 
@@ -379,6 +455,14 @@ impl<'a> Builder<'a> {
             return Err(Error::corrupt("the embedded descriptor's first extent is not sparse"));
         }
         let descriptor = self.link.descriptor.descriptor.clone();
+        if let Some(what) = descriptor.broken.first() {
+            self.read_only(|| what.clone());
+            self.link.problems.push(format!("the descriptor is damaged: {what}"));
+        }
+        if !descriptor.broken.is_empty() && descriptor.get("parentCID").is_none() {
+            let warning = "whether the disk has a parent is lost with its descriptor: what is not stored reads as zeroes";
+            self.link.warnings.push(warning.to_owned());
+        }
         let reason = if descriptor.get("changeTrackPath").is_some() {
             Some("changed block tracking is on, and writing would make its record wrong")
         } else if descriptor.ambiguous {

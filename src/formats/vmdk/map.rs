@@ -6,7 +6,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::disk::map::{BlockMap, DiskRange, ExtentList, FileIndex, Geometry, Source, WritePlan};
+use crate::disk::map::{
+    BlockMap, DiskRange, Extent, ExtentList, FileIndex, Geometry, Source, WritePlan,
+};
 use crate::disk::tables::CacheStats;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
@@ -201,6 +203,20 @@ impl BlockMap for VmdkMap {
             }
         }
         Ok(())
+    }
+
+    fn unstored(&self, want: DiskRange) -> Result<Option<Extent>> {
+        let Some((slot, part)) = self.parts(want).next() else { return Ok(None) };
+        let (end, source) = match slot.backing {
+            Backing::Zero => (part.end, Source::Zero),
+            Backing::Sparse(extent) => {
+                let tables = &self.sparse[extent].tables;
+                (tables.unallocated_until(&self.cache, part.clone())?, self.below())
+            }
+            _ => return Ok(None),
+        };
+        let run = Extent { start: slot.start + part.start, len: end - part.start, source };
+        Ok((run.len > 0).then_some(run))
     }
 
     fn begin_writes(&self) -> Result<()> {

@@ -23,6 +23,9 @@ pub fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> 
     if descriptor.parent_cid()?.is_none() {
         return Err(Error::invalid("the image is no child: it has no parent"));
     }
+    if let Some(what) = descriptor.broken.first() {
+        return Err(Error::corrupt(format!("not written: {what}")));
+    }
     if descriptor.ambiguous {
         return Err(Error::corrupt("not written: the descriptor sets a key twice"));
     }

@@ -1,5 +1,6 @@
 //! Tests of the driver as a whole, through `formats::open` and [`Disk`].
 
+mod broken;
 mod chains;
 mod corpus;
 mod crash;
