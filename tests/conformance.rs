@@ -14,6 +14,7 @@ use flatdisk::disk::Disk;
 use flatdisk::disk::map::Source;
 use flatdisk::error::ErrorKind;
 use flatdisk::formats::{self, OpenOptions};
+use flatdisk::storage::faulty::{Faults, FaultyHost};
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::RecordingHost;
 use flatdisk::storage::{Access, Host};
@@ -305,4 +306,74 @@ fn a_new_image_has_nothing_for_a_check_to_find() {
         let report = check();
         assert_eq!((report.errors, report.leaks), (0, 0), "{:?}", report.findings);
     });
+}
+
+/// Changes more pages of tables than may wait in memory: a sector in each of 3,000 places.
+#[test]
+fn changed_tables_in_memory_are_bounded() {
+    let dir = common::folder();
+    let host = flatdisk::storage::file::HostFs::shared();
+    for (format, subformat, block, apart) in [
+        ("vhd", "dynamic", Some(4 << 10), 64 << 10),
+        ("vhdx", "dynamic", Some(1 << 20), 16 << 20),
+        ("vmdk", "monolithicSparse", None, 32 << 20),
+    ] {
+        let mut image = Image::new(format, subformat, 3000 * apart);
+        image.spec.block_size = block;
+        let [base, child] = ["base", "child"].map(|n| dir.path().join(n).with_extension(format));
+        image.create_at(&*host, &base).unwrap();
+        let parent = formats::open(&host, &base, &OpenOptions::new(Access::Read)).unwrap();
+        let driver = formats::by_name(format).unwrap();
+        driver.create_child(&*host, &child, &parent, &image.spec).unwrap();
+        drop(parent);
+        let disk = formats::open(&host, &child, &OpenOptions::new(Access::Write)).unwrap().disk;
+        let mut most = 0;
+        for index in 0..3000 {
+            disk.write_at(index * apart, &pattern::bytes(1, index * apart, 512)).unwrap();
+            most = most.max(disk.cache_stats().dirty);
+        }
+        assert!(most > 100 && most <= 2100, "{format}: {most} changed pages");
+        disk.close().unwrap();
+        let disk = formats::open(&host, &child, &OpenOptions::new(Access::Read)).unwrap().disk;
+        for index in (0..3000).step_by(7) {
+            let at = index * apart;
+            assert_eq!(read(&disk, at..at + 512), pattern::bytes(1, at, 512), "{format}");
+        }
+    }
+}
+
+#[test]
+fn a_limit_of_the_host_is_reached_and_not_before() {
+    const LIMIT: u64 = 100 << 20;
+    for (format, subformat) in
+        [("vhd", "dynamic"), ("vhdx", "dynamic"), ("vmdk", "monolithicSparse")]
+    {
+        let image = Image::new(format, subformat, 200 << 20);
+        let faults = Arc::new(Faults::default());
+        let host: Arc<dyn Host> = FaultyHost::over(MemoryHost::new(), &faults);
+        image.create_at(&*host, &image.path()).unwrap();
+        faults.set_limit(LIMIT);
+        let disk = open(&image, &host, Access::Write);
+        let mut written = 0;
+        let error = loop {
+            match disk.write_at(written, &pattern::bytes(1, written, 1 << 20)) {
+                Ok(()) => written += 1 << 20,
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::NoSpace, "{format}: {error}");
+        assert!(written >= LIMIT - (6 << 20), "{format} gives up at {} MiB", written >> 20);
+        // What was written stays, and once there is room the disk takes more.
+        disk.flush().unwrap();
+        assert_eq!(read(&disk, 0..512), pattern::bytes(1, 0, 512));
+        faults.clear();
+        disk.write_at(written, &pattern::bytes(1, written, 1 << 20)).unwrap();
+        disk.close().unwrap();
+        let disk = open(&image, &host, Access::Read);
+        for at in (0..=written).step_by(1 << 20) {
+            assert_eq!(read(&disk, at..at + 512), pattern::bytes(1, at, 512), "{format}");
+        }
+        let report = formats::check(&host, &image.path(), &OpenOptions::new(Access::Read)).unwrap();
+        assert_eq!(report.exit_status(), 0, "{format}: {:?}", report.findings);
+    }
 }

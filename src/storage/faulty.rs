@@ -82,6 +82,8 @@ struct State {
     fired: [u64; Call::COUNT],
     /// Bytes that files may still grow by.
     room: Option<u64>,
+    /// Bytes that a file may have.
+    limit: Option<u64>,
     /// Calls that wait.
     held: usize,
     /// How often held calls were released.
@@ -105,7 +107,7 @@ impl Faults {
     pub fn clear(&self) {
         let mut state = self.state.lock();
         state.rules.clear();
-        state.room = None;
+        (state.room, state.limit) = (None, None);
     }
 
     /// Waits until a call is held.
@@ -122,6 +124,12 @@ impl Faults {
     /// Limits by how many bytes files may grow; then `ENOSPC`, after what still fits was written.
     pub fn set_room(&self, bytes: u64) {
         self.state.lock().room = Some(bytes);
+    }
+
+    /// Limits how long a file may become, as a limit of the process does: `ENOSPC`, after what still fits
+    /// was written.
+    pub fn set_limit(&self, bytes: u64) {
+        self.state.lock().limit = Some(bytes);
     }
 
     /// How many of these calls there were.
@@ -182,13 +190,18 @@ impl Faults {
         self.pass(call).map_err(|e| Error::io(what, &e).in_file(path))
     }
 
-    /// Takes room for growth from `len` to `end`; how far the file may grow.
+    /// Takes room for growth from `len` to `end`; how far the file may grow. Who does not grow at all
+    /// without all of it takes none then.
     fn grow(&self, call: Call, len: u64, end: u64) -> u64 {
         let mut state = self.state.lock();
         let wanted = end.saturating_sub(len);
-        let Some(room) = state.room.as_mut() else { return end };
-        let granted = wanted.min(*room);
-        *room -= granted;
+        let left = state.limit.map_or(u64::MAX, |limit| limit.saturating_sub(len));
+        let granted = wanted.min(left).min(state.room.unwrap_or(u64::MAX));
+        if let Some(room) = state.room.as_mut()
+            && (call == Call::Write || granted == wanted)
+        {
+            *room -= granted;
+        }
         if granted < wanted {
             state.fired[call as usize] += 1;
         }
