@@ -334,6 +334,7 @@ fn changed_tables_in_memory_are_bounded() {
         }
         assert!(most > 100 && most <= 2100, "{format}: {most} changed pages");
         disk.close().unwrap();
+        drop(disk);
         let disk = formats::open(&host, &child, &OpenOptions::new(Access::Read)).unwrap().disk;
         for index in (0..3000).step_by(7) {
             let at = index * apart;

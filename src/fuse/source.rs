@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
@@ -30,6 +30,9 @@ use crate::storage::{FileIdentity, user};
 
 /// Longest chain of symlinks from a name to an image.
 const MAX_LINKS: usize = 16;
+/// Most descriptors of a folder, and bytes of each, that are searched for parts in folders below.
+const MAX_DESCRIPTORS: usize = 256;
+const MAX_DESCRIPTOR: u64 = 64 << 10;
 
 /// File times move in steps of up to ten milliseconds: a change shortly after a stamp was taken may
 /// leave the same stamp.
@@ -224,6 +227,7 @@ impl Place {
             self.enter(&mut listing, name, relative, entry.file_type(), inode, skip);
         }
         listing.hide_parts();
+        self.hide_parts_of_images_above(&mut listing);
         Ok(listing)
     }
 
@@ -231,6 +235,40 @@ impl Place {
     fn barred(&self, relative: &Path) -> bool {
         let opened = self.source.open_at(&[], relative, OFlag::O_PATH | OFlag::O_DIRECTORY);
         opened.is_err_and(|e| e.raw_os_error() == Some(libc::EXDEV))
+    }
+
+    /// Takes out files named like parts of an image that a descriptor in a folder above lists as extents.
+    fn hide_parts_of_images_above(&self, listing: &mut Listing) {
+        let mut above = self.relative.clone();
+        while listing.images.keys().any(|name| whole_of_part(name).is_some()) && above.pop() {
+            for extent in self.elsewhere(above.clone()).extents() {
+                let extent = above.join(extent);
+                listing.images.retain(|name, image| {
+                    whole_of_part(name).is_none() || image.relative != extent
+                });
+            }
+        }
+    }
+
+    /// The extents that the VMDK descriptors of the directory here list, from here.
+    fn extents(&self) -> Vec<PathBuf> {
+        let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+        let dir = self.source.open_at(&self.users, &self.relative, flags | OFlag::O_DIRECTORY);
+        let Ok(mut dir) = dir.and_then(|dir| Ok(Dir::from_fd(dir)?)) else { return Vec::new() };
+        let names = dir
+            .iter()
+            .flatten()
+            .map(|entry| OsStr::from_bytes(entry.file_name().to_bytes()).to_owned());
+        let is_vmdk = |name: &OsString| name.as_bytes().to_ascii_lowercase().ends_with(b".vmdk");
+        let read = |name: OsString| {
+            let file = self.source.open_at(&self.users, &self.relative.join(name), flags).ok()?;
+            let mut file = File::from(file);
+            let meta = file.metadata().ok().filter(Metadata::is_file)?;
+            let mut text = vec![0; usize::try_from(meta.len().min(MAX_DESCRIPTOR)).ok()?];
+            file.read_exact(&mut text).ok()?;
+            Some(formats::vmdk::extent_names(&text))
+        };
+        names.filter(is_vmdk).take(MAX_DESCRIPTORS).filter_map(read).flatten().collect()
     }
 
     fn enter(
@@ -359,6 +397,20 @@ mod tests {
 
     fn touch(dir: &Path, names: &[&str]) {
         names.iter().for_each(|name| fs::write(dir.join(name), "").unwrap());
+    }
+
+    #[test]
+    fn parts_in_a_folder_below_their_descriptor_do_not_show() {
+        let dir = tempfile::tempdir().unwrap();
+        let below = dir.path().join("parts/deep");
+        fs::create_dir_all(&below).unwrap();
+        touch(&below, &["a-f001.vmdk", "a-f002.vmdk", "b-flat.vmdk", "c.vmdk"]);
+        let descriptor = "version=1\nCID=1\nRW 8 FLAT \"deep\\a-f001.vmdk\" 0\nRW 8 FLAT \"deep/a-f002.vmdk\" 0\n";
+        fs::write(dir.path().join("parts/disk.vmdk"), descriptor).unwrap();
+        let source = Source::open(dir.path()).unwrap();
+        let place = Place { source, relative: "parts/deep".into() };
+        let shown = place.list(Path::new("/nowhere")).unwrap().images;
+        assert!(shown.keys().eq(["b-flat.vmdk", "c.vmdk"]), "{shown:?}");
     }
 
     #[test]

@@ -146,7 +146,9 @@ fn repair_trailing(
     let in_place = matches!(footers.trailing, CopyState::Damaged(_)) && last.is_multiple_of(SECTOR);
     let at = match in_place && fits(file, structure, last)? {
         true => last,
-        false => footer_place(len),
+        false if fits(file, structure, len)? => footer_place(len),
+        // What is missing of a block must not come to be there.
+        false => len / SECTOR * SECTOR,
     };
     plan.write(file, at, footer(), "the footer, from its copy");
     Ok(())

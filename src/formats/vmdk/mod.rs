@@ -73,7 +73,7 @@ use super::places::directory_of;
 use super::plan::Steps;
 use super::{
     CreateSpec, Footprint, Format, Identity, Image, ImageInfo, Label, NewLink, OpenContext, Opened,
-    Plan, Probe, Report,
+    Plan, Probe, Report, references,
 };
 use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
@@ -225,6 +225,16 @@ pub fn is_lone_extent(probe: &Probe) -> bool {
         // An area for a descriptor without one in it is what QEMU gives to split disks.
         header.descriptor_at == 0 || head.get(descriptor) == Some(&0)
     })
+}
+
+/// The files that a descriptor lists as extents, from its own folder; none where the text is no descriptor.
+pub fn extent_names(text: &[u8]) -> Vec<PathBuf> {
+    if !descriptor::looks_like(text) {
+        return Vec::new();
+    }
+    let lines = descriptor::Descriptor::parse(text).map_or(Vec::new(), |d| d.extents);
+    let names = lines.into_iter().filter_map(|line| line.name);
+    names.filter_map(|name| references::beneath(&name).ok()).collect()
 }
 
 /// The mapping of a disk.
