@@ -148,16 +148,20 @@ fn repair_trailing(
         true => last,
         false if fits(file, structure, len)? => footer_place(len),
         // What is missing of a block must not come to be there.
-        false => len / SECTOR * SECTOR,
+        false => (len / SECTOR * SECTOR).max(structures_end(structure).next_multiple_of(SECTOR)),
     };
     plan.write(file, at, footer(), "the footer, from its copy");
     Ok(())
 }
 
+/// One past the last structure that is no block.
+fn structures_end(structure: &Structure) -> u64 {
+    structure.reserved.iter().map(|range| range.end).max().unwrap_or(0)
+}
+
 /// Whether everything that the BAT leads to ends before `data_end`.
 fn fits(file: &Arc<dyn Storage>, structure: &Structure, data_end: u64) -> Result<bool> {
-    let reserved = structure.reserved.iter().map(|range| range.end).max().unwrap_or(0);
-    let mut fits = reserved <= data_end;
+    let mut fits = structures_end(structure) <= data_end;
     Survey::run(&**file, structure, data_end, &mut |_| fits = false)?;
     Ok(fits)
 }
