@@ -628,7 +628,7 @@ impl Disk {
     /// Looks through parents and at the holes of the host's files. What a long search has not come to is
     /// taken for data.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
-        self.next_data_in(from..self.size(), Instant::now() + MAX_SEARCH)
+        self.next_data_in(from..self.size())
     }
 
     /// How much of the disk may be looked up at once without a list of extents that knows no bounds.
@@ -655,7 +655,11 @@ impl Disk {
     }
 
     /// [`Self::next_data`] inside a range, which may reach past the disk's end.
-    fn next_data_in(&self, range: DiskRange, until: Instant) -> Result<Option<Range<u64>>> {
+    fn next_data_in(&self, range: DiskRange) -> Result<Option<Range<u64>>> {
+        self.search(range, Instant::now() + MAX_SEARCH)
+    }
+
+    fn search(&self, range: DiskRange, until: Instant) -> Result<Option<Range<u64>>> {
         let end = range.end.min(self.size());
         let mut pos = range.start;
         // Data is near as a rule; a search that does not find it there takes larger and larger steps.
@@ -671,7 +675,7 @@ impl Disk {
                     Source::Packed { .. } | Source::Bad => Some(part),
                     Source::File { file, at } => self.file_data(file, at + skip, part)?,
                     Source::Parent => match &self.parent {
-                        Some(parent) => parent.next_data_in(part, until)?,
+                        Some(parent) => parent.search(part, until)?,
                         None => Some(part),
                     },
                 };

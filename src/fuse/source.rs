@@ -408,7 +408,7 @@ mod tests {
         let descriptor = "version=1\nCID=1\nRW 8 FLAT \"deep\\a-f001.vmdk\" 0\nRW 8 FLAT \"deep/a-f002.vmdk\" 0\n";
         fs::write(dir.path().join("parts/disk.vmdk"), descriptor).unwrap();
         let source = Source::open(dir.path()).unwrap();
-        let place = Place { source, relative: "parts/deep".into() };
+        let place = Place { source, relative: "parts/deep".into(), users: Vec::new() };
         let shown = place.list(Path::new("/nowhere")).unwrap().images;
         assert!(shown.keys().eq(["b-flat.vmdk", "c.vmdk"]), "{shown:?}");
     }

@@ -518,11 +518,11 @@ impl Descriptor {
     }
 
     /// The text with parts of it replaced.
-    fn changed(&self, mut changes: Vec<(Range<usize>, String)>) -> Vec<u8> {
+    fn changed<T: Into<Vec<u8>>>(&self, mut changes: Vec<(Range<usize>, T)>) -> Vec<u8> {
         changes.sort_by_key(|(at, _)| at.start);
         let mut text = self.text.clone();
         for (at, value) in changes.into_iter().rev() {
-            text.splice(at, value);
+            text.splice(at, value.into());
         }
         text
     }

@@ -77,7 +77,7 @@ impl Found {
                 kind: ExtentType::Sparse,
                 name: None,
                 offset: None,
-                line: 0,
+                line: 1,
             }];
         }
         Ok(())

@@ -3,7 +3,6 @@
 use super::*;
 use crate::error::ErrorKind;
 use crate::formats::{Scope, Severity};
-use crate::storage::Storage;
 
 const MIB: u64 = 1 << 20;
 /// Bytes of the first extent of a split disk.
