@@ -10,6 +10,10 @@
 //! two a crash leaves each sector old or new. A failed flush latches: what it should have covered may
 //! be lost, so every later write and flush returns the first failure until the image is reopened.
 //!
+//! [`Disk::close`] flushes, marks the image clean and says whether that worked. A written disk that
+//! is dropped without it does the same, and a failure is logged: only a caller who closes learns of
+//! it. A child goes before the disk below it, which it holds.
+//!
 //! # Locks, outermost first
 //!
 //! 1. block locks ([`locks`]), of the child before those of its parent;
@@ -75,6 +79,8 @@ pub struct Disk {
     /// Number, in order of beginning, of the last flush that succeeded.
     last_flush: Mutex<u64>,
     failure: OnceLock<Error>,
+    /// How closing went, once it was tried with everything flushed.
+    closed: OnceLock<Result<()>>,
     /// What could not be read because the image is damaged.
     damage: damage::Found,
 }
@@ -104,6 +110,7 @@ impl Disk {
             flushes_begun: AtomicU64::new(0),
             last_flush: Mutex::new(0),
             failure: OnceLock::new(),
+            closed: OnceLock::new(),
             damage: damage::Found::default(),
         }
     }
@@ -271,6 +278,9 @@ impl Disk {
         }
         if let Some(reason) = &self.read_only {
             return Err(Error::new(ErrorKind::ReadOnly, reason.clone()));
+        }
+        if self.closed.get().is_some() {
+            return Err(Error::new(ErrorKind::Failed, "the disk was closed"));
         }
         if !self.writing.load(Ordering::Acquire) {
             let _held = self.begin.lock();
@@ -604,13 +614,18 @@ impl Disk {
         self.map.dirty()
     }
 
-    /// Flushes and marks the image clean. The disk must not be used afterwards.
+    /// Flushes and marks the image clean; from then on the disk can only be read. Whoever else holds
+    /// it must have finished writing. Closing once more answers what the first time did; after a
+    /// flush that failed for want of room it tries again.
     pub fn close(&self) -> Result<()> {
+        if let Some(closed) = self.closed.get() {
+            return closed.clone();
+        }
         self.flush()?;
         if self.read_only.is_some() {
             return Ok(());
         }
-        self.map.close()
+        self.closed.get_or_init(|| self.map.close()).clone()
     }
 
     /// The disk's own extents in a range, rounded out to sectors; parents are not looked into.
@@ -717,6 +732,20 @@ impl Disk {
             }
         }
         Ok(self.size())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if !self.writing() || self.closed.get().is_some() {
+            return;
+        }
+        // A failure that latched was logged when it happened.
+        if let Err(e) = self.close()
+            && self.failure.get().is_none()
+        {
+            log::error!("{e}; the image was dropped without being closed");
+        }
     }
 }
 

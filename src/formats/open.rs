@@ -222,6 +222,15 @@ impl Image {
     pub fn chain(&self) -> impl Iterator<Item = &Image> {
         std::iter::successors(Some(self), |image| image.parent.as_deref())
     }
+
+    /// Flushes what was written, marks the image clean, and says whether that worked. Whoever just
+    /// drops an image gets the same, but a failure only shows in the log.
+    ///
+    /// # Errors
+    /// What could not be made durable.
+    pub fn close(self) -> Result<()> {
+        self.disk.close().map_err(|e| e.in_file(&self.path))
+    }
 }
 
 /// Opens the image at `path` with all its parents.
