@@ -9,6 +9,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::names::printable;
+
 /// Result of every fallible operation of the crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -127,6 +129,9 @@ impl Error {
         let text = text.split(" (os error").next().unwrap_or(&text).to_lowercase();
         let mut error = Self::new(kind, format!("{}: {text}", what.into()));
         error.errno = source.raw_os_error();
+        if error.errno == Some(libc::EMFILE) {
+            error = error.hint("`ulimit -n`, or `LimitNOFILE=` of a service, allows more");
+        }
         error
     }
 
@@ -212,24 +217,15 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.path {
-            // Names come from users and images: no control characters reach a terminal or a log.
-            for c in path.to_string_lossy().chars() {
-                if c.is_control() {
-                    write!(f, "{}", c.escape_default())?
-                } else {
-                    write!(f, "{c}")?
-                }
-            }
-            f.write_str(": ")?;
+            // Names come from users and images: none acts on a terminal or breaks a log's line.
+            write!(f, "{}: ", printable(path.display()))?;
         }
-        for c in self.what.chars() {
-            if c.is_control() { write!(f, "{}", c.escape_default())? } else { write!(f, "{c}")? }
-        }
+        write!(f, "{}", printable(&self.what))?;
         if let Some(at) = self.at {
             write!(f, " at {at:#x}")?;
         }
         if let Some(hint) = &self.hint {
-            write!(f, " ({hint})")?;
+            write!(f, " ({})", printable(hint))?;
         }
         Ok(())
     }

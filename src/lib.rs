@@ -13,7 +13,8 @@
 //! ```
 //!
 //! Calls run down. `disk` never names a format, `formats` and `volumes` know nothing of FUSE or the
-//! command line, `storage` knows only the host. `error`, `codec` and `progress` stand beside all of them.
+//! command line, `storage` knows only the host. `error`, `codec`, `names` and `progress` stand beside
+//! all of them.
 //!
 //! # Use
 //!
@@ -58,6 +59,7 @@ pub mod disk;
 pub mod error;
 pub mod formats;
 pub mod fuse;
+pub mod names;
 pub mod progress;
 pub mod storage;
 pub mod volumes;

@@ -1,4 +1,5 @@
 //! Images whose user forgot to close them.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

@@ -341,7 +341,9 @@ fn a_call_that_hangs_keeps_no_reader_and_no_other_image_waiting() {
         let open = |host: &Arc<dyn Host>| kind.open(host, Access::Write).unwrap();
         let calls = {
             let host: Arc<dyn Host> = FaultyHost::over(created.fork(), &faults);
-            write_and_flush(&open(&host)).unwrap();
+            let disk = open(&host);
+            write_and_flush(&disk).unwrap();
+            // Before the drop, which closes the disk.
             faults.count(&Call::CHANGES)
         };
         assert!(calls >= 3, "{}: {calls} calls", kind.name());

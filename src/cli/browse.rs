@@ -11,6 +11,7 @@ use clap::Args;
 
 use super::log_sink;
 use super::mount::{MOUNT_FAILURE, SYSTEM_ERROR};
+use super::output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::daemon::{MountRequest, Prepared};
 use crate::fuse::mounts;
@@ -59,7 +60,7 @@ pub fn browse(args: &BrowseArgs) -> u8 {
 
 /// Tells a person who looks at a desktop, where standard error leads into a log.
 fn complain(what: &str) {
-    eprintln!("flatdisk: {what}");
+    output::complain(what);
     let mut notify = Command::new("notify-send");
     notify.args(["--icon=dialog-error", "--", "flatdisk", what]);
     // Not everybody has it.
@@ -140,6 +141,8 @@ fn show(point: &Path) {
         .spawn();
     match opened {
         Ok(mut child) => _ = std::thread::spawn(move || child.wait()),
-        Err(e) => eprintln!("flatdisk: the disk is in {}; xdg-open: {e}", point.display()),
+        Err(e) => {
+            output::complain(format_args!("the disk is in {}; xdg-open: {e}", point.display()))
+        }
     }
 }

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::json;
 
-use super::output::{OutputArgs, iec, print_json, print_line};
+use super::output::{OutputArgs, complain, iec, print_json, print_json_text, print_line};
 use super::progress::ProgressArgs;
 use super::source::image_of;
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, Result};
 use crate::formats::chain::{self, Merging};
 use crate::formats::{self, Image, OpenOptions, Spelling};
+use crate::names::Name;
 use crate::storage::file::HostFs;
 use crate::storage::{Access, Host};
 
@@ -161,7 +162,7 @@ impl Printer<'_> {
                 "data": run.content == Content::Data,
                 "compressed": run.content == Content::Data && run.place.is_none(),
                 "state": state,
-                "image": image.map(|path| path.display().to_string()),
+                "image": image.map(|path| Name::from(&**path)),
             });
             if let Some(place) = run.place {
                 let disk = self.images.get(run.layer).map(|image| &image.disk);
@@ -170,7 +171,7 @@ impl Printer<'_> {
                 entry["filename"] = file.map(|path| path.display().to_string()).into();
             }
             let separator = if self.lines == 1 { "  " } else { ", " };
-            return print_line(&format!("{separator}{entry}"));
+            return print_json_text(&format!("{separator}{entry}"));
         }
         let image = image.map(|path| path.display().to_string()).unwrap_or_default();
         let line = format!("{:>16} {:>16} {state:<12} {image}", run.start, run.len);
@@ -218,18 +219,18 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
     drop(bar);
     for sibling in &merged.siblings {
         let parent = merged.parent.display();
-        eprintln!("flatdisk: {}: its parent {parent} has changed", sibling.display());
+        complain(format_args!("{}: its parent {parent} has changed", sibling.display()));
     }
     for left in &merged.left {
-        eprintln!("flatdisk: {}: left, it may belong to another disk", left.display());
+        complain(format_args!("{}: left, it may belong to another disk", left.display()));
     }
     if args.output.json() {
         print_json(&json!({
-            "child": child,
-            "parent": merged.parent,
+            "child": Name::from(&*child),
+            "parent": Name::from(&*merged.parent),
             "bytes": merged.bytes,
-            "invalid_siblings": merged.siblings,
-            "left": merged.left,
+            "invalid_siblings": merged.siblings.into_iter().map(Name).collect::<Vec<_>>(),
+            "left": merged.left.into_iter().map(Name).collect::<Vec<_>>(),
         }))?;
     } else if !args.quiet {
         let (child, parent) = (child.display(), merged.parent.display());
@@ -279,13 +280,16 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
     let alone = ParentArgs { allow_parent: Vec::new() }.options(Access::Peek);
     let refusal = formats::open(&host, &child, &alone).err();
     if let Some(e) = &refusal {
-        eprintln!("flatdisk: without further options, later commands refuse it: {e}");
+        complain(format_args!("without further options, later commands refuse it: {e}"));
     }
     if args.output.json() {
         let refused = refusal.map(|e| e.to_string());
-        print_json(
-            &json!({ "child": child, "parent": parent, "bytes": copied, "refused": refused }),
-        )?;
+        print_json(&json!({
+            "child": Name::from(&*child),
+            "parent": Name::from(&*parent),
+            "bytes": copied,
+            "refused": refused,
+        }))?;
     } else if !args.quiet {
         let (child, parent) = (child.display(), parent.display());
         print_line(&format!("{child} is a child of {parent} now; {} copied", iec(copied)))?;

@@ -13,6 +13,7 @@ use crate::copy::in_place;
 use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
 use crate::formats::{self, CreateSpec, Format, Image, Preallocation, vmdk};
+use crate::names::Name;
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
@@ -134,10 +135,10 @@ fn created(
 ) -> Result<u8> {
     if args.output.json() {
         print_json(&json!({
-            "filename": args.image,
+            "filename": Name::from(&*args.image),
             "format": format.name(),
             "virtual_size": size,
-            "parent": parent.map(|parent| &parent.path),
+            "parent": parent.map(|parent| Name::from(&*parent.path)),
         }))?;
     } else if !args.quiet {
         let (image, format) = (args.image.display(), format.name().to_uppercase());

@@ -45,6 +45,7 @@ pub struct InfoArgs {
 /// One image of `info`'s answer.
 #[derive(Serialize)]
 struct ImageEntry {
+    #[serde(serialize_with = "crate::names::serialize")]
     filename: PathBuf,
     #[serde(flatten)]
     info: ImageInfo,

@@ -1,12 +1,13 @@
 //! Where log lines go: standard error, and the system log once a daemon has let go of it.
 
-use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use env_logger::{Builder, Target};
 use log::{Level, LevelFilter};
+
+use crate::names::printable;
 
 static DETACHED: AtomicBool = AtomicBool::new(false);
 
@@ -33,14 +34,7 @@ pub fn start(verbose: u8) {
                 Level::Info => 6,
                 Level::Debug | Level::Trace => 7,
             };
-            let mut text = String::new();
-            for c in record.args().to_string().chars() {
-                if c.is_control() {
-                    let _ = write!(text, "{}", c.escape_default());
-                } else {
-                    text.push(c);
-                }
-            }
+            let text = printable(record.args());
             match DETACHED.load(Ordering::Relaxed) {
                 true => write!(out, "<{}>flatdisk[{}]: {text}", 24 + severity, std::process::id()),
                 false => writeln!(out, "flatdisk: {text}"),

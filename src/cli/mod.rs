@@ -18,6 +18,7 @@ pub mod log_sink;
 pub mod mount;
 pub mod output;
 pub mod pages;
+mod process;
 pub mod progress;
 pub mod running;
 pub mod size;
@@ -165,6 +166,7 @@ enum Command {
 
 /// Runs the program.
 pub fn run() -> ExitCode {
+    process::prepare();
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     let name = arguments.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
     let status = match name.to_str() {

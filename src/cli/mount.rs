@@ -16,6 +16,7 @@ use clap::{Args, Parser};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use super::log_sink;
+use super::output::complain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::daemon::{MountRequest, Prepared, check_host};
 use crate::fuse::options::MountOptions;
@@ -278,7 +279,7 @@ pub fn helper(args: &HelperArgs) -> u8 {
 }
 
 fn report(error: &Error, status: u8) -> u8 {
-    eprintln!("flatdisk: {error}");
+    complain(error);
     status
 }
 
@@ -328,7 +329,7 @@ fn in_background(request: &MountRequest) -> u8 {
             report(&Error::new(ErrorKind::Failed, died), MOUNT_FAILURE)
         }
         error => {
-            eprintln!("flatdisk: {error}");
+            complain(error);
             MOUNT_FAILURE
         }
     }

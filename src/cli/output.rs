@@ -1,10 +1,14 @@
 //! What commands print: sizes for people, JSON for programs.
 
+use std::fmt::Display;
+use std::io::Write;
+
 use clap::{ArgMatches, Args, ValueEnum};
 use parse_size::Config;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::names::{acts, printable};
 
 /// How a command prints its result.
 #[derive(Debug, Clone, Copy, Default, Args)]
@@ -65,7 +69,7 @@ impl From<&Error> for Failure {
 /// Tells of a failure: a line to standard error, and for a program that asked for JSON an object to
 /// standard output, in place of the result.
 pub fn report(error: &Error, json: bool) {
-    eprintln!("flatdisk: {error}");
+    complain(error);
     if json {
         // Standard output may be what failed.
         let _ = print_json(&Failure::from(error));
@@ -76,12 +80,30 @@ pub fn report(error: &Error, json: bool) {
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|e| Error::invalid(format!("cannot be written as JSON: {e}")))?;
-    print_line(&text)
+    print_json_text(&text)
 }
 
-/// Prints one line to standard output.
+/// Prints JSON and ends the line. JSON itself escapes most characters that act on a terminal.
+pub fn print_json_text(text: &str) -> Result<()> {
+    let mut plain = String::with_capacity(text.len() + 1);
+    for c in text.chars() {
+        match c {
+            c if acts(c) && c != '\n' => plain += &format!("\\u{:04x}", u32::from(c)),
+            c => plain.push(c),
+        }
+    }
+    print_text(&format!("{plain}\n"))
+}
+
+/// Prints one line to standard output, of which nothing acts on a terminal.
 pub fn print_line(line: &str) -> Result<()> {
-    print_text(&format!("{line}\n"))
+    print_text(&format!("{}\n", printable(line)))
+}
+
+/// Prints one line to standard error, as [`print_line`] does, with the program's name before it. That
+/// nobody can read it is no reason to stop.
+pub fn complain(what: impl Display) {
+    let _ = writeln!(std::io::stderr(), "flatdisk: {}", printable(what));
 }
 
 /// Prints to standard output. A reader that went away ends the program quietly, as it does every
@@ -92,7 +114,6 @@ pub fn print_text(text: &str) -> Result<()> {
 
 /// [`print_text`] for what need not be text.
 pub fn print_bytes(bytes: &[u8]) -> Result<()> {
-    use std::io::Write;
     match std::io::stdout().write_all(bytes) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other.map_err(|e| Error::io("writing to standard output", &e)),

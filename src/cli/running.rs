@@ -11,10 +11,11 @@ use serde::Serialize;
 
 use super::attach::{self, AttachmentStatus};
 use super::mount::{MOUNT_FAILURE, SYSTEM_ERROR, USAGE};
-use super::output::{OutputArgs, iec, print_json, print_line};
+use super::output::{OutputArgs, complain, iec, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Answer, Connection, MountStatus, Request};
 use crate::fuse::mounts::{self, MountEntry};
+use crate::names::Name;
 
 /// How long after unmounting to wait before looking whether the file system is mounted elsewhere.
 const GLANCE: Duration = Duration::from_millis(20);
@@ -154,14 +155,14 @@ pub fn umount_any_fuse(args: &UmountHelperArgs) -> u8 {
         umount.arg("--namespace").arg(namespace);
     }
     let failed = umount.arg("--").arg(&args.mountpoint).exec();
-    eprintln!("flatdisk: {}", Error::io("running umount", &failed));
+    complain(Error::io("running umount", &failed));
     SYSTEM_ERROR
 }
 
 /// `umount.flatdisk` and `umount.fuse.flatdisk`.
 pub fn umount_helper(args: &UmountHelperArgs) -> u8 {
     if args.namespace.is_some() {
-        eprintln!("flatdisk: option -N is not supported (use nsenter)");
+        complain("option -N is not supported (use nsenter)");
         return USAGE;
     }
     umount_one(&args.mountpoint, args.lazy)
@@ -171,11 +172,11 @@ fn umount_one(dir: &Path, lazy: bool) -> u8 {
     match try_umount(dir, lazy) {
         Ok(failures) => {
             let status = if failures.is_empty() { 0 } else { SYSTEM_ERROR };
-            failures.iter().for_each(|failure| eprintln!("flatdisk: {failure}"));
+            failures.iter().for_each(complain);
             status
         }
         Err(e) => {
-            eprintln!("flatdisk: {e}");
+            complain(e);
             MOUNT_FAILURE
         }
     }
@@ -198,7 +199,7 @@ pub fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
             mounts::unmount(&target, lazy || dead)?;
             if !dead {
                 let silent = "its daemon does not listen; not waiting for images to be closed";
-                eprintln!("flatdisk: {}: {silent}", target.display());
+                complain(format_args!("{}: {silent}", target.display()));
             }
             return Ok(Vec::new());
         }
@@ -213,10 +214,10 @@ pub fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
     let closed = match wait_for_end(&mut daemon, &mount)? {
         End::Closed(answer) => answer,
         End::MountedElsewhere(place) => {
-            eprintln!(
-                "flatdisk: {}: unmounted here, but still mounted {place}; not waiting for that",
+            complain(format_args!(
+                "{}: unmounted here, but still mounted {place}; not waiting for that",
                 target.display()
-            );
+            ));
             return Ok(failures);
         }
     };
@@ -300,8 +301,8 @@ fn mounts_of(paths: &[PathBuf]) -> Result<Vec<(MountEntry, Connection)>> {
 }
 
 /// Prints a daemon's complaints and returns the exit status they make.
-fn complain(answer: &Answer) -> u8 {
-    answer.errors.iter().for_each(|error| eprintln!("flatdisk: {error}"));
+fn complain_of(answer: &Answer) -> u8 {
+    answer.errors.iter().for_each(complain);
     u8::from(!answer.errors.is_empty())
 }
 
@@ -309,7 +310,7 @@ fn complain(answer: &Answer) -> u8 {
 pub fn sync(args: &SyncArgs) -> Result<u8> {
     let mut status = 0;
     for (_, mut daemon) in mounts_of(&args.paths)? {
-        status |= complain(&daemon.ask(&Request::Sync)?);
+        status |= complain_of(&daemon.ask(&Request::Sync)?);
     }
     Ok(status)
 }
@@ -387,14 +388,15 @@ pub fn open(args: &OpenArgs) -> Result<u8> {
     let absolute = |image: &PathBuf| {
         std::path::absolute(image).map_err(|e| Error::io("open", &e).in_file(image))
     };
-    let images = args.images.iter().map(absolute).collect::<Result<_>>()?;
+    let images = args.images.iter().map(absolute).map(|image| Ok(Name(image?)));
+    let images = images.collect::<Result<_>>()?;
     let answer = daemon.ask(&Request::Open { images })?;
     if args.output.json() {
         print_json(&serde_json::json!({ "files": answer.names }))?;
     } else {
         answer.names.iter().try_for_each(|name| print_line(&name.display().to_string()))?;
     }
-    Ok(complain(&answer))
+    Ok(complain_of(&answer))
 }
 
 /// `flatdisk close`.
@@ -405,7 +407,7 @@ pub fn close(args: &CloseArgs) -> Result<u8> {
         let absolute = mounts::absolute(file)?;
         let name = absolute.strip_prefix(&mount.target).unwrap_or(&absolute).to_owned();
         let mut daemon = Connection::to(&mount)?;
-        status |= complain(&daemon.ask(&Request::Close { names: vec![name] })?);
+        status |= complain_of(&daemon.ask(&Request::Close { names: vec![Name(name)] })?);
     }
     Ok(status)
 }

@@ -58,7 +58,7 @@ pub fn volumes(args: &VolumesArgs) -> Result<u8> {
         match image.and_then(|image| volumes::volumes(&image.disk)) {
             Ok(volumes) => entries.push(Entry { filename, volumes }),
             Err(e) => {
-                eprintln!("flatdisk: {}", e.in_file(filename));
+                super::output::complain(e.in_file(filename));
                 status = 1;
             }
         }

@@ -121,9 +121,12 @@ pub fn way(from: &Path, to: &Path) -> PathBuf {
 /// A path as Windows writes it.
 pub fn backslashed(path: &Path) -> Result<String> {
     match path.to_str() {
-        Some(text) if !text.contains('\\') => Ok(text.replace('/', "\\")),
+        Some(text) if !text.contains('\\') && !text.chars().any(char::is_control) => {
+            Ok(text.replace('/', "\\"))
+        }
         _ => Err(Error::invalid(
-            "an image cannot name a parent whose path holds a backslash or is not UTF-8",
+            "an image cannot name a parent whose path holds a backslash or control character, or is \
+             not UTF-8",
         )
         .in_file(path)),
     }

@@ -22,7 +22,10 @@ pub struct Finding {
     /// How bad it is.
     pub severity: Severity,
     /// The file, where it is not the image itself.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::names::some::serialize"
+    )]
     pub file: Option<PathBuf>,
     /// Byte offset in that file.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -33,6 +33,7 @@ use super::source::identity;
 use super::tree::{ROOT, Tree};
 use super::{Mounted, is_master};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::names::Name;
 use crate::storage::FileIdentity;
 
 /// Longest request or answer in bytes.
@@ -40,6 +41,9 @@ const MAX_LINE: u64 = 16 << 20;
 
 /// How long after the mount the socket may come.
 const SOCKET_DELAY: Duration = Duration::from_secs(2);
+
+/// How long to wait for descriptors or threads that are used up.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What a daemon can be asked.
 #[derive(Debug, Serialize, Deserialize)]
@@ -54,12 +58,12 @@ pub enum Request {
     /// Show more images in the root.
     Open {
         /// Absolute paths.
-        images: Vec<PathBuf>,
+        images: Vec<Name>,
     },
     /// Take images out of the root.
     Close {
         /// Their names in the root.
-        names: Vec<PathBuf>,
+        names: Vec<Name>,
     },
 }
 
@@ -69,7 +73,7 @@ pub struct Answer {
     /// What went wrong, a line each.
     pub errors: Vec<String>,
     /// Names of the images opened.
-    pub names: Vec<PathBuf>,
+    pub names: Vec<Name>,
     /// The mount, if that was the question.
     pub status: Option<MountStatus>,
 }
@@ -78,6 +82,7 @@ pub struct Answer {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MountStatus {
     /// Where it is mounted.
+    #[serde(with = "crate::names")]
     pub mountpoint: PathBuf,
     /// What is mounted.
     pub source: String,
@@ -97,6 +102,7 @@ pub struct MountStatus {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ImageStatus {
     /// The image.
+    #[serde(with = "crate::names")]
     pub image: PathBuf,
     /// Bytes per logical sector of its disk.
     pub sector_size: u32,
@@ -109,7 +115,7 @@ pub struct ImageStatus {
     /// Why it cannot be written through the mount, if it cannot.
     pub read_only: Option<String>,
     /// The images it stands on, nearest first.
-    pub parents: Vec<PathBuf>,
+    pub parents: Vec<Name>,
     /// Bytes that vanish when the image is closed, in a `nonpersistent` mount.
     pub throw_away: Option<u64>,
     /// Table pages in memory.
@@ -230,11 +236,15 @@ impl Server {
         let server = Self { path, identity, waiting: waiting.clone() };
         let service = Arc::new(service);
         let serve = move || {
-            for stream in listener.incoming().flatten() {
+            for stream in listener.incoming() {
                 let (service, waiting) = (service.clone(), waiting.clone());
-                let served = thread::Builder::new().spawn(move || service.serve(stream, &waiting));
+                let served = stream.and_then(|stream| {
+                    thread::Builder::new().spawn(move || service.serve(stream, &waiting))
+                });
                 if let Err(e) = served {
+                    // Descriptors or threads are used up, and will be for a moment.
                     log::warn!("control socket: {e}");
+                    thread::sleep(PAUSE);
                 }
             }
         };
@@ -315,7 +325,7 @@ impl Service {
                     match self.tree.pin(&image, None) {
                         Ok(name) => {
                             self.mounted.name_changed(&name);
-                            answer.names.push(self.mountpoint.join(name));
+                            answer.names.push(self.mountpoint.join(name).into());
                         }
                         Err(e) => note(e),
                     }
@@ -341,7 +351,7 @@ impl Service {
             writers: image.usage.writers,
             unflushed: image.usage.unflushed,
             read_only: image.read_only,
-            parents: image.parents,
+            parents: image.parents.into_iter().map(Name).collect(),
             throw_away: image.usage.throw_away,
             table_pages: image.usage.cache.pages,
             dirty_tables: image.usage.cache.dirty,

@@ -21,9 +21,10 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{getegid, geteuid};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{
+    SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU,
+};
 use signal_hook::iterator::Signals;
 
 use super::control::{Server, Service};
@@ -46,6 +47,13 @@ const READ_AHEAD_KIB: u32 = 1024;
 
 /// How long systemd may take to make room for a message.
 const NOTIFY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What asks for an orderly end. Of two limits of processor time the lower one does, and a failing
+/// power supply.
+const ENDING: [i32; 6] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGXCPU, libc::SIGPWR];
+
+/// Signals that would end the process, with every image in it, and that nobody sends to that end.
+const MEANINGLESS: [i32; 6] = [SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO];
 
 /// What is to be mounted where.
 #[derive(Debug, Clone)]
@@ -135,19 +143,17 @@ impl Prepared {
     /// Mounts, calls `ready` once the mount is live, and serves it to its end. Returns what failed
     /// to reach its image.
     pub fn serve(mut self, ready: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
-        raise_file_limit();
         privileges::reduce(self.options.read_only);
         let (events, ended) = mpsc::channel();
         forward_signals(events.clone())?;
         let handed = self.handed.take();
         let (tree, options) = (&self.tree, &self.options);
+        // Before the mount, which would stay behind if there is no thread to be had.
+        let flusher = start_flusher(self.tree.clone())?;
         let mounted = Mounted::new(tree, &self.mountpoint, handed, &self.source, options, events)?;
-        let entry = mounts::mounted_at(&self.mountpoint)?.filter(MountEntry::is_ours);
-        let Some(entry) = entry else {
+        let entry = self.entry().inspect_err(|_| {
             let _ = mounts::unmount(&self.mountpoint, false);
-            return Err(Error::new(ErrorKind::Io, "mounted, but not in the mount table")
-                .in_file(&self.mountpoint));
-        };
+        })?;
         set_read_ahead(&entry.device);
         let ending = Arc::new(AtomicBool::new(false));
         let service = Service {
@@ -161,7 +167,6 @@ impl Prepared {
         let server = control::Server::start(&entry.device, service)
             .inspect_err(|e| log::warn!("no control socket: {e}"))
             .ok();
-        let flusher = start_flusher(self.tree.clone())?;
         let begun = ready();
         notify(&format!("READY=1\nSTATUS=Serving {}", self.mountpoint.display()));
         log::info!("{} is mounted on {}", self.source, self.mountpoint.display());
@@ -170,6 +175,7 @@ impl Prepared {
             let _ = unmount_own(&entry.device, false);
         }
         self.wait(&ended, &entry.device);
+        clear_remains(&entry.device);
         ending.store(true, Ordering::Relaxed);
         notify("STOPPING=1\nSTATUS=Closing images");
         drop(flusher);
@@ -180,6 +186,15 @@ impl Prepared {
         }
         log::info!("{} is unmounted", self.mountpoint.display());
         begun.map(|()| failures)
+    }
+
+    /// The mount, as the mount table has it.
+    fn entry(&self) -> Result<MountEntry> {
+        let entry = mounts::mounted_at(&self.mountpoint)?.filter(MountEntry::is_ours);
+        entry.ok_or_else(|| {
+            Error::new(ErrorKind::Io, "mounted, but not in the mount table")
+                .in_file(&self.mountpoint)
+        })
     }
 
     fn wait(&self, events: &mpsc::Receiver<Event>, device: &str) {
@@ -238,6 +253,18 @@ fn unmount_own(device: &str, lazy: bool) -> Result<()> {
             .in_file(&own.target));
     }
     mounts::unmount(&own.target, lazy)
+}
+
+/// Unmounts what nobody serves any more: the session may have ended by itself, for want of threads or
+/// because the kernel aborted it.
+fn clear_remains(device: &str) {
+    let still = |table: Vec<MountEntry>| table.iter().any(|entry| entry.device == device);
+    if mounts::mount_table().is_ok_and(still) {
+        log::error!("the session ended before the mount did");
+        if let Err(e) = unmount_own(device, true) {
+            log::error!("{e}");
+        }
+    }
 }
 
 /// Checks that this user can make FUSE mounts on this host.
@@ -315,11 +342,13 @@ fn check_allowed(options: &MountOptions) -> Result<()> {
 }
 
 fn forward_signals(events: Sender<Event>) -> Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+    let mut signals = Signals::new(ENDING.into_iter().chain(MEANINGLESS))
         .map_err(|e| Error::io("installing signal handlers", &e))?;
     let forward = move || {
         for signal in signals.forever() {
-            if events.send(Event::Signal(signal)).is_err() {
+            if MEANINGLESS.contains(&signal) {
+                log::warn!("signal {signal} means nothing to this daemon");
+            } else if events.send(Event::Signal(signal)).is_err() {
                 return;
             }
         }
@@ -386,15 +415,6 @@ impl Watchdog {
 fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
     let started = thread::Builder::new().name(name.into()).spawn(run);
     started.map(drop).map_err(|e| Error::io("starting a thread", &e))
-}
-
-/// Every image in use takes a few files.
-fn raise_file_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
-    if let Err(e) = raised {
-        log::debug!("raising the limit of open files: {e}");
-    }
 }
 
 /// Only root may; without it reading is somewhat slower.

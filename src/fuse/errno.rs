@@ -11,7 +11,7 @@ pub fn errno(error: &Error) -> i32 {
             host(&[libc::ESTALE, libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::ENOTDIR])
                 .unwrap_or(libc::EIO)
         }
-        ErrorKind::NoSpace => host(&[libc::EDQUOT]).unwrap_or(libc::ENOSPC),
+        ErrorKind::NoSpace => host(&[libc::EDQUOT, libc::EFBIG]).unwrap_or(libc::ENOSPC),
         ErrorKind::Corrupt
         | ErrorKind::ParentMissing
         | ErrorKind::ParentMismatch
@@ -63,6 +63,7 @@ mod tests {
     fn the_hosts_own_code_passes_only_where_it_means_the_same() {
         let of = |code| errno(&Error::io("x", &io::Error::from_raw_os_error(code)));
         assert_eq!(of(libc::EDQUOT), libc::EDQUOT);
+        assert_eq!(of(libc::EFBIG), libc::EFBIG);
         assert_eq!(of(libc::EPERM), libc::EPERM);
         assert_eq!(of(libc::ESTALE), libc::ESTALE);
         assert_eq!(of(libc::EBADF), libc::EIO);

@@ -22,10 +22,12 @@ use super::file_system::{self, How};
 use super::loop_device::{Binding, LoopDevice};
 use super::slot::{LockedSlot, Record};
 use crate::cli::mount::DAEMON;
+use crate::cli::output::complain;
 use crate::cli::running;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Connection, Request};
 use crate::fuse::mounts;
+use crate::names::printable;
 
 /// How long to wait for those who only look at a device that changed: udev, the kernel, file
 /// systems that are programs and end after their unmount.
@@ -62,10 +64,10 @@ impl Attachment {
             Err(e) => {
                 let image = self.record.image.clone();
                 if let Err(left) = self.take_apart() {
-                    eprintln!(
-                        "flatdisk: {left}; `flatdisk detach {}` tries again",
+                    complain(format_args!(
+                        "{left}; `flatdisk detach {}` tries again",
                         image.display()
-                    );
+                    ));
                 }
                 Err(e.in_file(&image))
             }
@@ -113,13 +115,14 @@ impl Attachment {
             command.output().map_err(|e| Error::io("starting the background process", &e))?;
         let said = String::from_utf8_lossy(&output.stderr);
         if output.status.success() {
-            said.lines().for_each(|line| eprintln!("{line}"));
+            let own = |line: &str| line.strip_prefix("flatdisk: ").unwrap_or(line).to_owned();
+            said.lines().map(own).for_each(complain);
             return Ok(());
         }
         // Its own words, which name the image already.
         let said = said.trim_end().lines().last().unwrap_or_default();
         let said = said.strip_prefix("flatdisk: ").unwrap_or(said);
-        let image = format!("{}: ", self.record.image.display());
+        let image = format!("{}: ", printable(self.record.image.display()));
         Err(Error::new(ErrorKind::Failed, said.strip_prefix(&image).unwrap_or(said).to_owned()))
     }
 
@@ -134,7 +137,7 @@ impl Attachment {
             match File::options().read(true).write(true).open(&path) {
                 Err(e) if read_only(&e) => {
                     let image = self.record.image.display();
-                    eprintln!("flatdisk: {image}: cannot be written, attaching it read-only");
+                    complain(format_args!("{image}: cannot be written, attaching it read-only"));
                     self.record.read_only = true;
                 }
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
@@ -190,7 +193,7 @@ impl Attachment {
         if self.record.binding_id.is_some() && self.slot.mounted()?.is_none() {
             let elsewhere =
                 "its flat mount is gone already; not waiting for the image to be closed";
-            eprintln!("flatdisk: {}: {elsewhere}", self.record.image.display());
+            complain(format_args!("{}: {elsewhere}", self.record.image.display()));
         }
         retry_while_busy(|| {
             while self.slot.mounted()?.is_some() {
@@ -251,7 +254,7 @@ impl Attachment {
             if let Err(e) = fs::remove_file(node)
                 && e.kind() != io::ErrorKind::NotFound
             {
-                eprintln!("flatdisk: {}: {e}", node.display());
+                complain(format_args!("{}: {e}", node.display()));
             }
         }
     }

@@ -20,7 +20,7 @@ use nix::unistd::geteuid;
 use serde::Serialize;
 
 use super::mount::SYSTEM_ERROR;
-use super::output::{OutputArgs, iec, print_json, print_line};
+use super::output::{OutputArgs, complain, iec, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mounts;
 use crate::fuse::options::MountOptions;
@@ -77,6 +77,7 @@ pub struct AttachmentStatus {
     /// Node of the loop device; null if there is none.
     device: Option<PathBuf>,
     /// The image.
+    #[serde(serialize_with = "crate::names::serialize")]
     image: PathBuf,
     /// What has become of it.
     state: State,
@@ -85,6 +86,7 @@ pub struct AttachmentStatus {
     /// Whether what is written vanishes.
     nonpersistent: bool,
     /// Where attach mounted a file system of the disk.
+    #[serde(serialize_with = "crate::names::some::serialize")]
     mountpoint: Option<PathBuf>,
     /// The partitions that the kernel knows.
     partitions: Vec<PartitionStatus>,
@@ -161,7 +163,7 @@ pub fn detach(args: &DetachArgs) -> Result<u8> {
     let mut status = 0;
     for target in &args.targets {
         status |= detach_one(target).unwrap_or_else(|e| {
-            eprintln!("flatdisk: {e}");
+            complain(e);
             1
         });
     }
@@ -178,13 +180,13 @@ fn detach_one(target: &Path) -> Result<u8> {
     let died = mounts::is_dead(&slot.mount_dir()) && !record.read_only && !record.nonpersistent;
     let image = record.image.clone();
     let failures = Attachment::new(slot, record).detach()?;
-    failures.iter().for_each(|failure| eprintln!("flatdisk: {failure}"));
+    failures.iter().for_each(complain);
     if died {
         let lost = "detached, but its daemon had died: what was not flushed by then is lost";
-        eprintln!(
-            "flatdisk: {}: {lost} (`flatdisk check` shows the image's state)",
+        complain(format_args!(
+            "{}: {lost} (`flatdisk check` shows the image's state)",
             image.display()
-        );
+        ));
     }
     Ok(if died || !failures.is_empty() { SYSTEM_ERROR } else { 0 })
 }

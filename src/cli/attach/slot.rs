@@ -31,6 +31,7 @@ const RECORD: &str = "record.json";
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
     /// The image.
+    #[serde(with = "crate::names")]
     pub image: PathBuf,
     /// Node of the loop device.
     pub device: Option<PathBuf>,
@@ -39,6 +40,7 @@ pub struct Record {
     /// Nodes of partitions that had to be made by hand.
     pub nodes: Vec<PathBuf>,
     /// Where a file system of the disk is mounted.
+    #[serde(with = "crate::names::some")]
     pub mountpoint: Option<PathBuf>,
     /// Whether the device refuses writes.
     pub read_only: bool,

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use clap::Args;
 use clap_complete::Shell;
 
-use super::output::print_line;
+use super::output::{complain, print_line};
 use super::pages;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -101,7 +101,7 @@ pub fn install(args: &InstallArgs) -> Result<u8> {
         // Joining an absolute path would lose the root.
         let path = args.root.join(place.strip_prefix("/").unwrap_or(&place));
         if !args.uninstall && is_foreign(&path, &content) {
-            eprintln!("flatdisk: {}: there is one already; left as it is", path.display());
+            complain(format_args!("{}: there is one already; left as it is", path.display()));
             continue;
         }
         let changed = match (args.dry_run, args.uninstall) {
@@ -249,7 +249,7 @@ fn refresh_caches(prefix: &Path) {
         let mut refresh = Command::new(program);
         refresh.arg(prefix.join(directory)).stdin(Stdio::null()).stdout(Stdio::null());
         match refresh.status() {
-            Ok(status) if !status.success() => eprintln!("flatdisk: {program}: {status}"),
+            Ok(status) if !status.success() => complain(format_args!("{program}: {status}")),
             // A machine without a desktop has no cache either.
             _ => {}
         }
