@@ -86,6 +86,21 @@ fn an_image_that_others_stand_on_keeps_its_size() {
     }
 }
 
+#[test]
+fn a_bat_that_outgrows_an_empty_vhd_spares_the_footer() {
+    let files = MemoryHost::new();
+    let host: Arc<dyn Host> = files.clone();
+    let path = std::path::Path::new("/t/x.vhd");
+    let spec = CreateSpec { size: 3 << 20, ..CreateSpec::default() };
+    formats::create(formats::by_name("vhd").unwrap(), &*files, path, &spec).unwrap();
+    let options = OpenOptions::new(Access::Write);
+    for size in [1000 << 30, 2040 << 30] {
+        resize(&host, path, &options, size, false, &()).unwrap();
+        let report = formats::check(&host, path, &options).unwrap();
+        assert_eq!(report.findings.len(), 0, "{:?}", report.findings);
+    }
+}
+
 /// Runs the program on arguments; what it printed.
 fn flatdisk(args: &[&str]) -> std::process::Output {
     tools::output(std::process::Command::new(env!("CARGO_BIN_EXE_flatdisk")).args(args))

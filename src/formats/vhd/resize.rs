@@ -257,6 +257,8 @@ impl Sparse<'_> {
         let (structure, stride) = (self.structure, self.structure.stride());
         let mut entries = Entries::new(self.file, structure.table_at);
         let mut moves = Vec::new();
+        // Blocks and footer go behind the BAT as it is going to be.
+        room.end = room.end.max(more.end);
         for &(sector, block) in &self.survey.stored {
             let at = u64::from(sector) * SECTOR;
             // Entries behind the end of the disk lead nowhere any more.
