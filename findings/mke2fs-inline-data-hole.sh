@@ -12,7 +12,10 @@ for package in e2fsprogs libext2fs2 libcom-err2 libss2; do
 done
 for package in ./*.deb; do dpkg -x "$package" root; done
 libraries=$(dirname "$(find root -name 'libext2fs.so.2' | head -n 1)")
-run() { LD_LIBRARY_PATH=$libraries "root/sbin/$@"; }
+run() { # PROGRAM ARGUMENT...
+  program=$1; shift
+  LD_LIBRARY_PATH=$libraries "root/sbin/$program" "$@"
+}
 run mke2fs -V 2>&1 | sed -n 1p
 
 mkdir files
