@@ -19,7 +19,7 @@ use fastrand::Rng;
 use flatdisk::disk::layers::{self, Content};
 use flatdisk::error::ErrorKind;
 use flatdisk::formats::chain::{self, Merging};
-use flatdisk::formats::{self, CreateSpec, NewLink, OpenContext, OpenOptions};
+use flatdisk::formats::{self, CreateSpec, NewLink, OpenContext, OpenOptions, flatten};
 use flatdisk::storage::file::HostFs;
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::RecordingHost;
@@ -547,6 +547,44 @@ fn what_would_break_a_chain_is_refused() {
         let e = try_open(&host, &sibling, Access::Read).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::ParentMismatch, "{e}");
     }
+}
+
+#[test]
+fn flattened_at_any_depth_an_image_holds_what_it_showed() {
+    in_parallel(&bases(), |(base, blocks)| {
+        let mut random = Rng::with_seed(seed());
+        for links in 1..=4usize {
+            let memory = MemoryHost::new();
+            let host: Arc<dyn Host> = memory.clone();
+            let path = |n: usize| PathBuf::from(format!("/t/{n}.{}", base.format));
+            base.create_at(&*host, &path(0)).unwrap();
+            let mut model = vec![0; open(&host, &path(0), Access::Read).disk.size() as usize];
+            scribble(&host, &path(0), &mut model, &mut random, 8);
+            for n in 1..=links {
+                make_child(&host, &path(n), &path(n - 1), *random.choice(blocks.iter()).unwrap());
+                scribble(&host, &path(n), &mut model, &mut random, 8);
+            }
+            let above = path(links + 1);
+            make_child(&host, &above, &path(links), None);
+            let options = OpenOptions::new(Access::Read);
+            flatten::flatten(&host, &path(links), &options, &()).unwrap_or_else(|e| panic!("{e}"));
+            let e = flatten::flatten(&host, &path(links), &options, &()).unwrap_err();
+            assert!(e.what().contains("no parent"), "{e}");
+            for n in 0..links {
+                host.remove(&path(n)).unwrap();
+            }
+            let flat = open(&host, &path(links), Access::Read);
+            assert!(flat.parent.is_none() && contents(&flat) == model);
+            drop(flat);
+            let report = formats::check(&host, &path(links), &options).unwrap();
+            assert_eq!(report.errors + report.notices, 0, "{}: {:?}", base.format, report.findings);
+            // Its child still knows it, and it can be written again.
+            assert!(contents(&open(&host, &above, Access::Read)) == model);
+            scribble(&host, &path(links), &mut model, &mut random, 8);
+            assert!(contents(&open(&host, &path(links), Access::Read)) == model);
+            assert_eq!(errors(&host, &path(links)).unwrap(), [""; 0]);
+        }
+    });
 }
 
 #[test]

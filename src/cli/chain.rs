@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::json;
 
+use super::lifecycle;
 use super::output::{OutputArgs, complain, iec, print_json, print_json_text, print_line};
 use super::progress::ProgressArgs;
 use super::source::image_of;
@@ -250,7 +251,7 @@ Examples:
 pub struct RebaseArgs {
     /// The image that gets another parent.
     child: PathBuf,
-    /// The new parent.
+    /// The new parent; `none` does what `flatten` does.
     #[arg(long, value_name = "IMAGE")]
     parent: PathBuf,
     /// Change only the link: right where both parents hold the same, as after a move.
@@ -267,8 +268,21 @@ pub struct RebaseArgs {
     output: OutputArgs,
 }
 
-/// Gives a child another parent.
+/// Gives a child another parent, or none.
 pub fn rebase(args: &RebaseArgs) -> Result<u8> {
+    if args.parent.as_os_str() == "none" {
+        if args.link_only {
+            let what = "without its parent the image would show something else";
+            return Err(Error::invalid(what).in_file(&args.child).hint("leave --unsafe away"));
+        }
+        return lifecycle::flatten(&lifecycle::FlattenArgs {
+            child: args.child.clone(),
+            chain: ChainArgs { parent: None, parents: args.parents.clone() },
+            quiet: args.quiet,
+            progress: args.progress,
+            output: args.output,
+        });
+    }
     let options = args.parents.options(Access::Write);
     let host = HostFs::shared();
     let only = args.link_only;

@@ -14,6 +14,7 @@ pub mod files;
 pub mod images;
 pub mod inspect;
 pub mod install;
+pub mod lifecycle;
 pub mod log_sink;
 pub mod mount;
 pub mod output;
@@ -154,6 +155,11 @@ enum Command {
     Commit(chain::CommitArgs),
     /// Give a child another parent.
     Rebase(chain::RebaseArgs),
+    /// Make a child stand alone.
+    ///
+    /// What its parents hold is copied into it, and the link goes. The child shows the same all the
+    /// time; interrupted or killed, it is still a child, and a second run goes on.
+    Flatten(lifecycle::FlattenArgs),
     /// Mount an image for the desktop, and open its folder.
     Browse(browse::BrowseArgs),
     /// Install the program, its mount helpers, man pages, completions, units and desktop files.
@@ -268,6 +274,7 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Cp(args) => files::cp(args),
         Command::Commit(args) => chain::commit(args),
         Command::Rebase(args) => chain::rebase(args),
+        Command::Flatten(args) => lifecycle::flatten(args),
         Command::Browse(args) => return browse::browse(args),
         Command::InstallHelpers(args) => install::install(args),
         Command::Completions(args) => pages::completions(args),

@@ -40,11 +40,11 @@ use crate::progress::Progress;
 use crate::storage::{self, Access, FileIdentity, Host};
 
 /// Bytes copied or compared at a time.
-const CHUNK: u64 = 1 << 20;
+pub(super) const CHUNK: u64 = 1 << 20;
 /// Bytes of the disk looked up at a time.
 const STEP: u64 = 64 << 20;
 /// Bytes written between flushes, which keep the changed tables in memory few.
-const FLUSH_EVERY: u64 = 1 << 30;
+pub(super) const FLUSH_EVERY: u64 = 1 << 30;
 /// Alignment of what is compared; no disk has larger sectors.
 const SECTOR: u64 = 4096;
 
@@ -155,7 +155,11 @@ pub fn merge(
 }
 
 /// Options for opening an image of the chain.
-fn opening(options: &OpenOptions, access: Access, next_identity: Option<Identity>) -> OpenOptions {
+pub(super) fn opening(
+    options: &OpenOptions,
+    access: Access,
+    next_identity: Option<Identity>,
+) -> OpenOptions {
     OpenOptions { access, next_identity, force: false, parent: None, ..options.clone() }
 }
 
@@ -219,7 +223,7 @@ pub fn rebase(
     Ok(copied)
 }
 
-fn no_child(path: &Path) -> Error {
+pub(super) fn no_child(path: &Path) -> Error {
     Error::invalid("the image has no parent").in_file(path)
 }
 
@@ -428,7 +432,7 @@ fn next_data(a: &Disk, b: &Disk, from: u64) -> Result<Option<u64>> {
 }
 
 /// Reads a disk, with zeroes past its end.
-fn read(disk: &Disk, at: u64, buf: &mut [u8]) -> Result<()> {
+pub(super) fn read(disk: &Disk, at: u64, buf: &mut [u8]) -> Result<()> {
     let inside = disk.size().saturating_sub(at).min(buf.len() as u64) as usize;
     let (below, past) = buf.split_at_mut(inside);
     past.fill(0);

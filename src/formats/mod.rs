@@ -6,6 +6,7 @@
 
 pub mod chain;
 pub mod compact;
+pub mod flatten;
 pub mod folders;
 mod foreign;
 pub mod open;
@@ -145,6 +146,11 @@ pub trait Format: Sync {
     /// identity. Durable on return; a crash before leaves a child with the old link or the new one.
     /// The child's own identity stays.
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()>;
+
+    /// Takes the parent away from the child in `file`, open for writing, which holds everything that it
+    /// shows of it: no block is partly the parent's. Durable on return; a crash before leaves a child
+    /// or a disk without parent, and both show the same. The disk's own identity stays.
+    fn unlink(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()>;
 
     /// Takes everything out of the child in `file`, open for writing, so that it shows nothing but
     /// its parent. Durable on return; a crash before leaves a part in it.

@@ -7,7 +7,7 @@ use fastrand::Rng;
 use flatdisk::disk::layers::{self, Content};
 use flatdisk::error::Error;
 use flatdisk::formats::chain::{self, Merging};
-use flatdisk::formats::{self, CreateSpec, Image, OpenOptions, Scope};
+use flatdisk::formats::{self, CreateSpec, Image, OpenOptions, Scope, flatten};
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::RecordingHost;
 use flatdisk::storage::{Access, Host, Storage};
@@ -18,8 +18,8 @@ use super::workload;
 const MIB: u64 = 1 << 20;
 
 /// What can be done to the last of [`three`].
-pub const OPERATIONS: [&str; 5] =
-    ["merge", "merge and keep", "merge over siblings", "rebase", "link"];
+pub const OPERATIONS: [&str; 6] =
+    ["merge", "merge and keep", "merge over siblings", "rebase", "link", "flatten"];
 
 /// Bases whose children can be written, with the block sizes that a child may have.
 pub fn bases() -> Vec<(Base, &'static [Option<u64>])> {
@@ -166,10 +166,13 @@ impl ChangeOfChain {
 
     /// Merges or rebases.
     fn again(&self, host: &Arc<dyn Host>) -> Result<(), Error> {
+        let options = OpenOptions::new(Access::Read);
+        if self.operation == "flatten" {
+            return flatten::flatten(host, &self.child, &options, &()).map(drop);
+        }
         if !self.merges() {
             return self.rebase(host, &self.other, false);
         }
-        let options = OpenOptions::new(Access::Read);
         chain::merge(host, &self.child, &options, self.how(), &()).map(drop)
     }
 
@@ -194,7 +197,7 @@ impl ChangeOfChain {
         } else {
             child.and_then(|()| holds(&self.parent, &self.below))?;
         }
-        if intact && self.keeps() {
+        if intact && self.keeps() && self.operation != "flatten" {
             holds(&self.grandchild, &self.whole)?;
         }
         if done {
@@ -209,18 +212,19 @@ impl ChangeOfChain {
         }
 
         // What was interrupted can be done again.
-        if intact && !(done && self.merges()) {
+        let over = try_open(&state, &self.child, Access::Peek).is_ok_and(|i| i.parent.is_none());
+        if intact && !(done && self.merges()) && !over {
             self.again(&state).map_err(|e| format!("again: {e}"))?;
             let left = if self.merges() { &self.parent } else { &self.child };
             holds(left, &self.whole)?;
         }
         let left = if self.merges() { &self.parent } else { &self.child };
-        if self.how().over_siblings && !done {
+        if (self.how().over_siblings || self.operation == "flatten") && !done {
             // The two footers of a VHD get the parent's new id one after the other.
             let options = OpenOptions::new(Access::Write);
             formats::repair(&state, left, &options, Scope::All, false)
                 .map_err(|e| format!("repair: {e}"))?;
-            holds(&self.parent, &self.whole)?;
+            holds(left, &self.whole)?;
         }
         let errors = errors(&state, left).map_err(|e| e.to_string())?;
         if errors.is_empty() { Ok(()) } else { Err(format!("the check finds {errors:?}")) }
@@ -255,7 +259,8 @@ impl ChangeOfChain {
             .map_err(|e| e.to_string())?;
         }
         match child.parent {
-            Some(now) if now.path == *parent => {}
+            Some(now) if now.path == *parent && self.operation != "flatten" => {}
+            None if self.operation == "flatten" => {}
             now => return Err(format!("the child's parent is {:?}", now.map(|now| now.path))),
         }
         Ok(())

@@ -146,7 +146,11 @@ impl Format for Vhd {
     }
 
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
-        relink::relink(file, ctx, link)
+        relink::relink(&*file, ctx, Some(link))
+    }
+
+    fn unlink(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+        relink::relink(&*file, ctx, None)
     }
 
     fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {

@@ -1,9 +1,7 @@
-//! Giving a differencing disk another parent.
+//! Giving a differencing disk another parent, or none.
 //!
 //! Header and locators are several sectors, and a torn header would cost the whole image. So new ones
 //! are written where nothing is, and one sector, the trailing footer, leads to the old or the new.
-
-use std::sync::Arc;
 
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -18,12 +16,12 @@ use crate::error::{Error, Result};
 use crate::formats::{Identity, NewLink, OpenContext, Severity};
 use crate::storage::Storage;
 
-/// Points the child in `file` at another parent.
-pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
-    let Identity::VhdUniqueId(parent) = *link.identity else {
-        return Err(Error::invalid("the parent of a VHD must be a VHD"));
-    };
-    let file = &*file;
+/// Points the child in `file` at another parent, or makes it a dynamic disk, which has none.
+pub(super) fn relink(
+    file: &dyn Storage,
+    ctx: &OpenContext,
+    link: Option<&NewLink<'_>>,
+) -> Result<()> {
     let footers = Footers::find(file, false)?;
     if footers.disk_type != DiskType::Differencing {
         return Err(Error::invalid("the image is no child: it has no parent"));
@@ -32,11 +30,26 @@ pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'
     if let Some(why) = &structure.read_only {
         return Err(Error::corrupt(format!("not written: {why}")));
     }
-    let names = ParentNames::new(&**ctx.host(), file.path(), link.parent)?;
     let mut header = structure.header;
-    header.parent_unique_id = parent;
+    let mut footer = footers.footer;
     header.parent_locators = [ParentLocator::new_zeroed(); 8];
-    names.put(&mut header);
+    let locators = match link {
+        Some(link) => {
+            let Identity::VhdUniqueId(parent) = *link.identity else {
+                return Err(Error::invalid("the parent of a VHD must be a VHD"));
+            };
+            let names = ParentNames::new(&**ctx.host(), file.path(), link.parent)?;
+            header.parent_unique_id = parent;
+            names.put(&mut header);
+            names.locators.to_vec()
+        }
+        None => {
+            header.parent_unique_id = [0; 16];
+            header.parent_timestamp = 0.into();
+            header.parent_unicode_name = [0; 512];
+            Vec::new()
+        }
+    };
 
     // Behind everything there is, a trailing footer and a last block that is cut short included.
     let mut damage = None;
@@ -51,17 +64,19 @@ pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'
     }
     let (_, used_end) = survey.gaps(&structure, u64::MAX);
     let header_at = footers.file_len.max(used_end).next_multiple_of(SECTOR);
-    let end = footer_place(ParentNames::place(&names.locators, &mut header, header_at + HEADER));
-    let mut footer = footers.footer;
+    let end = footer_place(ParentNames::place(&locators, &mut header, header_at + HEADER));
     // Until the new footer is the last sector, the copy at the beginning is what counts.
     codec::write_all(file, 0, footer.as_bytes(), "the footer copy")?;
     sync_file(file)?;
     codec::write_all(file, header_at, header.as_bytes(), "the dynamic header")?;
-    for ((_, data), locator) in names.locators.iter().zip(&header.parent_locators) {
+    for ((_, data), locator) in locators.iter().zip(&header.parent_locators) {
         codec::write_all(file, locator.data_offset.get(), data, "a parent locator")?;
     }
     sync_file(file)?;
     footer.data_offset = header_at.into();
+    if link.is_none() {
+        footer.disk_type = DiskType::Dynamic.number().into();
+    }
     footer.seal();
     codec::write_all(file, end, footer.as_bytes(), "the footer")?;
     sync_file(file)?;

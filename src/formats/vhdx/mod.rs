@@ -140,6 +140,10 @@ impl Format for Vhdx {
         relink::relink(file, ctx, link)
     }
 
+    fn unlink(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+        relink::unlink(file, ctx)
+    }
+
     fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
         relink::empty(file, ctx)
     }

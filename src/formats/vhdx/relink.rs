@@ -1,9 +1,14 @@
-//! Giving a child another parent, or another identity of the same one.
+//! Giving a child another parent, another identity of the same one, or none.
 
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use super::create::parent_locator;
-use super::layout::{LOG_SECTOR, PARENT_LOCATOR, RawItem, RawMetadataTable, TABLE_BYTES};
+use super::layout::{
+    FILE_PARAMETERS, LOG_SECTOR, PARENT_LOCATOR, RawFileParameters, RawItem, RawMetadataTable,
+    TABLE_BYTES,
+};
 use super::logged::Pages;
 use super::metadata::Item;
 use super::open::Parts;
@@ -49,6 +54,43 @@ pub(super) fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'
     blocks.close()
 }
 
+/// Makes the child in `file` a dynamic disk. First no block is partial any more, then no sector bitmap is
+/// left, both harmless in a child; then flag and locator go in one entry of the log.
+pub(super) fn unlink(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+    let parts = child_parts(file.clone())?;
+    let own = parts.headers.header().data_write;
+    let blocks = parts.into_blocks(&ctx.budget, Some(own));
+    blocks.begin_session()?;
+    blocks.leave_bitmaps()?;
+    blocks.close()?;
+
+    let parts = child_parts(file)?;
+    let region = parts.regions.metadata.clone();
+    let parameters = parts.metadata.items.iter().find(|item| is(item, FILE_PARAMETERS));
+    let parameters = parameters.map(|item| region.offset + u64::from(item.offset));
+    let blocks = parts.into_blocks(&ctx.budget, Some(own));
+    blocks.begin_session()?;
+    let file = blocks.file();
+    let mut pages = Pages::new(file);
+    if let Some(at) = parameters {
+        let flags = u32::from_le_bytes(read_array(file, at + 4, "file parameters")?);
+        pages.put(at + 4, &(flags & !RawFileParameters::HAS_PARENT).to_le_bytes())?;
+    }
+    // The last entry takes the place of the one that goes.
+    let size = size_of::<RawItem>() as u64;
+    let entry = region.offset + locator_entry(file, region.offset)?;
+    let count = u16::from_le_bytes(read_array(file, region.offset + 10, "metadata table")?);
+    let last = region.offset + size_of::<RawMetadataTable>() as u64 + (u64::from(count) - 1) * size;
+    let moved: [u8; size_of::<RawItem>()] = read_array(file, last, "metadata table")?;
+    pages.put(entry, &moved)?;
+    pages.put(last, &[0; size_of::<RawItem>()])?;
+    pages.put(region.offset + 10, &(count - 1).to_le_bytes())?;
+    let images: Vec<_> =
+        pages.into_pages().map(|(at, bytes)| (at / LOG_SECTOR, bytes.into())).collect();
+    blocks.write_logged(&images)?;
+    blocks.close()
+}
+
 /// Takes everything out of the child in `file`.
 pub(super) fn empty(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
     let parts = child_parts(file)?;
@@ -73,7 +115,12 @@ fn child_parts(file: Arc<dyn Storage>) -> Result<Parts> {
 }
 
 fn is_locator(item: &Item) -> bool {
-    item.guid == PARENT_LOCATOR && item.flags & RawItem::IS_USER == 0
+    is(item, PARENT_LOCATOR)
+}
+
+/// Whether an item is the format's own one called `id`.
+fn is(item: &Item, id: Uuid) -> bool {
+    item.guid == id && item.flags & RawItem::IS_USER == 0
 }
 
 /// Where in the metadata table the locator's entry is, in bytes.

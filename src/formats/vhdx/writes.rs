@@ -221,7 +221,7 @@ impl Blocks {
                 self.update_bits(*block, sectors.clone(), |page, bits| {
                     bitmap::fill(page, bits, true);
                 })?;
-                if self.complete(*block)? {
+                if self.complete(*block, self.shape.block_bits(*block).1)? {
                     let index = self.shape.layout.block_entry(*block);
                     self.update_entry(index, |e| *e = Entry::present(e.offset()))?;
                 }
@@ -234,10 +234,10 @@ impl Blocks {
         self.update_entry(self.shape.layout.block_entry(block), |e| *e = entry)
     }
 
-    /// Whether every sector of a partially present block is in this file.
-    fn complete(&self, block: u64) -> Result<bool> {
+    /// Whether the first `count` sectors of a partially present block are in this file.
+    fn complete(&self, block: u64, count: u64) -> Result<bool> {
         let Some(bitmap_at) = self.bitmap_at(block)? else { return Ok(false) };
-        let (first, count) = self.shape.block_bits(block);
+        let (first, _) = self.shape.block_bits(block);
         for (page, bits) in bitmap::pages(bitmap_at, &(first..first + count)) {
             if !self.cache.read(page, self.load(page), |bytes| bitmap::full(bytes, bits))? {
                 return Ok(false);
@@ -320,6 +320,38 @@ impl Blocks {
             }
         }
         Ok(())
+    }
+
+    /// Marks the partially present blocks, of which everything is in the file, as present, durably; then
+    /// gives up all sector bitmaps, durably too. Nothing must be written any more.
+    pub(super) fn leave_bitmaps(&self) -> Result<()> {
+        let layout = &self.shape.layout;
+        for block in 0..layout.blocks {
+            let index = layout.block_entry(block);
+            if self.entry(index)?.state() != State::Partial {
+                continue;
+            }
+            // Those behind the end of the disk are never written.
+            let sectors = self.shape.needed(block) / u64::from(self.shape.geometry.logical_sector);
+            if !self.complete(block, sectors)? {
+                let what = format!("a part of block {block} is still the parent's");
+                return Err(Error::corrupt(what).in_file(self.file().path()));
+            }
+            self.update_entry(index, |entry| *entry = Entry::present(entry.offset()))?;
+            if self.cache.dirty_pages() > MAX_DIRTY_PAGES {
+                self.flush_tables()?;
+            }
+        }
+        self.flush_tables()?;
+        for first in (0..layout.blocks).step_by(layout.chunk_ratio as usize) {
+            let Some(at) = self.bitmap_at(first)? else { continue };
+            self.state(|state| {
+                self.update_entry(layout.bitmap_entry(first), |entry| *entry = Entry(0))?;
+                state.freed.push(at..at + MIB);
+                Ok(())
+            })?;
+        }
+        self.flush_tables()
     }
 
     /// Makes every block the parent's again. Sector bitmaps stay: they mean nothing without a

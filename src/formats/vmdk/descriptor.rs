@@ -458,6 +458,21 @@ impl Descriptor {
         Ok(self.changed(changes))
     }
 
+    /// The text without a parent; everything else as it is.
+    pub fn without_parent(&self) -> Vec<u8> {
+        let mut changes = Vec::new();
+        for setting in &self.settings {
+            if setting.key.eq_ignore_ascii_case("parentCID") {
+                changes.push((setting.at.clone(), format!("{NO_PARENT:08x}")));
+            } else if setting.key.eq_ignore_ascii_case("parentFileNameHint") {
+                let behind =
+                    |at: usize| self.text[..at].iter().filter(|b| **b == b'\n').count() + 1;
+                changes.push((self.line_range(behind(setting.at.start)), String::new()));
+            }
+        }
+        self.changed(changes)
+    }
+
     /// The text for extents of other sizes, in sectors: the first ones keep their lines, further lines
     /// follow the last of them, and those of the other extents go. `settings` are values to replace
     /// where there are such keys.

@@ -163,6 +163,10 @@ impl Format for Vmdk {
         relink::relink(file, ctx, link)
     }
 
+    fn unlink(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+        relink::unlink(&file, ctx)
+    }
+
     fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
         let link = Link::open(file, ctx)?;
         if let Some(why) = &link.read_only {

@@ -1,10 +1,11 @@
-//! Giving a child another parent.
+//! Giving a child another parent, or none.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::area::{Area, Stage};
 use super::child::hint;
+use super::descriptor::Descriptor;
 use super::layout::SECTOR;
 use super::link::find_descriptor;
 use crate::codec;
@@ -18,7 +19,22 @@ pub fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> 
     let Identity::VmdkCid(cid) = *link.identity else {
         return Err(Error::invalid("the parent of a VMDK must be a VMDK"));
     };
-    let found = find_descriptor(&file)?.file;
+    let hint = hint(file.path(), link.parent)?;
+    rewrite(&file, ctx, |descriptor| descriptor.with_parent(cid, &hint))
+}
+
+/// Takes the parent away from the child in `file`.
+pub fn unlink(file: &Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+    rewrite(file, ctx, |descriptor| Ok(descriptor.without_parent()))
+}
+
+/// Puts another text in the place of a child's descriptor, in one durable step.
+fn rewrite(
+    file: &Arc<dyn Storage>,
+    ctx: &OpenContext,
+    change: impl FnOnce(&Descriptor) -> Result<Vec<u8>>,
+) -> Result<()> {
+    let found = find_descriptor(file)?.file;
     let descriptor = &found.descriptor;
     if descriptor.parent_cid()?.is_none() {
         return Err(Error::invalid("the image is no child: it has no parent"));
@@ -29,13 +45,13 @@ pub fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> 
     if descriptor.ambiguous {
         return Err(Error::corrupt("not written: the descriptor sets a key twice"));
     }
-    let text = descriptor.with_parent(cid, &hint(file.path(), link.parent)?)?;
+    let text = change(descriptor)?;
     if found.at == 0 {
         return ctx.host().replace(file.path(), &text);
     }
-    let area = Area::read(&*file, descriptor.text().len())?;
+    let area = Area::read(&**file, descriptor.text().len())?;
     let stages = area.change(&text).map_err(|e| e.in_file(file.path()))?;
-    stages.into_iter().try_for_each(|stage| take(&*file, stage))
+    stages.into_iter().try_for_each(|stage| take(&**file, stage))
 }
 
 /// Takes a stage, durably.
