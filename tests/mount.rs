@@ -396,7 +396,8 @@ fn a_child_is_made_and_written_while_its_parent_is_read() {
         images.find(|image| image.image.ends_with(name)).unwrap()
     };
     assert_eq!(status("a.vhd").read_only.as_deref(), Some(&*why));
-    assert_eq!(status("b.vhd").parents, [folder.path().join("a.vhd").canonicalize().unwrap()]);
+    let parent = flatdisk::names::Name(folder.path().join("a.vhd").canonicalize().unwrap());
+    assert_eq!(status("b.vhd").parents, [parent]);
     drop((reader, written));
     assert!(mount.unmount().success());
 }

@@ -201,7 +201,7 @@ fn entries_that_the_end_of_the_file_cuts_off_are_unknown() {
     assert_eq!(byte, [0]);
     assert!(image.disk.read_at(1025 * MIB, &mut byte).is_err());
     assert!(image.disk.write_at(0, &[1]).is_err());
-    assert_eq!(image.damage, [1025 * MIB..2000 * MIB]);
+    assert_eq!(image.damage, std::slice::from_ref(&(1025 * MIB..2000 * MIB)));
     assert_eq!(check(&host).exit_status(), 2);
     // Nothing is lost with entries that no block has.
     file.set_len(BAT + 16_000).unwrap();
