@@ -11,7 +11,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use common::chains::{
-    ChangeOfChain, OPERATIONS, bases, contents, make_child, open, scribble, three, try_open,
+    ChangeOfChain, MERGE_LARGER, OPERATIONS, bases, contents, make_child, open, scribble, three,
+    try_open,
 };
 use common::images::{Image as Base, errors};
 use common::{crash, in_parallel, number, seed, tools};
@@ -594,7 +595,8 @@ fn killed_at_any_moment_a_merge_or_rebase_loses_nothing() {
     let budget = number("FLATDISK_CRASH_STATES", 240) as usize;
     let failures: Vec<String> = in_parallel(&bases, |(base, _)| {
         let mut failures = Vec::new();
-        for operation in OPERATIONS {
+        let larger = (base.format != "vmdk").then_some(MERGE_LARGER);
+        for operation in OPERATIONS.into_iter().chain(larger) {
             if let Err(e) = crash_while(base, operation, budget) {
                 failures
                     .push(format!("{} {:?}: {operation}: {e}", base.format, base.spec.subformat));

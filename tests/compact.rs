@@ -5,15 +5,19 @@
 
 mod common;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::sizes::{Case, Work, all_of, compacted, read, survives, tells_of_faults};
+use common::tools;
 use flatdisk::error::ErrorKind;
 use flatdisk::formats::compact::{Compacting, compact};
-use flatdisk::formats::{self, OpenOptions};
+use flatdisk::formats::{self, CreateSpec, OpenOptions};
 use flatdisk::progress::Progress;
+use flatdisk::storage::file::HostFs;
 use flatdisk::storage::{Access, Host};
+use serde_json::Value;
 
 fn how(case: &Case) -> Compacting {
     match case.work {
@@ -120,4 +124,95 @@ fn an_image_in_use_or_damaged_or_compressed_is_refused() {
     drop(file);
     let e = run().unwrap_err();
     assert!(e.to_string().contains("check --repair") || e.kind() == ErrorKind::Corrupt, "{e}");
+}
+
+/// Makes an image whose blocks hold zeroes, then a block of data.
+fn make(path: &Path) {
+    let host = HostFs::shared();
+    let spec = CreateSpec { size: 16 << 20, ..CreateSpec::default() };
+    formats::create(formats::by_extension(path).unwrap(), &*host, path, &spec).unwrap();
+    let disk = formats::open(&host, path, &OpenOptions::new(Access::Write)).unwrap().disk;
+    disk.write_at(0, &vec![1; 10 << 20]).unwrap();
+    disk.write_at(10 << 20, &[7; 4096]).unwrap();
+    disk.write_at(0, &vec![0; 10 << 20]).unwrap();
+    disk.close().unwrap();
+}
+
+/// Runs the program on arguments and a path; its exit status and its answer.
+fn ask(args: &[&str], path: &Path) -> (Option<i32>, Value) {
+    let program = env!("CARGO_BIN_EXE_flatdisk");
+    let output = tools::output(std::process::Command::new(program).args(args).arg(path));
+    let answer = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    (output.status.code(), answer)
+}
+
+#[test]
+fn of_a_folder_all_images_are_compacted_but_children() {
+    let folder = common::folder();
+    let dir = folder.path();
+    let host = HostFs::shared();
+    for name in ["a.vhd", "b.vhdx", "c.vmdk"] {
+        make(&dir.join(name));
+    }
+    let base = formats::open(&host, &dir.join("a.vhd"), &OpenOptions::new(Access::Read)).unwrap();
+    let format = formats::by_name("vhd").unwrap();
+    formats::create_child(format, &*host, &dir.join("child.vhd"), &base, &CreateSpec::default())
+        .unwrap();
+    drop(base);
+    std::fs::write(dir.join("notes.txt"), "no image").unwrap();
+    std::fs::create_dir(dir.join("folder.vhd")).unwrap();
+    let names = |answer: &Value, key: &str| -> Vec<String> {
+        let entries = answer[key].as_array().unwrap().iter();
+        let name = |entry: &Value| entry["filename"].as_str().unwrap().to_owned();
+        entries.map(|e| name(e).rsplit_once('/').unwrap().1.to_owned()).collect()
+    };
+    let len = |name: &str| std::fs::metadata(dir.join(name)).unwrap().len();
+    let before = ["a.vhd", "b.vhdx", "c.vmdk"].map(len);
+    for (args, changes) in
+        [(&["compact", "--json", "--dry-run"][..], false), (&["compact", "--json"], true)]
+    {
+        let (status, answer) = ask(args, dir);
+        assert_eq!(status, Some(0), "{answer}");
+        assert_eq!(names(&answer, "images"), ["a.vhd", "b.vhdx", "c.vmdk"]);
+        assert_eq!(names(&answer, "skipped"), ["child.vhd", "notes.txt"]);
+        for (name, before) in ["a.vhd", "b.vhdx", "c.vmdk"].into_iter().zip(before) {
+            assert_eq!(len(name) < before, changes, "{name}: {answer}");
+        }
+    }
+    // One that is damaged keeps none of the others from being compacted.
+    std::fs::remove_file(dir.join("b.vhdx")).unwrap();
+    make(&dir.join("b.vhdx"));
+    // Two of its blocks lead to one place.
+    let file = host.open(&dir.join("a.vhd"), Access::Write).unwrap();
+    file.write_at(1536, &[0, 0, 0, 8, 0, 0, 0, 8]).unwrap();
+    drop(file);
+    let (status, answer) = ask(&["compact", "--json"], dir);
+    assert_eq!(status, Some(1), "{answer}");
+    assert_eq!(names(&answer, "images"), ["b.vhdx", "c.vmdk"]);
+}
+
+#[test]
+fn info_tells_how_blocks_lie_and_what_is_to_be_won() {
+    let folder = common::folder();
+    for name in ["a.vhd", "b.vhdx", "c.vmdk"] {
+        let path = folder.path().join(name);
+        make(&path);
+        let layout = |path: &Path| {
+            let (status, answer) = ask(&["info", "--layout", "--json"], path);
+            assert_eq!(status, Some(0), "{answer}");
+            answer["images"][0]["layout"].clone()
+        };
+        let told = layout(&path);
+        assert_eq!(told["minimum_size"], Value::Null, "{name}: {told}");
+        assert!(told["minimum_size_unknown"].is_string(), "{name}: {told}");
+        assert!(told["blocks"].as_u64().unwrap() > 0, "{name}: {told}");
+        assert_eq!(told["aligned_blocks"], told["blocks"], "{name}: {told}");
+        assert_eq!(told["fragmentation"], 0, "{name}: {told}");
+        assert!(told["compact_quick_wins"].is_u64(), "{name}: {told}");
+        // What cannot be found out while others write is said, and is no error.
+        let host = HostFs::shared();
+        let open = formats::open(&host, &path, &OpenOptions::new(Access::Write)).unwrap();
+        open.disk.write_at(0, &[1; 512]).unwrap();
+        assert!(layout(&path)["blocks_unknown"].is_string(), "{name}");
+    }
 }

@@ -4,10 +4,15 @@
 mod live;
 
 use std::fs;
+use std::hash::{DefaultHasher, Hasher};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
+use flatdisk::formats::{self, OpenOptions};
+use flatdisk::storage::Access;
+use flatdisk::storage::file::HostFs;
 use live::{Loop, Mount, MountedFs, create, have, run, scratch, succeed};
 
 /// Images that file systems are made on: every way of allocating.
@@ -139,5 +144,69 @@ fn fstrim_gives_space_back_to_the_host() {
         drop(device);
         assert!(mount.unmount().success());
         succeed(live::flatdisk().arg("check").arg(folder.path().join(image)));
+    }
+}
+
+/// Of every MiB of the disk of the image at `path` a digest, `None` for zeroes.
+fn digests(path: &Path) -> Vec<Option<u64>> {
+    let host = HostFs::shared();
+    let disk = formats::open(&host, path, &OpenOptions::new(Access::Read)).unwrap().disk;
+    let mut bytes = vec![0; 1 << 20];
+    let mut digest = |at| {
+        disk.read_at(at, &mut bytes).unwrap();
+        let mut hasher = DefaultHasher::new();
+        hasher.write(&bytes);
+        bytes.iter().any(|byte| *byte != 0).then(|| hasher.finish())
+    };
+    (0..disk.size()).step_by(1 << 20).map(&mut digest).collect()
+}
+
+#[test]
+fn a_disk_that_was_full_once_is_as_short_as_what_is_left_when_compacted() {
+    if !live::can_mount() || !have(&["losetup", "mkfs.ext4", "fstrim"]) {
+        return;
+    }
+    // Trimmed, as by a guest that tells, and filled with zeroes.
+    for trims in [true, false] {
+        let folder = scratch();
+        let path = folder.path().join("ext4.vhdx");
+        create(&path, "192M", &["--block-size", "1M"]);
+        let mount = Mount::new(folder.path(), &[]);
+        let device = Loop::new(&mount.flat("ext4.vhdx"), &[]);
+        run("mkfs.ext4", &[&"-q", &device.device]);
+        let fs = MountedFs::new(&device.device, &[]);
+        let mut bytes = vec![0; 4 << 20];
+        let mut random = fastrand::Rng::with_seed(1);
+        for number in 0..30 {
+            random.fill(&mut bytes);
+            fs::write(fs.path().join(format!("{number}")), &bytes).unwrap();
+        }
+        succeed(&mut Command::new("sync"));
+        for number in (0..30).filter(|number| number % 3 != 0) {
+            fs::remove_file(fs.path().join(format!("{number}"))).unwrap();
+        }
+        if trims {
+            succeed(Command::new("sync").arg("-f").arg(fs.path()));
+            run("fstrim", &[&fs.path()]);
+        } else {
+            let zeroes = fs.path().join("zeroes");
+            let file = fs::File::create(&zeroes).unwrap();
+            // Until the file system is full.
+            while (&file).write_all(&[0; 1 << 20]).is_ok() {}
+            let _ = file.sync_all();
+            fs::remove_file(zeroes).unwrap();
+        }
+        fs.unmount();
+        drop(device);
+        assert!(mount.unmount().success());
+        let before = digests(&path);
+        succeed(live::flatdisk().arg("compact").arg(&path));
+        assert!(digests(&path) == before, "the disk reads otherwise");
+        succeed(live::flatdisk().arg("check").arg(&path));
+        // Blocks that hold anything, and 4 MiB of headers, log and tables.
+        let needed = before.iter().flatten().count() as u64;
+        let len = fs::metadata(&path).unwrap().len();
+        println!("trims: {trims}: {needed} MiB are needed, {len} bytes are there");
+        assert!(len <= (needed << 20) * 102 / 100 + (4 << 20), "{len} bytes for {needed} MiB");
     }
 }

@@ -295,7 +295,8 @@ fn space_that_qemu_leaves_lost_is_given_back_and_the_disk_is_the_same() {
 #[test]
 fn children_without_an_entry_for_zeroes_give_nothing_up() {
     let vhd = Image::new("vhd", "dynamic", 3 * MIB).block(MIB / 2);
-    let vmdk = Image::new("vmdk", "monolithicSparse", 70 * MIB);
+    let mut vmdk = Image::new("vmdk", "monolithicSparse", 70 * MIB);
+    vmdk.spec.zeroed_grains = Some(false);
     let damages: [(&Image, repairs::Damage); 2] =
         [(&vhd, |f| put_vhd_entry(f, 0, 0x7fff_ff00)), (&vmdk, |f| put_grain(f, 0x7fff_ff80))];
     for (image, damage) in damages {

@@ -127,7 +127,7 @@ impl Outcome {
 }
 
 /// Bytes that the host gets back.
-fn won(done: &Compacted) -> u64 {
+pub(super) fn won(done: &Compacted) -> u64 {
     match done.allocated {
         Some(allocated) => done.allocated_before.saturating_sub(allocated),
         // Where nothing was changed the length tells, and what of it would become holes.
@@ -147,14 +147,20 @@ fn describe(path: &Path, done: &Compacted, won: u64, args: &CompactArgs) -> Stri
         _ if before == after => {
             format!("{name}: {} of {} {would}won", iec(won), iec(done.allocated_before))
         }
+        // It was only sparse before, and is short now.
+        0 => format!("{name}: {} → {}", iec(before), iec(after)),
         _ => format!("{name}: {} → {}, {} {would}won", iec(before), iec(after), iec(won)),
     };
     if args.defragment {
-        let percent = |thousandth: u64| format!("{}.{}%", thousandth / 10, thousandth % 10);
         let (before, after) = (percent(done.fragmentation_before), percent(done.fragmentation));
         line += &format!("; fragmentation {before} → {after}");
     }
     line
+}
+
+/// Thousandths, to be read.
+pub(super) fn percent(thousandths: u64) -> String {
+    format!("{}.{}%", thousandths / 10, thousandths % 10)
 }
 
 /// What is left out of a folder, and why.

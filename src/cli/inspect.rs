@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::chain::ChainArgs;
+use super::layout::Layout;
 use super::output::{Failure, OutputArgs, iec, print_json, print_line, report};
 use super::source::image_of;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,6 +25,8 @@ Examples:
     flatdisk info --json server.vhdx | jq .images[0].virtual_size
   A snapshot and all that it stands on:
     flatdisk info --chain server_1A2B.avhdx
+  Whether `compact` or `resize` would be worth while:
+    flatdisk info --layout server.vhdx
   All images of a folder; what is none is told, and the exit status is 1:
     flatdisk info /srv/images/*")]
 pub struct InfoArgs {
@@ -35,6 +38,9 @@ pub struct InfoArgs {
     chain: bool,
     #[command(flatten)]
     parents: ChainArgs,
+    /// Also how the blocks lie and how small the disk may become: this reads all tables.
+    #[arg(long)]
+    layout: bool,
     /// Read on where the image contradicts itself, or its parent is missing or another.
     #[arg(long)]
     force: bool,
@@ -53,6 +59,9 @@ struct ImageEntry {
     allocated: u64,
     /// Why it cannot be written, if it cannot.
     read_only: Option<String>,
+    /// With `--layout`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layout: Option<Layout>,
 }
 
 /// Shows what images say about themselves. Of several, one that does not open keeps none of the others
@@ -111,6 +120,7 @@ fn entries_of(args: &InfoArgs, image: &Path) -> Result<(Vec<ImageEntry>, Option<
                 info: image.info.clone(),
                 allocated: image.disk.allocated()?,
                 read_only: image.read_only.clone(),
+                layout: None,
             });
         }
     } else {
@@ -127,7 +137,13 @@ fn entries_of(args: &InfoArgs, image: &Path) -> Result<(Vec<ImageEntry>, Option<
             info: opened.info,
             allocated,
             read_only: opened.read_only,
+            layout: None,
         });
+    }
+    if args.layout {
+        for entry in &mut entries {
+            entry.layout = Some(Layout::of(&host, &entry.filename, &options));
+        }
     }
     Ok((entries, missing))
 }
@@ -159,6 +175,7 @@ fn print_entry(entry: &ImageEntry) -> Result<()> {
         rows.push(("state", "not closed cleanly".to_owned()));
     }
     rows.extend(entry.read_only.clone().map(|why| ("read-only", why)));
+    rows.extend(entry.layout.iter().flat_map(Layout::rows));
     for (name, value) in rows {
         print_line(&format!("  {name:<19} {value}"))?;
     }

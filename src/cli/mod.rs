@@ -14,6 +14,7 @@ pub mod files;
 pub mod images;
 pub mod inspect;
 pub mod install;
+mod layout;
 pub mod lifecycle;
 pub mod log_sink;
 pub mod mount;

@@ -98,20 +98,24 @@ impl NewSize {
     }
 }
 
+/// Why nobody knows how small a disk may become.
+pub(super) const UNKNOWN: &str =
+    "neither a partition table nor a file system tells how much is in use";
+
 /// What a disk holds that its size matters to.
-struct Contents {
+pub(super) struct Contents {
     volumes: Volumes,
     primary: Option<Primary>,
 }
 
 impl Contents {
-    fn of(disk: &Disk) -> Result<Self> {
+    pub(super) fn of(disk: &Disk) -> Result<Self> {
         Ok(Self { volumes: volumes::volumes(disk)?, primary: Primary::read(disk)? })
     }
 
     /// How many bytes from the beginning the partitions, or else the file system, claim; `None` if nothing
     /// tells.
-    fn used(&self) -> Option<u64> {
+    pub(super) fn used(&self) -> Option<u64> {
         let table = self.volumes.table.as_ref();
         let used = match table {
             Some(table) => {
@@ -207,8 +211,7 @@ fn wanted(args: &ResizeArgs, before: u64, contents: &Contents) -> Result<u64> {
     let used = contents.used();
     let size = args.size.of(before, used).ok_or_else(|| match args.size {
         NewSize::Minimum => {
-            let what = "neither a partition table nor a file system tells how much is in use";
-            invalid(what.to_owned()).hint("`flatdisk volumes` shows what is known; name a size")
+            invalid(UNKNOWN.to_owned()).hint("`flatdisk volumes` shows what is known; name a size")
         }
         _ => invalid(format!("a disk of {before} bytes cannot be changed by so much")),
     })?;

@@ -5,6 +5,9 @@
 //! A child hides what its parent holds wherever it has data of its own, and only there the parent is
 //! changed. So the child reads the same before, while and after, as long as it finds its parent:
 //!
+//! A parent smaller than the child gets the child's size before that, in the same way: a VHDX child first
+//! learns the identity that its parent has afterwards. What it shows behind the parent's end stays zeroes.
+//!
 //! 1. VHDX: the child learns the identity that its parent is going to have, beside the present one.
 //!    VHD and VMDK parents keep theirs while they are written.
 //! 2. The child's data goes into the parent, which is closed: all of it is durable.
@@ -31,7 +34,7 @@ use super::open::open_alone;
 use super::places::{self, Place, directory_of};
 use super::{
     Format, Identity, Image, NewLink, OpenContext, OpenOptions, ParentLink, by_extension, open,
-    recognise,
+    recognise, resize,
 };
 use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
@@ -81,20 +84,22 @@ pub fn merge(
     progress: &dyn Progress,
 ) -> Result<Merged> {
     let with = |access, next_identity| opening(options, access, next_identity);
-    let seen = open(host, path, &with(Access::Peek, None))?;
+    let mut seen = open(host, path, &with(Access::Peek, None))?;
     let Some(seen_parent) = &seen.parent else { return Err(no_child(path)) };
     fits_into(&seen, seen_parent)?;
     let siblings = refuse_relatives(host, &seen, seen_parent, options, how)?;
-
-    let next = match &seen_parent.identity {
-        Identity::VhdxDataWrite(_) => Identity::VhdxDataWrite(vec![Uuid::new_v4()]),
-        kept => kept.clone(),
-    };
-    // Written, too, it is only in the name of who names it.
+    // Written, too, the parent is only in the name of who names it.
     let below = match &options.parent {
         None => &storage::named_in(host, &*host.open(path, Access::Peek)?),
         Some(_) => host,
     };
+    if seen_parent.disk.size() < seen.disk.size() {
+        grow_parent(host, below, &seen, seen_parent, options)?;
+        seen = open(host, path, &with(Access::Peek, None))?;
+    }
+    let Some(seen_parent) = &seen.parent else { return Err(no_child(path)) };
+
+    let next = next_identity(seen_parent);
     let parent = open(below, &seen_parent.path, &with(Access::Write, Some(next.clone())))?;
     if parent.identity != seen_parent.identity {
         let what = "the image was changed by another program just now";
@@ -103,11 +108,7 @@ pub fn merge(
     if let Some(why) = &parent.read_only {
         return Err(Error::new(ErrorKind::ReadOnly, why.clone()).in_file(&parent.path));
     }
-    if let (Identity::VhdxDataWrite(now), Identity::VhdxDataWrite(next)) = (&parent.identity, &next)
-    {
-        let both = Identity::VhdxDataWrite([&now[..], &next[..]].concat());
-        relink(host, path, &NewLink { identity: &both, parent: &parent.path }, options)?;
-    }
+    announce(host, path, &parent, &next, options)?;
     let own_files = own_files(host, path, &with(Access::Peek, None))?;
     let opened = open_alone(host, path, &with(Access::Read, None))?;
     if !opened.parent.is_some_and(|link| parent.identity.satisfies(&link.identity)) {
@@ -152,6 +153,48 @@ pub fn merge(
         left.retain(|file| !own_files.contains(file));
     }
     Ok(Merged { parent: merged, bytes, siblings, left })
+}
+
+/// The identity that a parent has once it was written.
+fn next_identity(parent: &Image) -> Identity {
+    match &parent.identity {
+        Identity::VhdxDataWrite(_) => Identity::VhdxDataWrite(vec![Uuid::new_v4()]),
+        kept => kept.clone(),
+    }
+}
+
+/// Makes the child at `path` know the identity that its parent is going to have, beside the present one.
+fn announce(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    parent: &Image,
+    next: &Identity,
+    options: &OpenOptions,
+) -> Result<()> {
+    let (Identity::VhdxDataWrite(now), Identity::VhdxDataWrite(next)) = (&parent.identity, next)
+    else {
+        return Ok(());
+    };
+    let both = Identity::VhdxDataWrite([&now[..], &next[..]].concat());
+    relink(host, path, &NewLink { identity: &both, parent: &parent.path }, options)
+}
+
+/// Makes the parent of `child` as large as the child. What the child shows stays.
+fn grow_parent(
+    host: &Arc<dyn Host>,
+    below: &Arc<dyn Host>,
+    child: &Image,
+    parent: &Image,
+    options: &OpenOptions,
+) -> Result<()> {
+    if let Some(why) = &parent.read_only {
+        return Err(Error::new(ErrorKind::ReadOnly, why.clone()).in_file(&parent.path));
+    }
+    let next = next_identity(parent);
+    announce(host, &child.path, parent, &next, options)?;
+    let options = opening(options, Access::Write, Some(next));
+    let sizes = parent.disk.size()..child.disk.size();
+    resize::change(below, &parent.path, &options, sizes, false, &()).map(drop)
 }
 
 /// Options for opening an image of the chain.
@@ -256,10 +299,10 @@ fn own_files(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result
 
 /// Whether all of a child has room in its parent.
 fn fits_into(child: &Image, parent: &Image) -> Result<()> {
-    if child.disk.size() != parent.disk.size() {
+    if child.disk.size() < parent.disk.size() {
         let (own, below) = (child.disk.size(), parent.disk.size());
         let what = format!("the image has {own} bytes, its parent {below}");
-        return Err(Error::invalid(what).in_file(&child.path).hint("resize one of them first"));
+        return Err(Error::invalid(what).in_file(&child.path).hint("make the image larger first"));
     }
     if !child.damage.is_empty() {
         let what = "the image is damaged, and merging would make that final";

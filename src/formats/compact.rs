@@ -36,6 +36,8 @@ const BATCH: u64 = 64 << 20;
 const MAX_BATCH: usize = 4096;
 /// Runs of zeroes of at least this many bytes become holes in parts without blocks.
 const HOLE: usize = 64 << 10;
+/// Data that begins at a multiple of this many bytes is read and written without detours.
+const ALIGNMENT: u64 = 4096;
 /// Bytes of such parts looked at for one batch.
 const LOOK: u64 = 1 << 20;
 
@@ -69,6 +71,10 @@ pub struct Compacted {
     pub fragmentation_before: u64,
     /// How many do not now.
     pub fragmentation: u64,
+    /// Blocks that were stored; of what has none, ranges of a file.
+    pub blocks_before: u64,
+    /// Those whose data began at a multiple of 4 KiB of the file.
+    pub aligned_before: u64,
 }
 
 /// A part of an image's files.
@@ -113,6 +119,11 @@ pub trait Blocks {
 
     /// Bytes of the file that a block takes, whatever belongs to it included.
     fn stride(&self) -> u64;
+
+    /// Byte of the file where the data of a block begins.
+    fn data_at(&self, block: Block) -> u64 {
+        u64::from(block.at) * self.unit()
+    }
 
     /// Parts of the file that stay where they are.
     fn pinned(&self) -> Vec<Range<u64>>;
@@ -169,6 +180,7 @@ pub fn compact(
     let mut total = 0;
     for part in parts {
         let packing = Packing::new(part, how);
+        packing.count(&mut done);
         total += packing.to_read();
         packings.push(packing);
     }
@@ -229,6 +241,18 @@ impl Packing {
             Part::Flat(..) => Vec::new(),
         };
         Self { part, how, stored }
+    }
+
+    /// Counts what is stored, and what of it is aligned.
+    fn count(&self, done: &mut Compacted) {
+        let mut add = |at: u64| {
+            done.blocks_before += 1;
+            done.aligned_before += u64::from(at.is_multiple_of(ALIGNMENT));
+        };
+        match &self.part {
+            Part::Blocks(blocks) => self.stored.iter().for_each(|b| add(blocks.data_at(*b))),
+            Part::Flat(_, range) => add(range.start),
+        }
     }
 
     /// Bytes that are going to be looked at.

@@ -4,13 +4,15 @@
 //! what becomes of the plan. What the guest has on the disk is not looked at: partition tables and file
 //! systems are their own affair.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::open::open_alone;
 use super::places::directory_of;
 use super::plan::{Change, Steps};
 use super::{Image, OpenContext, OpenOptions, chain, open, recognise};
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::progress::Progress;
 use crate::storage::draft::Draft;
 use crate::storage::{Access, Host};
@@ -57,18 +59,38 @@ pub fn resize(
         true => Draft::over(host)?,
         false => host.clone(),
     };
-    let options = OpenOptions { access: Access::Write, next_identity: None, ..options.clone() };
+    let options = OpenOptions { next_identity: None, ..options.clone() };
+    change(host, path, &options, before..size, dry_run, progress)
+}
+
+/// Changes the disk of an image from one size to another. `options` name the identity that the image
+/// then has, where that goes with the size.
+pub(super) fn change(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    options: &OpenOptions,
+    sizes: Range<u64>,
+    dry_run: bool,
+    progress: &dyn Progress,
+) -> Result<Resized> {
+    let options = OpenOptions { access: Access::Write, ..options.clone() };
     let file = host.open(path, Access::Write)?;
+    // From here on nobody else changes it.
+    let peek = OpenOptions { access: Access::Peek, next_identity: None, ..options.clone() };
+    if open_alone(host, path, &peek)?.info.virtual_size != sizes.start {
+        let what = "the image was changed by another program just now";
+        return Err(Error::new(ErrorKind::Busy, what).in_file(path));
+    }
     let ctx = OpenContext::new(host, &*file, &options);
     let mut plan = Steps::new();
-    recognise(&*file)?.resize(file, &ctx, size, &mut plan).in_file(path)?;
+    recognise(&*file)?.resize(file, &ctx, sizes.end, &mut plan).in_file(path)?;
     let changes = plan.changes();
     if !dry_run {
         progress.go_on()?;
         progress.total(plan.copied());
         plan.carry_out(progress).in_file(path)?;
     }
-    Ok(Resized { before, after: size, changes })
+    Ok(Resized { before: sizes.start, after: sizes.end, changes })
 }
 
 /// Refuses because of images that count on the size.

@@ -20,6 +20,8 @@ const MIB: u64 = 1 << 20;
 /// What can be done to the last of [`three`].
 pub const OPERATIONS: [&str; 6] =
     ["merge", "merge and keep", "merge over siblings", "rebase", "link", "flatten"];
+/// Another one, of formats in which a child may be larger than its parent.
+pub const MERGE_LARGER: &str = "merge a larger one";
 
 /// Bases whose children can be written, with the block sizes that a child may have.
 pub fn bases() -> Vec<(Base, &'static [Option<u64>])> {
@@ -119,6 +121,13 @@ impl ChangeOfChain {
                 .map(|name| Path::new("/t").join(name).with_extension(base.format));
         let mut whole = contents(&open(&host, &child, Access::Read));
         scribble(&host, &child, &mut whole, random, 6);
+        if operation.contains("larger") {
+            let options = OpenOptions::new(Access::Write);
+            let size = whole.len() as u64 + 3 * MIB;
+            formats::resize::resize(&host, &child, &options, size, false, &()).unwrap();
+            whole.resize(size as usize, 0);
+            scribble(&host, &child, &mut whole, random, 6);
+        }
         make_child(&host, &other, &first, None);
         let below = contents(&open(&host, &parent, Access::Read));
         let (host, left) = (memory, Vec::new());

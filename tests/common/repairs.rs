@@ -524,7 +524,8 @@ pub fn write_data(case: &Case, host: &Arc<MemoryHost>) -> Arc<MemoryHost> {
         let options = OpenOptions::new(Access::Read);
         let parent = formats::open(&dynamic, &case.image.path(), &options).unwrap();
         let format = formats::by_name(case.image.format).unwrap();
-        let spec = CreateSpec { block_size: case.image.spec.block_size, ..CreateSpec::default() };
+        let CreateSpec { block_size, zeroed_grains, .. } = case.image.spec;
+        let spec = CreateSpec { block_size, zeroed_grains, ..CreateSpec::default() };
         formats::create_child(format, &**host, &case.path(), &parent, &spec).unwrap();
     }
     let disk = case.open(&dynamic, Access::Write).unwrap();

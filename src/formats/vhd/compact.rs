@@ -93,6 +93,10 @@ impl Blocks for Sparse {
         self.structure.stride()
     }
 
+    fn data_at(&self, block: Block) -> u64 {
+        u64::from(block.at) * SECTOR + self.structure.bitmap_size
+    }
+
     fn pinned(&self) -> Vec<Range<u64>> {
         self.structure.reserved.clone()
     }
@@ -109,7 +113,7 @@ impl Blocks for Sparse {
             // Nothing in the format hides the parent's data but a block.
             return Ok(false);
         }
-        let data = u64::from(block.at) * SECTOR + self.structure.bitmap_size;
+        let data = self.data_at(block);
         let range = self.structure.block_range(block.number.into());
         is_zero(&*self.file, data..data + (range.end - range.start))
     }

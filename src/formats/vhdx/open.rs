@@ -358,12 +358,16 @@ pub(super) fn open(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> 
         Some(why) => Some(why.clone()),
         None => cut_short(&parts)?,
     };
-    let next = match &ctx.next_identity {
+    let map = parts.into_blocks(&ctx.budget, next_data_write(ctx));
+    Ok(Opened { map: Box::new(map), info, identity, parent, read_only, damage })
+}
+
+/// The `DataWriteGuid` that the image is to have when its contents change, if that is given.
+pub(super) fn next_data_write(ctx: &OpenContext) -> Option<Uuid> {
+    match &ctx.next_identity {
         Some(Identity::VhdxDataWrite(ids)) => ids.first().copied(),
         _ => None,
-    };
-    let map = parts.into_blocks(&ctx.budget, next);
-    Ok(Opened { map: Box::new(map), info, identity, parent, read_only, damage })
+    }
 }
 
 /// Which block the end of the file cuts short, if any. Whole files are multiples of 1 MiB long: of them

@@ -28,7 +28,7 @@ use super::layout::{
     LOG_SECTOR, MAX_DISK, MIB, REGION_TABLE_OFFSETS, RawItem, TABLE_BYTES, VIRTUAL_DISK_SIZE,
 };
 use super::logged::{Logged, Pages};
-use super::open::Parts;
+use super::open::{Parts, next_data_write};
 use super::regions::{self, Region};
 use super::settled::Settled;
 use super::space::Space;
@@ -56,7 +56,8 @@ pub(super) fn resize(
     let metadata = &parts.metadata;
     let new =
         BatLayout::new(size, metadata.block_size, metadata.logical_sector, metadata.has_parent);
-    let change = Change { parts: &parts, new, size };
+    let data_write = next_data_write(ctx).unwrap_or_else(Uuid::new_v4);
+    let change = Change { parts: &parts, new, size, data_write };
     if size > metadata.size { change.grow(space, plan) } else { change.shrink(space, plan) }
 }
 
@@ -65,6 +66,8 @@ struct Change<'a> {
     /// Division into blocks afterwards.
     new: BatLayout,
     size: u64,
+    /// `DataWriteGuid` afterwards.
+    data_write: Uuid,
 }
 
 impl Change<'_> {
@@ -75,7 +78,7 @@ impl Change<'_> {
     fn grow(&self, mut space: Space, plan: &mut Steps) -> Result<()> {
         let (parts, file) = (self.parts, self.file());
         let old = &parts.regions.bat;
-        let mut log = Logged::begin(parts, Uuid::new_v4(), space.used_end(), plan)?;
+        let mut log = Logged::begin(parts, self.data_write, space.used_end(), plan)?;
         let mut pages = self.size_pages()?;
         let mut table = old.clone();
         if self.new.entries * ENTRY_BYTES > old.length {
