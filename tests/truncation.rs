@@ -329,7 +329,7 @@ fn beside_qemu(sample: &Sample, format: &str, len: u64) {
     let dynamic: Arc<dyn Host> = host;
     let lost = lost(sample, &dynamic, false, about);
     // What is refused here is lost as a whole.
-    for range in lost.unwrap_or_else(|| Vec::from([0..sample.whole.len() as u64])) {
+    for range in lost.unwrap_or_else(|| std::iter::once(0..sample.whole.len() as u64).collect()) {
         let range = range.start as usize..range.end as usize;
         // QEMU fills up with zeroes.
         let read = theirs.get(range.clone()) == Some(&sample.whole[range.clone()]);
