@@ -339,7 +339,8 @@ fn record_all<'a>(
     traces.extend(in_parallel(cases, record_repair).into_iter().flatten());
     let changes = in_parallel(bases, |base| {
         // Changing the link alone is recorded above.
-        let operations = chains::OPERATIONS.into_iter().filter(|operation| *operation != "link");
+        let operations =
+            chains::OPERATIONS.into_iter().filter(|o| !["link", "flatten"].contains(o));
         operations.flat_map(|operation| record_change(base, operation)).collect::<Vec<_>>()
     });
     traces.extend(changes.into_iter().flatten());

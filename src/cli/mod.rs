@@ -161,6 +161,8 @@ enum Command {
     /// What its parents hold is copied into it, and the link goes. The child shows the same all the
     /// time; interrupted or killed, it is still a child, and a second run goes on.
     Flatten(lifecycle::FlattenArgs),
+    /// Show which images of a folder stand on which.
+    Tree(lifecycle::TreeArgs),
     /// Mount an image for the desktop, and open its folder.
     Browse(browse::BrowseArgs),
     /// Install the program, its mount helpers, man pages, completions, units and desktop files.
@@ -276,6 +278,7 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Commit(args) => chain::commit(args),
         Command::Rebase(args) => chain::rebase(args),
         Command::Flatten(args) => lifecycle::flatten(args),
+        Command::Tree(args) => lifecycle::tree(args),
         Command::Browse(args) => return browse::browse(args),
         Command::InstallHelpers(args) => install::install(args),
         Command::Completions(args) => pages::completions(args),

@@ -373,7 +373,7 @@ pub fn children(
 }
 
 /// Whether the child at `path` finds the file `wanted`, which has the right id, for its parent.
-fn leads_to(
+pub(super) fn leads_to(
     host: &Arc<dyn Host>,
     path: &Path,
     link: &ParentLink,

@@ -19,6 +19,7 @@ pub mod references;
 pub mod repair;
 pub mod report;
 pub mod resize;
+pub mod tree;
 pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
