@@ -128,8 +128,8 @@ pub fn measure(args: &MeasureArgs) -> Result<u8> {
 /// Arguments of `flatdisk compare`.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
-Disks of two sizes are the same if what the larger one has more is zero, except with --strict. What
-neither image stores is not read.
+Disks of two sizes are the same if what the larger one has more is zero; with --strict they are
+different, and nothing is read. What neither image stores is not read.
 
 Examples:
   Whether a conversion lost anything:
@@ -144,7 +144,7 @@ pub struct CompareArgs {
     first: PathBuf,
     /// Another one.
     second: PathBuf,
-    /// Take disks of two sizes for different.
+    /// Take disks of two sizes for different, even if only zeroes follow.
     #[arg(long)]
     strict: bool,
     #[command(flatten)]

@@ -37,8 +37,9 @@ Examples:
     flatdisk create --parent disk.vhdx child.avhdx
 
 Notes:
-  Fixed and flat images are made sparse: they take space on the host only as they are
-  written to, and a full host shows then.")]
+  Fixed and flat images get all their space on the host when they are made, without writing,
+  so that a full host says so at once. With --preallocation off they take space only as they
+  are written to, and a full host shows then.")]
 pub struct CreateArgs {
     /// The image to make; it must not exist.
     image: PathBuf,

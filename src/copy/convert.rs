@@ -11,6 +11,7 @@
 
 use std::io::Write;
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -133,7 +134,9 @@ pub fn convert(
     progress: &dyn Progress,
 ) -> Result<Converted> {
     let spec = specification(from, target, options)?;
+    refuse_level(target, &spec, options)?;
     refuse_source(host, from, path)?;
+    let old = if options.replace { own_extents(host, path) } else { Vec::new() };
     let staged = Staged::new(host.clone(), path, options.replace)?;
     let shared_host: Arc<dyn Host> = staged.clone();
     let work = Work { host: &shared_host, from, path, target, spec, options, progress };
@@ -143,7 +146,52 @@ pub fn convert(
         refuse_source(host, from, &new)?;
     }
     converted.files = staged.commit()?;
+    remove_left(host, from, &old, &converted.files, path)?;
     Ok(converted)
+}
+
+/// The extents of the image at `path` that have the names which its own parts would have, and lie beside
+/// it: a disk that the image was only made to name is somebody else's.
+fn own_extents(host: &Arc<dyn Host>, path: &Path) -> Vec<PathBuf> {
+    let Ok(image) = formats::open(host, path, &OpenOptions::new(Access::Read)) else {
+        return Vec::new();
+    };
+    let stem = path.file_stem().unwrap_or_default().as_bytes();
+    let own = |extent: &PathBuf| {
+        let name = extent.file_stem().unwrap_or_default().as_bytes();
+        let role = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix(b"-"));
+        extent.parent() == path.parent()
+            && extent.extension() == path.extension()
+            && role.is_some_and(|role| match role {
+                b"flat" => true,
+                [b'f' | b's', number @ ..] => {
+                    number.len() >= 3 && number.iter().all(u8::is_ascii_digit)
+                }
+                _ => false,
+            })
+    };
+    image.info.extents.into_iter().filter(own).collect()
+}
+
+/// Removes those parts `old` of the image that was replaced which are no parts of the new one, nor of the
+/// source.
+fn remove_left(
+    host: &Arc<dyn Host>,
+    from: &From<'_>,
+    old: &[PathBuf],
+    new: &[PathBuf],
+    path: &Path,
+) -> Result<()> {
+    let mut kept = source_files(host, from)?;
+    kept.extend(new.iter().filter_map(|path| file_identity(host, path).ok()));
+    let mut removed = false;
+    for part in old {
+        if file_identity(host, part).is_ok_and(|file| !kept.contains(&file)) {
+            host.remove(part)?;
+            removed = true;
+        }
+    }
+    if removed { host.sync_dir(&directory_of(path)) } else { Ok(()) }
 }
 
 /// Writes a disk to a pipe: raw, as a fixed VHD, or as a stream-optimised VMDK, which calls itself
@@ -157,6 +205,7 @@ pub fn convert_to_pipe(
     progress: &dyn Progress,
 ) -> Result<Converted> {
     let spec = specification(from, target, options)?;
+    refuse_level(target, &spec, options)?;
     let subformat = spec.subformat.as_deref().unwrap_or_default();
     let range = 0..from.source.size();
     let how = Copying { salvage: options.salvage };
@@ -203,6 +252,7 @@ pub fn convert_to_device(
     progress: &dyn Progress,
 ) -> Result<Converted> {
     let spec = specification(from, Target::Raw, options)?;
+    refuse_level(Target::Raw, &spec, options)?;
     let device: Arc<dyn Storage> = Arc::new(DeviceFile::open(path, true)?);
     let room = device.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
     if room < spec.size {
@@ -236,6 +286,16 @@ fn level(options: &Options<'_>) -> Result<u32> {
         true => Ok(level),
         false => Err(Error::invalid(format!("compression level {level}")).hint("1 to 9")),
     }
+}
+
+/// Refuses a level of compression for what is not compressed.
+fn refuse_level(target: Target, spec: &CreateSpec, options: &Options<'_>) -> Result<()> {
+    let compressed = matches!(target, Target::Image(format) if is_stream(format, spec));
+    if compressed || options.level.is_none() {
+        return Ok(());
+    }
+    let what = format!("a {} image is not compressed", target.name());
+    Err(Error::invalid(what).hint("-O vmdk --subformat streamOptimized is"))
 }
 
 /// What exactly is to be made, after the source; refuses what the guest would not recognise.

@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::formats;
 use crate::storage::permissions::{self, Permissions};
 use crate::storage::reach::Root;
+use crate::storage::staged::is_unfinished;
 use crate::storage::{FileIdentity, user};
 
 /// Longest chain of symlinks from a name to an image.
@@ -281,6 +282,9 @@ impl Place {
         skip: &Path,
     ) {
         use nix::dir::Type;
+        if is_unfinished(&name) {
+            return;
+        }
         let imagelike = formats::by_extension(Path::new(&name)).is_some();
         let kind = kind.or_else(|| {
             // The file system does not say in the directory itself.
@@ -411,6 +415,13 @@ mod tests {
         let place = Place { source, relative: "parts/deep".into(), users: Vec::new() };
         let shown = place.list(Path::new("/nowhere")).unwrap().images;
         assert!(shown.keys().eq(["b-flat.vmdk", "c.vmdk"]), "{shown:?}");
+    }
+
+    #[test]
+    fn files_that_are_being_made_do_not_show() {
+        let dir = tempfile::tempdir().unwrap();
+        touch(dir.path(), &["a.vhd", ".flatdisk-part0.a.vhd", ".flatdisk-part1.b.vmdk"]);
+        assert_eq!(listing(dir.path()).1, ["a.vhd"]);
     }
 
     #[test]

@@ -7,8 +7,14 @@
 //! # Order
 //!
 //! Whoever made the files has synced them before [`Staged::commit`]. That renames all but the named
-//! file, then the named one, which alone makes the others an image, and syncs the directory. Killed
-//! before the last rename, whatever was there under the name is still there.
+//! file, then the named one, which alone makes the others an image, and syncs the directory after each
+//! of both.
+//!
+//! Killed before the first rename, whatever was there under the name is still there; killed between two
+//! of them, too, unless parts of the new image have names of parts of the old one. Then the old named
+//! file would name new parts, and show a mix of both disks. So it is removed first, durably: killed from
+//! then on until the named file is there, nothing is under the name. Of the old image's parts those with
+//! names that the new one does not have are left; whoever replaces an image removes them after this.
 //!
 //! # What is left behind
 //!
@@ -122,14 +128,25 @@ impl Staged {
     /// Gives all files their names, durably. They are complete and synced. Returns the names.
     pub fn commit(&self) -> Result<Vec<PathBuf>> {
         let mut made = self.made.lock();
+        let dir = directory(&self.target);
         // The named file last.
         made.sort_by_key(|made| same(&made.path, &self.target));
+        let is_there = |path: &Path| self.below.open(path, Access::Peek).is_ok();
+        let takes_parts =
+            made.iter().any(|made| !same(&made.path, &self.target) && is_there(&made.path));
+        if self.replace && takes_parts && is_there(&self.target) {
+            self.below.remove(&self.target)?;
+            self.below.sync_dir(dir)?;
+        }
         let mut names = Vec::new();
         while let Some(file) = made.first() {
+            if !names.is_empty() && same(&file.path, &self.target) {
+                self.below.sync_dir(dir)?;
+            }
             self.below.rename(&file.temporary, &file.path, self.replace)?;
             names.push(made.remove(0).path);
         }
-        self.below.sync_dir(directory(&self.target))?;
+        self.below.sync_dir(dir)?;
         Ok(names)
     }
 }
@@ -211,5 +228,102 @@ impl Host for Staged {
 
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
         self.below.list(dir)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::storage::file::HostFs;
+
+    /// The host, which does only so many more steps that change names.
+    #[derive(Debug)]
+    struct Dying(AtomicUsize);
+
+    impl Dying {
+        fn step(&self) -> Result<()> {
+            let left = self.0.load(Ordering::Relaxed);
+            let gone = || Error::new(ErrorKind::Io, "no more");
+            self.0.store(left.checked_sub(1).ok_or_else(gone)?, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    impl Host for Dying {
+        fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
+            HostFs.open(path, access)
+        }
+
+        fn open_beneath(&self, root: &Path, name: &Path, how: Access) -> Result<Arc<dyn Storage>> {
+            HostFs.open_beneath(root, name, how)
+        }
+
+        fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+            HostFs.create(path)
+        }
+
+        fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
+            HostFs.replace(path, contents)
+        }
+
+        fn remove(&self, path: &Path) -> Result<()> {
+            self.step()?;
+            HostFs.remove(path)
+        }
+
+        fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+            self.step()?;
+            HostFs.rename(from, to, replace)
+        }
+
+        fn sync_dir(&self, dir: &Path) -> Result<()> {
+            HostFs.sync_dir(dir)
+        }
+
+        fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
+            HostFs.list(dir)
+        }
+    }
+
+    /// Replaces `named` and two parts, of which `old` are there, dying after `steps`. Returns whether it
+    /// was done, and what the three files are then: old, new, or not there.
+    fn replaced(old: &[&str], steps: usize) -> (bool, Vec<Option<u8>>) {
+        let dir = tempfile::tempdir().unwrap();
+        let names = ["named", "one", "two"];
+        old.iter().for_each(|name| fs::write(dir.path().join(name), b"o").unwrap());
+        let host = Arc::new(Dying(steps.into()));
+        let staged = Staged::new(host, &dir.path().join("named"), true).unwrap();
+        for name in names {
+            staged.create(&dir.path().join(name)).unwrap().write_at(0, b"n").unwrap();
+        }
+        let done = staged.commit().is_ok();
+        let read = |name| fs::read(dir.path().join(name)).ok().map(|bytes| bytes[0]);
+        (done, names.map(read).to_vec())
+    }
+
+    #[test]
+    fn killed_between_two_renames_no_old_name_stands_for_new_parts() {
+        let mut all_done = false;
+        for steps in 0..8 {
+            let (done, found) = replaced(&["named", "one", "two"], steps);
+            let mixed = found[0] == Some(b'o') && found[1..].contains(&Some(b'n'));
+            assert!(!mixed, "after {steps} steps: {found:?}");
+            let early = found[0] == Some(b'n') && found[1..] != [Some(b'n'); 2];
+            assert!(!early, "after {steps} steps: {found:?}");
+            assert!(!done || found == [Some(b'n'); 3]);
+            all_done |= done;
+        }
+        assert!(all_done);
+    }
+
+    #[test]
+    fn what_was_under_the_name_stays_until_the_end_where_no_part_is_replaced() {
+        for steps in 0..3 {
+            let (done, found) = replaced(&["named"], steps);
+            assert!(!done && found[0] == Some(b'o'), "after {steps} steps: {found:?}");
+        }
+        assert!(replaced(&["named"], 3) == (true, vec![Some(b'n'); 3]));
     }
 }
