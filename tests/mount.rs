@@ -443,7 +443,7 @@ fn writes_reach_the_image_within_five_seconds() {
         file.write_all_at(b"now", 0).unwrap();
         unflushed(mount.path())
     });
-    ask(mount.path(), &Request::Sync);
+    ask(mount.path(), &Request::Sync { patience: std::time::Duration::from_secs(60) });
     assert!(!unflushed(mount.path()));
     drop(file);
     assert!(mount.unmount().success());

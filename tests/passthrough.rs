@@ -247,3 +247,89 @@ fn throw_away_writing_to_a_flat_extent_leaves_it_alone() {
         assert_eq!(sha256(&folder.join("a-flat.vmdk")), before);
     });
 }
+
+/// Makes a file system of its own for images: what `mkfs.ext4` is told, and by which program it is mounted.
+fn on_ext4(options: &[&str], mount: &[&str], test: impl FnOnce(&Path)) {
+    if !live::can_mount() || !live::have(&["mkfs.ext4", mount[0]]) {
+        return;
+    }
+    let folder = scratch();
+    let (device, point) = (folder.path().join("device"), folder.path().join("point"));
+    fs::create_dir(&point).unwrap();
+    File::create(&device).unwrap().set_len(64 << 20).unwrap();
+    live::succeed(
+        std::process::Command::new("mkfs.ext4").args(["-q", "-F"]).args(options).arg(&device),
+    );
+    let _mounting = live::mounting();
+    live::succeed(std::process::Command::new(mount[0]).args(&mount[1..]).arg(&device).arg(&point));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&point)));
+    wait_until("the images' file system is not in use", || {
+        outcome(std::process::Command::new("umount").arg(&point)).status.success()
+    });
+    result.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
+}
+
+/// What the kernel writes within the second of the last change would not show.
+#[test]
+fn where_the_host_keeps_whole_seconds_fsync_and_content_id_are_as_everywhere() {
+    on_ext4(&["-I", "128"], &["mount", "-o", "loop"], |folder| {
+        create(&folder.join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+        let mount = Mount::new(folder, &[]);
+        let old = content_id(folder);
+        let file = writer(&mount.flat("a.vmdk"));
+        file.write_all_at(&[7; 4096], 0).unwrap();
+        file.sync_all().unwrap();
+        assert_ne!(content_id(folder), old);
+        drop(file);
+        assert!(mount.unmount().success());
+    });
+}
+
+/// The kernel's cache and the listing must not be what they were a moment before.
+#[test]
+fn where_the_host_keeps_whole_seconds_changes_show() {
+    on_ext4(&["-I", "128"], &["mount", "-o", "loop"], |folder| {
+        create(&folder.join("a.vhd"), "8M", &["--subformat", "fixed"]);
+        let mount = Mount::new(folder, &[]);
+        let host = writer(&folder.join("a.vhd"));
+        for round in 1..20 {
+            host.write_all_at(&[round; 4096], 0).unwrap();
+            let mut found = [0; 4096];
+            File::open(mount.flat("a.vhd")).unwrap().read_exact_at(&mut found, 0).unwrap();
+            assert!(found == [round; 4096], "round {round}: {}", found[0]);
+            // While it is open, programs that mind no locks are not reckoned with.
+            wait_until("the image is closed", || mount.open_files(folder).is_empty());
+        }
+        drop(host);
+        for round in 0..5 {
+            let name = format!("new{round}.vhd");
+            fs::copy(folder.join("a.vhd"), folder.join(&name)).unwrap();
+            fs::metadata(mount.flat(&name)).unwrap();
+        }
+        assert!(mount.unmount().success());
+    });
+}
+
+#[test]
+fn on_a_fuse_file_system_direct_io_is_not_passed_through() {
+    on_ext4(&[], &["fuse2fs", "-o", "fakeroot"], |folder| {
+        use std::os::unix::fs::OpenOptionsExt;
+        create(&folder.join("a.vmdk"), "8M", &["--subformat", "monolithicFlat"]);
+        let mount = Mount::new(folder, &[]);
+        let direct = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(mount.flat("a.vmdk"))
+            .unwrap();
+        #[repr(align(4096))]
+        struct Page([u8; 4096]);
+        direct.write_all_at(&Page([5; 4096]).0, 4096).unwrap();
+        direct.sync_all().unwrap();
+        let mut page = Page([0; 4096]);
+        direct.read_exact_at(&mut page.0, 4096).unwrap();
+        assert!(page.0 == [5; 4096]);
+        drop(direct);
+        assert!(mount.unmount().success());
+    });
+}

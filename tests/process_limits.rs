@@ -167,3 +167,29 @@ fn closed_standard_streams_are_no_panic() {
     let said = succeed(&mut shell);
     assert!(!said.contains("panicked"), "{said}");
 }
+
+/// A descriptor that is cheap to make takes many times its size in memory once it was looked at.
+#[test]
+fn what_is_remembered_of_images_has_a_budget() {
+    if !live::can_mount() {
+        return;
+    }
+    let dir = scratch();
+    let extents = "RW 1 ZERO\n".repeat(4_000);
+    let descriptor = format!(
+        "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+         createType=\"custom\"\n{extents}ddb.adapterType = \"ide\"\n"
+    );
+    let path = |number: u32| dir.path().join(format!("{number}.vmdk"));
+    fs::write(path(0), descriptor).unwrap();
+    for number in 1..150 {
+        fs::hard_link(path(0), path(number)).unwrap();
+    }
+    let mount = Mount::new(dir.path(), &[]);
+    for number in 0..150 {
+        let flat = mount.flat(&format!("{number}.vmdk"));
+        assert_eq!(fs::metadata(&flat).unwrap().len(), 4_000 * 512, "{number}");
+    }
+    assert!(mount.memory() < 120 << 20, "{} MiB", mount.memory() >> 20);
+    assert!(mount.unmount().success());
+}

@@ -2,11 +2,12 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser};
+use nix::unistd::geteuid;
 use serde::Serialize;
 
 use super::attach::{self, AttachmentStatus};
@@ -14,6 +15,7 @@ use super::mount::{MOUNT_FAILURE, SYSTEM_ERROR, USAGE};
 use super::output::{OutputArgs, complain, iec, print_json, print_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Answer, Connection, MountStatus, Request};
+use crate::fuse::crew::Crew;
 use crate::fuse::mounts::{self, MountEntry};
 use crate::names::Name;
 
@@ -21,6 +23,13 @@ use crate::names::Name;
 const GLANCE: Duration = Duration::from_millis(20);
 /// How long after unmounting the kernel may take to end the session.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a lazy unmount waits for images to be flushed before it goes on without them.
+const LAZY: Duration = Duration::from_secs(5);
+/// How long a daemon may take to be found and asked, besides the time that its answer may take.
+const CALL: Duration = Duration::from_secs(5);
+
+/// Seconds that images may take to be flushed, and then to be closed.
+const TIMEOUT: u64 = 60;
 
 /// Arguments of `flatdisk umount`.
 #[derive(Debug, Args)]
@@ -37,6 +46,9 @@ pub struct UmountArgs {
     /// Detach the mount now, even if it is in use, and do not wait for its users.
     #[arg(long, short)]
     lazy: bool,
+    /// How long images may take to be flushed, and then to be closed; those that take longer are named.
+    #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT)]
+    timeout: u64,
 }
 
 /// Arguments of `umount.flatdisk`, as umount(8) calls its helpers.
@@ -87,6 +99,9 @@ pub struct SyncArgs {
     /// Mount points, or anything in them [default: every mount of this user].
     #[arg(value_name = "DIR")]
     paths: Vec<PathBuf>,
+    /// How long images may take to be flushed; those that take longer are named.
+    #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT)]
+    timeout: u64,
 }
 
 /// Arguments of `flatdisk status`.
@@ -129,7 +144,7 @@ pub struct CloseArgs {
 
 /// `flatdisk umount`.
 pub fn umount(args: &UmountArgs) -> u8 {
-    let statuses = args.mountpoints.iter().map(|dir| umount_one(dir, args.lazy));
+    let statuses = args.mountpoints.iter().map(|dir| umount_one(dir, args.lazy, args.timeout));
     statuses.fold(0, |all, one| all | one)
 }
 
@@ -165,11 +180,11 @@ pub fn umount_helper(args: &UmountHelperArgs) -> u8 {
         complain("option -N is not supported (use nsenter)");
         return USAGE;
     }
-    umount_one(&args.mountpoint, args.lazy)
+    umount_one(&args.mountpoint, args.lazy, TIMEOUT)
 }
 
-fn umount_one(dir: &Path, lazy: bool) -> u8 {
-    match try_umount(dir, lazy) {
+fn umount_one(dir: &Path, lazy: bool, timeout: u64) -> u8 {
+    match try_umount(dir, lazy, Duration::from_secs(timeout)) {
         Ok(failures) => {
             let status = if failures.is_empty() { 0 } else { SYSTEM_ERROR };
             failures.iter().for_each(complain);
@@ -182,52 +197,76 @@ fn umount_one(dir: &Path, lazy: bool) -> u8 {
     }
 }
 
-/// Unmounts and returns what failed to reach its image.
-pub fn try_umount(dir: &Path, lazy: bool) -> Result<Vec<String>> {
-    let target = mounts::absolute(dir)?;
+/// Unmounts and returns what failed to reach its image. Images may take `patience` to be flushed, and
+/// as long to be closed.
+pub fn try_umount(dir: &Path, lazy: bool, patience: Duration) -> Result<Vec<String>> {
+    let target = place_of(dir)?;
     let mount = mounts::mounted_at(&target)?
         .ok_or_else(|| Error::new(ErrorKind::NotFound, "not mounted").in_file(&target))?;
     if !mount.is_ours() {
         let what = format!("a mount of type {}, not of flatdisk", mount.fs_type);
         return Err(Error::invalid(what).in_file(&target).hint("umount(8) unmounts it"));
     }
-    let mut daemon = match Connection::to(&mount) {
-        Ok(daemon) => daemon,
-        Err(e) if e.kind() == ErrorKind::NotFound => {
-            // A dead daemon's mount nobody can use any more.
-            let dead = mounts::is_dead(&target);
-            mounts::unmount(&target, lazy || dead)?;
-            if !dead {
-                let silent = "its daemon does not listen; not waiting for images to be closed";
-                complain(format_args!("{}: {silent}", target.display()));
-            }
-            return Ok(Vec::new());
+    let patience = if lazy { patience.min(LAZY) } else { patience };
+    let asked = Connection::to(&mount).and_then(|mut daemon| {
+        let flushed = daemon.ask(&Request::Leave { patience })?;
+        Ok((daemon, flushed))
+    });
+    let (mut daemon, flushed) = match asked {
+        Ok(asked) => asked,
+        Err(e) if e.kind() == ErrorKind::NotFound => return unmount_without_daemon(&mount, lazy),
+        // Whatever is the matter with the daemon, the mount can be taken away.
+        Err(e) if lazy && e.kind() != ErrorKind::Denied => {
+            mounts::unmount(&target, true)?;
+            return Ok(vec![e.to_string()]);
         }
         Err(e) => return Err(e),
     };
-    let flushed = daemon.ask(&Request::Leave)?;
-    mounts::unmount(&target, lazy)?;
+    mounts::unmount(&target, lazy).map_err(|e| match flushed.errors.first() {
+        // What hangs is what keeps the mount in use.
+        Some(error) => e.hint(format!("{error}; --lazy unmounts all the same")),
+        None => e,
+    })?;
     if lazy {
         return Ok(flushed.errors);
     }
     let mut failures = flushed.errors;
-    let closed = match wait_for_end(&mut daemon, &mount)? {
-        End::Closed(answer) => answer,
-        End::MountedElsewhere(place) => {
-            complain(format_args!(
-                "{}: unmounted here, but still mounted {place}; not waiting for that",
-                target.display()
-            ));
-            return Ok(failures);
+    match wait_for_end(&mut daemon, &mount, patience)? {
+        End::Closed(answer) => {
+            let new = answer.errors.into_iter().filter(|failure| !failures.contains(failure));
+            let new: Vec<_> = new.collect();
+            failures.extend(new);
+            daemon.end();
         }
-    };
-    for failure in closed.errors {
-        if !failures.contains(&failure) {
-            failures.push(failure);
+        End::MountedElsewhere(place) => {
+            let waits = "not waiting for that";
+            let target = target.display();
+            complain(format_args!("{target}: unmounted here, but still mounted {place}; {waits}"));
+        }
+        End::Late(images) => {
+            let seconds = patience.as_secs();
+            let late = images.iter().map(|image| {
+                let image = image.display();
+                format!("{image}: unmounted, but not closed within {seconds} s; its daemon goes on")
+            });
+            failures.extend(late);
         }
     }
-    daemon.end();
     Ok(failures)
+}
+
+/// Unmounts what no daemon serves, or one that cannot be asked.
+fn unmount_without_daemon(mount: &MountEntry, lazy: bool) -> Result<Vec<String>> {
+    let target = &mount.target;
+    // A dead daemon's mount nobody can use any more. Another user's could make the look into it hang.
+    let own = mount.user.is_none_or(|user| user == geteuid().as_raw());
+    let dead = own && mounts::is_dead(target);
+    mounts::unmount(target, lazy || dead)?;
+    if !dead {
+        let silent = "its daemon does not listen; not waiting for images to be closed";
+        complain(format_args!("{}: {silent}", target.display()));
+    }
+    Ok(Vec::new())
 }
 
 /// How waiting for a daemon ends.
@@ -236,10 +275,12 @@ enum End {
     Closed(Answer),
     /// The file system is mounted here, too, which can go on for ever.
     MountedElsewhere(String),
+    /// These images were not closed in time.
+    Late(Vec<PathBuf>),
 }
 
-/// Waits until the daemon of an unmounted `mount` has closed its images.
-fn wait_for_end(daemon: &mut Connection, mount: &MountEntry) -> Result<End> {
+/// Waits until the daemon of an unmounted `mount` has closed its images, for `patience` at most.
+fn wait_for_end(daemon: &mut Connection, mount: &MountEntry, patience: Duration) -> Result<End> {
     if let Some(answer) = daemon.answer_within(GLANCE)? {
         return Ok(End::Closed(answer));
     }
@@ -248,28 +289,51 @@ fn wait_for_end(daemon: &mut Connection, mount: &MountEntry) -> Result<End> {
     }
     // What holds a file system without mounting it where that can be seen (another file system laid
     // over it, a namespace of another user) shows by the session not ending.
+    let begun = Instant::now();
     loop {
-        match daemon.answer_within(PATIENCE)? {
-            Some(answer) => return Ok(End::Closed(answer)),
-            None if ending(daemon, mount) => {}
-            None => return Ok(End::MountedElsewhere("where it cannot be seen from here".into())),
+        if let Some(answer) = daemon.answer_within(PATIENCE)? {
+            return Ok(End::Closed(answer));
+        }
+        match ending(daemon, mount) {
+            None => {
+                let place = "where it cannot be seen from here".to_owned();
+                return Ok(End::MountedElsewhere(place));
+            }
+            Some(images) if begun.elapsed() >= patience => return Ok(End::Late(images)),
+            Some(_) => {}
         }
     }
 }
 
-/// Whether a mount's daemon is closing images because the kernel has ended the session, or is gone.
-fn ending(daemon: &Connection, mount: &MountEntry) -> bool {
-    let Ok(mut second) = Connection::to(mount) else { return true };
+/// Which images a mount's daemon is still closing because the kernel has ended the session, if it has;
+/// none if the daemon is gone.
+fn ending(daemon: &Connection, mount: &MountEntry) -> Option<Vec<PathBuf>> {
+    let Ok(mut second) = Connection::to(mount) else { return Some(Vec::new()) };
     // The device number may belong to another mount already.
-    second.process() != daemon.process()
-        || second
-            .ask(&Request::Status)
-            .map_or(true, |answer| answer.status.is_none_or(|status| status.ending))
+    if second.process() != daemon.process() {
+        return Some(Vec::new());
+    }
+    match second.ask(&Request::Status).ok().and_then(|answer| answer.status) {
+        Some(status) => {
+            status.ending.then(|| status.images.into_iter().map(|image| image.image).collect())
+        }
+        None => Some(Vec::new()),
+    }
+}
+
+/// Where `path` is, without a look into a mount of ours, which may not answer.
+fn place_of(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path).map_err(|e| Error::io("find", &e).in_file(path))?;
+    // After a symlink `..` would lead elsewhere than its text says.
+    let climbs = absolute.components().any(|part| part == Component::ParentDir);
+    let table = mounts::mount_table()?;
+    let covers = |mount: &MountEntry| mount.is_ours() && absolute.starts_with(&mount.target);
+    if !climbs && table.iter().any(covers) { Ok(absolute) } else { mounts::absolute(path) }
 }
 
 /// The mount that `path` lies in, by the mount table alone.
 fn mount_of(path: &Path) -> Result<MountEntry> {
-    let absolute = mounts::absolute(path)?;
+    let absolute = place_of(path)?;
     let mount = mounts::mount_table()?
         .into_iter()
         .filter(|mount| absolute.starts_with(&mount.target))
@@ -279,25 +343,43 @@ fn mount_of(path: &Path) -> Result<MountEntry> {
         .ok_or_else(|| Error::invalid("not in a mount of flatdisk").in_file(path))
 }
 
-/// The mounts of `paths`, or all that this user may speak to.
-fn mounts_of(paths: &[PathBuf]) -> Result<Vec<(MountEntry, Connection)>> {
-    if paths.is_empty() {
-        let mut found: Vec<(MountEntry, Connection)> = Vec::new();
-        for mount in mounts::mount_table()?.into_iter().filter(MountEntry::is_ours) {
-            if found.iter().all(|(known, _)| known.device != mount.device)
-                && let Ok(connection) = Connection::to(&mount)
-            {
-                found.push((mount, connection));
-            }
-        }
-        return Ok(found);
-    }
-    let connect = |path: &PathBuf| {
-        let mount = mount_of(path)?;
-        let connection = Connection::to(&mount)?;
-        Ok((mount, connection))
+/// The mounts of `paths`, or all, each once.
+fn mounts_of(paths: &[PathBuf]) -> Result<Vec<MountEntry>> {
+    let mounts: Vec<_> = match paths {
+        [] => mounts::mount_table()?.into_iter().filter(MountEntry::is_ours).collect(),
+        paths => paths.iter().map(|path| mount_of(path)).collect::<Result<_>>()?,
     };
-    paths.iter().map(connect).collect()
+    let mut found: Vec<MountEntry> = Vec::new();
+    for mount in mounts {
+        if found.iter().all(|known| known.device != mount.device) {
+            found.push(mount);
+        }
+    }
+    Ok(found)
+}
+
+/// Asks the daemons of the mounts of `paths`, or of all that this user may speak to, all at once: one
+/// that does not answer keeps nobody waiting for longer than `patience` and the time to call it.
+fn ask_all(
+    paths: &[PathBuf],
+    patience: Duration,
+    request: fn(Duration) -> Request,
+) -> Result<Vec<(MountEntry, Result<Answer>)>> {
+    let crew = Crew::start(mounts_of(paths)?, move |mount: &MountEntry| {
+        Connection::to(mount)?.ask(&request(patience))
+    });
+    crew.wait(patience + CALL);
+    let answers = crew.end().into_iter().map(|(mount, answer)| {
+        let silent = || Err(Error::new(ErrorKind::Io, "does not answer").in_file(&mount.target));
+        let answer = answer.unwrap_or_else(silent);
+        (mount, answer)
+    });
+    // Of those that nobody named, the dead and other users' do not count.
+    let counts = |answer: &Result<Answer>| {
+        let kind = answer.as_ref().err().map(Error::kind);
+        !paths.is_empty() || !matches!(kind, Some(ErrorKind::NotFound | ErrorKind::Denied))
+    };
+    Ok(answers.filter(|(_, answer)| counts(answer)).collect())
 }
 
 /// Prints a daemon's complaints and returns the exit status they make.
@@ -309,8 +391,15 @@ fn complain_of(answer: &Answer) -> u8 {
 /// `flatdisk sync`.
 pub fn sync(args: &SyncArgs) -> Result<u8> {
     let mut status = 0;
-    for (_, mut daemon) in mounts_of(&args.paths)? {
-        status |= complain_of(&daemon.ask(&Request::Sync)?);
+    let patience = Duration::from_secs(args.timeout);
+    for (_, answer) in ask_all(&args.paths, patience, |patience| Request::Sync { patience })? {
+        match answer {
+            Ok(answer) => status |= complain_of(&answer),
+            Err(e) => {
+                complain(e);
+                status = 1;
+            }
+        }
     }
     Ok(status)
 }
@@ -318,30 +407,45 @@ pub fn sync(args: &SyncArgs) -> Result<u8> {
 /// `flatdisk status`.
 pub fn status(args: &StatusArgs) -> Result<u8> {
     #[derive(Serialize)]
+    struct Silent {
+        #[serde(serialize_with = "crate::names::serialize")]
+        mountpoint: PathBuf,
+        error: String,
+    }
+    #[derive(Serialize)]
     struct Mounts {
         mounts: Vec<MountStatus>,
+        /// Mounts whose daemon does not answer.
+        not_answering: Vec<Silent>,
         attachments: Vec<AttachmentStatus>,
     }
     let attachments = match args.paths.is_empty() {
         true => attach::attachments()?,
         false => Vec::new(),
     };
-    let mut mounts = Vec::new();
-    for (_, mut daemon) in mounts_of(&args.paths)? {
-        mounts.extend(daemon.ask(&Request::Status)?.status);
+    let (mut mounts, mut not_answering) = (Vec::new(), Vec::new());
+    for (mount, answer) in ask_all(&args.paths, Duration::ZERO, |_| Request::Status)? {
+        match answer {
+            Ok(answer) => mounts.extend(answer.status),
+            Err(e) => {
+                complain(&e);
+                not_answering.push(Silent { mountpoint: mount.target, error: e.to_string() });
+            }
+        }
     }
+    let status = u8::from(!not_answering.is_empty());
     if args.output.json() {
-        print_json(&Mounts { mounts, attachments })?;
-        return Ok(0);
+        print_json(&Mounts { mounts, not_answering, attachments })?;
+        return Ok(status);
     }
     for mount in &mounts {
         print_mount(mount)?;
     }
     attachments.iter().try_for_each(attach::print)?;
-    if mounts.is_empty() && attachments.is_empty() {
+    if mounts.is_empty() && attachments.is_empty() && not_answering.is_empty() {
         print_line("nothing is mounted")?;
     }
-    Ok(0)
+    Ok(status)
 }
 
 fn print_mount(mount: &MountStatus) -> Result<()> {
@@ -359,6 +463,9 @@ fn print_mount(mount: &MountStatus) -> Result<()> {
         }
         if let Some(bytes) = image.throw_away {
             state += &format!(", {} to be thrown away", iec(bytes));
+        }
+        if let Some(seconds) = image.silent_seconds {
+            state += &format!(", has not answered for {seconds} s");
         }
         let displaced = image.displaced.iter().map(|how| format!(" ({how})")).collect::<String>();
         print_line(&format!(
@@ -404,7 +511,7 @@ pub fn close(args: &CloseArgs) -> Result<u8> {
     let mut status = 0;
     for file in &args.files {
         let mount = mount_of(file)?;
-        let absolute = mounts::absolute(file)?;
+        let absolute = place_of(file)?;
         let name = absolute.strip_prefix(&mount.target).unwrap_or(&absolute).to_owned();
         let mut daemon = Connection::to(&mount)?;
         status |= complain_of(&daemon.ask(&Request::Close { names: vec![Name(name)] })?);

@@ -10,11 +10,15 @@
 //! Leaving is the exception: after the answer (everything is flushed) the connection stays open
 //! while the caller unmounts, and a second answer comes when every image is closed. umount(2) alone
 //! waits for neither.
+//!
+//! Every question has a time limit, on both sides. A daemon names the images that do not answer it in
+//! time; a caller names a daemon that does not, be it stopped, or a program of a user's that only looks
+//! like one. Nothing of another user's is opened that a file system of his could make hang.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +27,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, getsockopt, setsockopt, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::geteuid;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -31,6 +38,7 @@ use serde::{Deserialize, Serialize};
 use super::mounts::{self, MountEntry};
 use super::source::identity;
 use super::tree::{ROOT, Tree};
+use super::under_way::NO_INODE;
 use super::{Mounted, is_master};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::names::Name;
@@ -42,6 +50,18 @@ const MAX_LINE: u64 = 16 << 20;
 /// How long after the mount the socket may come.
 const SOCKET_DELAY: Duration = Duration::from_secs(2);
 
+/// How long a daemon may take to answer, besides the work that is asked of it.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// How long a daemon may take to open or close images.
+const OPENING: Duration = Duration::from_secs(60);
+
+/// How long a caller may take to send its request, or to take its answer.
+const CALLER: Duration = Duration::from_secs(30);
+
+/// How often a caller that waits looks whether the daemon was stopped.
+const LOOK: Duration = Duration::from_millis(200);
+
 /// How long to wait for descriptors or threads that are used up.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -50,11 +70,17 @@ const PAUSE: Duration = Duration::from_millis(100);
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// Flush every image.
-    Sync,
+    Sync {
+        /// How long that may take.
+        patience: Duration,
+    },
     /// Describe the mount.
     Status,
     /// Flush every image, and say when all are closed.
-    Leave,
+    Leave {
+        /// How long the flush may take.
+        patience: Duration,
+    },
     /// Show more images in the root.
     Open {
         /// Absolute paths.
@@ -65,6 +91,17 @@ pub enum Request {
         /// Their names in the root.
         names: Vec<Name>,
     },
+}
+
+impl Request {
+    /// How long the answer may take.
+    fn patience(&self) -> Duration {
+        match self {
+            Self::Sync { patience } | Self::Leave { patience } => *patience + ANSWER,
+            Self::Status => ANSWER,
+            Self::Open { .. } | Self::Close { .. } => OPENING,
+        }
+    }
 }
 
 /// A daemon's answer.
@@ -126,6 +163,8 @@ pub struct ImageStatus {
     pub cache_hits: u64,
     /// Table lookups that read the image.
     pub cache_misses: u64,
+    /// For how many seconds something that was asked of it has not been answered, if that is long.
+    pub silent_seconds: Option<u64>,
     /// "deleted" or "replaced": what became of the image's name while the image is open.
     pub displaced: Option<String>,
 }
@@ -192,11 +231,6 @@ fn receive<T: for<'a> Deserialize<'a>>(stream: &UnixStream) -> io::Result<T> {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     Ok(serde_json::from_str(&line)?)
-}
-
-/// Waits for something to read without taking it.
-fn peek(stream: &UnixStream) -> io::Result<usize> {
-    Ok(recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK)?)
 }
 
 // The daemon's side
@@ -291,6 +325,12 @@ impl Service {
             let _ = send(&mut stream, &Answer { errors, ..Answer::default() });
             return;
         }
+        // A caller that falls silent must not keep a thread.
+        let limits = stream.set_read_timeout(Some(CALLER));
+        let limits = limits.and_then(|()| stream.set_write_timeout(Some(CALLER)));
+        if let Err(e) = limits {
+            return log::warn!("control socket: {e}");
+        }
         let request = match receive(&stream) {
             Ok(request) => request,
             Err(e) => {
@@ -299,7 +339,7 @@ impl Service {
                 return;
             }
         };
-        let leaving = matches!(request, Request::Leave);
+        let leaving = matches!(request, Request::Leave { .. });
         let answer = self.answer(request);
         // In the list before the caller can unmount, so that its second answer cannot be missed.
         let mut waiting = waiting.lock();
@@ -312,12 +352,12 @@ impl Service {
     }
 
     fn answer(&self, request: Request) -> Answer {
-        let _work = self.tree.pulse.work();
+        let _work = self.tree.under_way.begin(NO_INODE);
         let mut answer = Answer::default();
         let mut note = |e: Error| answer.errors.push(e.to_string());
         match request {
-            Request::Sync | Request::Leave => {
-                self.tree.flush_all().into_iter().for_each(note);
+            Request::Sync { patience } | Request::Leave { patience } => {
+                self.tree.flush_all(patience).into_iter().for_each(note);
             }
             Request::Status => answer.status = Some(self.status()),
             Request::Open { images } => {
@@ -357,6 +397,7 @@ impl Service {
             dirty_tables: image.usage.cache.dirty,
             cache_hits: image.usage.cache.hits,
             cache_misses: image.usage.cache.misses,
+            silent_seconds: image.silent.map(|time| time.as_secs()),
             displaced: image.usage.displaced.map(|how| how.to_string()),
         });
         MountStatus {
@@ -377,13 +418,16 @@ impl Service {
 pub struct Connection {
     stream: UnixStream,
     target: PathBuf,
+    /// What has come of an answer so far.
+    received: Vec<u8>,
 }
 
 impl Connection {
     /// Connects to the daemon of a mount.
     pub fn to(mount: &MountEntry) -> Result<Self> {
         let user = mount.user.unwrap_or(0);
-        let path = socket_dir(user).join(socket_name(&mount.device));
+        let dir = socket_dir(user);
+        let path = dir.join(socket_name(&mount.device));
         let failed = |e: &io::Error| match e.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 Error::new(ErrorKind::NotFound, "the daemon is gone").in_file(&mount.target)
@@ -392,58 +436,103 @@ impl Connection {
                 let what = format!("the mount belongs to user {user}");
                 Error::new(ErrorKind::Denied, what).in_file(&mount.target)
             }
+            io::ErrorKind::WouldBlock => {
+                let what = format!("its daemon has taken no call for {} s", ANSWER.as_secs());
+                Error::new(ErrorKind::Io, what).in_file(&mount.target)
+            }
             _ => Error::io("connect", e).in_file(&path),
         };
+        refuse_foreign_file_system(&dir, user)?;
         let begun = Instant::now();
         let stream = loop {
-            match UnixStream::connect(&path) {
+            match connect(&dir, &path, user) {
                 Ok(stream) => break stream,
-                // A mount is live a moment before its socket is.
+                // A mount is live a moment before its socket is. Only one's own is looked into.
                 Err(e)
                     if failed(&e).kind() == ErrorKind::NotFound
                         && begun.elapsed() < SOCKET_DELAY
-                        && !mounts::is_dead(&mount.target) =>
+                        && (user != geteuid().as_raw() || !mounts::is_dead(&mount.target)) =>
                 {
                     thread::sleep(Duration::from_millis(5));
                 }
                 Err(e) => return Err(failed(&e)),
             }
         };
-        check_dir(path.parent().unwrap_or(Path::new("/")), user)?;
-        Ok(Self { stream, target: mount.target.clone() })
+        Ok(Self { stream, target: mount.target.clone(), received: Vec::new() })
     }
 
     /// Sends a request and waits for its answer.
+    ///
+    /// # Errors
+    /// Also if none comes in the time that the request allows.
     pub fn ask(&mut self, request: &Request) -> Result<Answer> {
         send(&mut self.stream, request)
             .map_err(|e| Error::io("asking the daemon", &e).in_file(&self.target))?;
-        self.answer()
-    }
-
-    /// Waits for an answer for a limited time; `None` if there is none yet.
-    pub fn answer_within(&mut self, time: Duration) -> Result<Option<Answer>> {
-        let limit = |time| self.stream.set_read_timeout(time);
-        limit(Some(time)).map_err(|e| Error::io("waiting for the daemon", &e))?;
-        // Only looks, so that an answer arriving in parts is not torn by the end of the time.
-        let waited = peek(&self.stream);
-        limit(None).map_err(|e| Error::io("waiting for the daemon", &e))?;
-        match waited {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            _ => self.answer().map(Some),
+        let patience = request.patience();
+        match self.answer_within(patience)? {
+            Some(answer) => Ok(answer),
+            None => {
+                let seconds = patience.as_secs();
+                let what =
+                    format!("its daemon ({}) did not answer within {seconds} s", self.named());
+                Err(Error::new(ErrorKind::Io, what).in_file(&self.target))
+            }
         }
     }
 
-    /// Waits for an answer.
-    pub fn answer(&mut self) -> Result<Answer> {
-        receive(&self.stream).map_err(|e| {
-            let error = match e.kind() {
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
-                    Error::new(ErrorKind::Io, "the daemon died before it answered")
-                }
-                _ => Error::io("waiting for the daemon", &e),
+    /// Waits for an answer for a limited time; `None` if there is none yet.
+    ///
+    /// # Errors
+    /// At once if the daemon is dead or was stopped.
+    pub fn answer_within(&mut self, time: Duration) -> Result<Option<Answer>> {
+        let failed = |e: &io::Error| Error::io("waiting for the daemon", e);
+        let begun = Instant::now();
+        loop {
+            if let Some(end) = self.received.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=end).collect();
+                let answer = serde_json::from_slice(&line);
+                return answer.map(Some).map_err(|e| failed(&e.into()).in_file(&self.target));
+            }
+            let Some(left) = time.checked_sub(begun.elapsed()).filter(|left| !left.is_zero())
+            else {
+                return Ok(None);
             };
-            error.in_file(&self.target)
-        })
+            let limited = self.stream.set_read_timeout(Some(left.min(LOOK)));
+            limited.map_err(|e| failed(&e).in_file(&self.target))?;
+            let mut part = [0; 4096];
+            match self.stream.read(&mut part) {
+                Ok(len) if len > 0 && self.received.len() as u64 <= MAX_LINE => {
+                    self.received.extend_from_slice(&part[..len]);
+                }
+                Ok(_) => return Err(self.died()),
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(self.died()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.refuse_stopped()?,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(failed(&e).in_file(&self.target)),
+            }
+        }
+    }
+
+    fn died(&self) -> Error {
+        Error::new(ErrorKind::Io, "the daemon died before it answered").in_file(&self.target)
+    }
+
+    /// Fails if somebody stopped the daemon, which then answers nobody.
+    fn refuse_stopped(&self) -> Result<()> {
+        let Some(process) = self.process() else { return Ok(()) };
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        // The name of the program, in brackets, may hold anything.
+        let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
+        if !state.starts_with(['T', 't']) {
+            return Ok(());
+        }
+        let what = format!("its daemon ({}) is stopped", self.named());
+        let hint = format!("`kill -CONT {process}` lets it go on");
+        Err(Error::new(ErrorKind::Io, what).in_file(&self.target).hint(hint))
+    }
+
+    fn named(&self) -> String {
+        self.process().map_or("process unknown".into(), |process| format!("process {process}"))
     }
 
     /// The daemon's process id.
@@ -451,8 +540,51 @@ impl Connection {
         getsockopt(&self.stream, sockopt::PeerCredentials).ok().map(|peer| peer.pid())
     }
 
-    /// Waits until the daemon is gone.
-    pub fn end(self) {
-        let _ = io::copy(&mut &self.stream, &mut io::sink());
+    /// Waits until the daemon is gone, as it will be in a moment.
+    pub fn end(mut self) {
+        let _ = self.answer_within(ANSWER);
     }
+}
+
+/// Refuses the socket directory of another user where a file system of his own lies in the way: what
+/// is asked of that he may leave unanswered for ever.
+fn refuse_foreign_file_system(dir: &Path, user: u32) -> Result<()> {
+    if user == 0 || user == geteuid().as_raw() {
+        return Ok(());
+    }
+    let under = mounts::mount_table()?.into_iter().filter(|mount| dir.starts_with(&mount.target));
+    let lowest = under.max_by_key(|mount| mount.target.components().count());
+    match lowest.filter(|mount| mount.fs_type.starts_with("fuse")) {
+        None => Ok(()),
+        Some(mount) => {
+            let what = format!(
+                "the runtime directory of user {user} is a mount of type {}",
+                mount.fs_type
+            );
+            Err(Error::new(ErrorKind::Denied, what).in_file(dir))
+        }
+    }
+}
+
+/// Connects to the socket at `path` in `dir`, which must be private to `user`, and neither of them a
+/// symlink. Waits no longer than [`ANSWER`] for a daemon that takes no calls.
+fn connect(dir: &Path, path: &Path, user: u32) -> io::Result<UnixStream> {
+    check_dir(dir, user).map_err(|e| match e.errno() {
+        Some(errno) => io::Error::from_raw_os_error(errno),
+        None => io::Error::other(e.to_string()),
+    })?;
+    let socket = File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC)
+        .open(path)?;
+    if !socket.metadata()?.file_type().is_socket() {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let stream = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    // It holds for connecting and for sending.
+    setsockopt(&stream, sockopt::SendTimeout, &TimeVal::seconds(ANSWER.as_secs() as i64))?;
+    let address = UnixAddr::new(&*PathBuf::from(format!("/proc/self/fd/{}", socket.as_raw_fd())))?;
+    nix::sys::socket::connect(stream.as_raw_fd(), &address)?;
+    Ok(UnixStream::from(stream))
 }

@@ -1,6 +1,6 @@
 //! The life of a mount: what is checked first, what runs beside it, how it ends.
 //!
-//! Besides fuser's threads that serve requests there are: one that flushes tables at most
+//! Besides the threads that serve requests there are: one that has tables flushed at most
 //! [`FLUSH_INTERVAL`] after their data, one for signals, one for the control socket, and the caller's, which
 //! waits for the end. A signal asks for an ordinary unmount, which fails while somebody uses the
 //! mount; the second one detaches it from the name space. Either way every image is closed only when the
@@ -42,6 +42,15 @@ use crate::storage::Access;
 /// rest is for the flush itself.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(4);
 
+/// How long a round of flushes is waited for. Those that take longer go on beside the next one.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// How long images may take to be flushed before the daemon unmounts without them.
+const PARTING: Duration = Duration::from_secs(60);
+
+/// How long requests may take that are under way when the kernel ends the session.
+const LAST_REQUESTS: Duration = Duration::from_secs(2);
+
 /// Read-ahead of the mount in KiB. The kernel's 128 KiB cost a request each.
 const READ_AHEAD_KIB: u32 = 1024;
 
@@ -69,8 +78,10 @@ pub struct MountRequest {
 /// What ends the wait of the daemon's main thread.
 #[derive(Debug, Clone, Copy)]
 pub enum Event {
-    /// The kernel ended the session.
+    /// The kernel ended the session, and every request is answered.
     Unmounted,
+    /// A thread that serves the session has ended; others may still be at work on a request.
+    Ending,
     /// Somebody wants the daemon to stop.
     Signal(i32),
 }
@@ -197,18 +208,43 @@ impl Prepared {
         })
     }
 
+    /// Waits for the end of the session.
     fn wait(&self, events: &mpsc::Receiver<Event>, device: &str) {
         let mut asked = 0;
-        while let Ok(Event::Signal(signal)) = events.recv() {
-            asked += 1;
-            log::info!("signal {signal}: flushing and unmounting");
-            notify("STOPPING=1");
-            // Failures are kept, and reported at the end.
-            self.tree.flush_all();
-            if let Err(e) = unmount_own(device, asked > 1) {
-                log::error!("{e}; a second signal unmounts all the same");
-                notify(&format!("READY=1\nSTATUS={e}"));
+        loop {
+            match events.recv() {
+                Ok(Event::Signal(signal)) => {
+                    asked += 1;
+                    self.leave(signal, asked > 1, device);
+                }
+                Ok(Event::Ending) => return wait_for_requests(events),
+                Ok(Event::Unmounted) | Err(_) => return,
             }
+        }
+    }
+
+    /// Flushes and unmounts because a signal says so.
+    fn leave(&self, signal: i32, lazy: bool, device: &str) {
+        log::info!("signal {signal}: flushing and unmounting");
+        notify("STOPPING=1");
+        // Failures are kept, and reported at the end.
+        self.tree.flush_all(PARTING);
+        if let Err(e) = unmount_own(device, lazy) {
+            log::error!("{e}; a second signal unmounts all the same");
+            notify(&format!("READY=1\nSTATUS={e}"));
+        }
+    }
+}
+
+/// Gives requests the time to end that are under way at the end of the session. One that hangs must not
+/// keep the other images from being closed.
+fn wait_for_requests(events: &mpsc::Receiver<Event>) {
+    let begun = Instant::now();
+    while let Some(left) = LAST_REQUESTS.checked_sub(begun.elapsed()) {
+        match events.recv_timeout(left) {
+            Ok(Event::Unmounted) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(_) => {}
+            Err(RecvTimeoutError::Timeout) => log::warn!("a request does not end"),
         }
     }
 }
@@ -357,32 +393,33 @@ fn forward_signals(events: Sender<Event>) -> Result<()> {
 }
 
 /// Flushes the images' tables every [`FLUSH_INTERVAL`] until the returned sender is dropped. When
-/// systemd watches the daemon, each round that ends is a sign of life, unless something hangs.
+/// systemd watches the daemon, each round is a sign of life, unless something hangs.
 fn start_flusher(tree: Arc<Tree>) -> Result<Sender<()>> {
     let mut watchdog = Watchdog::wanted();
     let patience = watchdog.as_ref().map(|watchdog| watchdog.patience);
     let interval = patience.map_or(FLUSH_INTERVAL, |time| FLUSH_INTERVAL.min(time / 2));
     let (sender, ended) = mpsc::channel::<()>();
     start_thread("flush", move || {
-        while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-            tree.flush_tables();
-            tree.watch_names();
+        let mut round = Duration::ZERO;
+        let rest = |round| interval.saturating_sub(round);
+        while ended.recv_timeout(rest(round)) == Err(RecvTimeoutError::Timeout) {
+            let begun = Instant::now();
+            tree.look_after_images(ROUND.min(interval / 2));
             if let Some(watchdog) = &mut watchdog {
                 watchdog.feed(&tree);
             }
+            round = begun.elapsed();
         }
     })?;
     Ok(sender)
 }
 
-/// systemd's watchdog. A request counts as hung once it has been under way for as long as systemd
-/// waits for a sign of life. Slow disks may take that long; where a request never ends, systemd ends
-/// the daemon after twice that time or little more.
+/// systemd's watchdog. A request or flush counts as hung once it has been under way for as long as
+/// systemd waits for a sign of life. Slow disks may take that long; where it never ends, systemd ends the
+/// daemon after twice that time or little more.
 struct Watchdog {
     /// How long systemd waits for a sign of life.
     patience: Duration,
-    /// When all that was begun a round earlier had ended.
-    beaten: Instant,
     hangs: bool,
 }
 
@@ -393,16 +430,12 @@ impl Watchdog {
         let time = number("WATCHDOG_USEC").filter(|time| *time > 0)?;
         let own = u64::from(std::process::id());
         let meant = number("WATCHDOG_PID").is_none_or(|process| process == own);
-        let patience = Duration::from_micros(time);
-        meant.then(|| Self { patience, beaten: Instant::now(), hangs: false })
+        meant.then(|| Self { patience: Duration::from_micros(time), hangs: false })
     }
 
     /// Gives a sign of life if there is life in all that is asked of `tree`.
     fn feed(&mut self, tree: &Tree) {
-        if tree.pulse.beat() {
-            self.beaten = Instant::now();
-        }
-        let hangs = self.beaten.elapsed() >= self.patience;
+        let hangs = !tree.under_way.longer_than(self.patience).is_empty();
         if !hangs {
             notify("WATCHDOG=1");
         } else if !self.hangs {

@@ -9,17 +9,17 @@
 //! images that have it open among their parents; and by its id, to images that name the id, whether
 //! they find it or not.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::Metadata;
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::mounts;
-use super::source::{self, Place, Stamp, identity};
+use super::source::{self, BELIEVED, Place, Stamp, identity};
 use crate::disk::map::DiskRange;
 use crate::error::{Error, Result};
 use crate::formats::{self, Id, Identity, Image, ImageInfo, Label, OpenOptions};
@@ -27,11 +27,11 @@ use crate::storage::permissions::Permissions;
 use crate::storage::reach::{Reach, Root};
 use crate::storage::{Access, FileIdentity, Host};
 
-/// How long a failure to open is believed.
-const FAILURE_LIFE: Duration = Duration::from_secs(1);
-
-/// Images remembered at most; beyond that the cache starts again from nothing.
+/// Images remembered at most; beyond that the cache starts again from nothing, but for open ones.
 const MAX_KNOWN: usize = 1 << 17;
+
+/// Bytes that what is remembered of images may take, about; beyond that the same happens.
+const MAX_BYTES: usize = 32 << 20;
 
 /// What opening an image tells.
 #[derive(Debug)]
@@ -131,6 +131,42 @@ impl Facts {
             })
         })
     }
+}
+
+impl Facts {
+    /// Bytes of memory that they take, about. Most of an image's descriptor may be in them.
+    fn weight(&self) -> usize {
+        let paths = self.files.iter().chain(&self.info.extents);
+        let paths = paths.chain(self.parents.iter().map(|(path, _)| path));
+        let texts = self.info.warnings.iter().map(|text| text.len() + size_of::<String>());
+        let paths = paths.map(|path| path.as_os_str().len() + size_of::<PathBuf>() + ALLOCATION);
+        let details = self.info.details.iter().map(|(name, value)| name.len() + weight_of(value));
+        let damage = self.damage.len() * size_of::<DiskRange>();
+        size_of::<Self>() + paths.chain(texts).chain(details).sum::<usize>() + damage
+    }
+}
+
+/// What an allocation costs besides its contents, about.
+const ALLOCATION: usize = 16;
+
+/// What a node of a JSON object takes, with room for some fields, and how many are in one as a rule.
+const NODE: usize = 11 * (size_of::<String>() + size_of::<serde_json::Value>()) + ALLOCATION;
+const NODE_FIELDS: usize = 8;
+
+/// Bytes of memory that a JSON value takes, about.
+fn weight_of(value: &serde_json::Value) -> usize {
+    use serde_json::Value;
+    let inside = match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+        Value::String(text) => text.len() + ALLOCATION,
+        Value::Array(values) => values.iter().map(weight_of).sum(),
+        Value::Object(fields) => {
+            let texts =
+                |(name, value): (&String, &Value)| name.len() + ALLOCATION + weight_of(value);
+            fields.len().div_ceil(NODE_FIELDS) * NODE + fields.iter().map(texts).sum::<usize>()
+        }
+    };
+    size_of::<Value>() + inside
 }
 
 /// [`Reach::look`] at a file that is still the one it was.
@@ -234,6 +270,8 @@ pub struct FactsCache {
     opener: Box<dyn Opener>,
     scratch: Option<PathBuf>,
     known: Mutex<Known>,
+    /// Images that [`Self::examine_within`] looks at now.
+    looks: (Mutex<HashSet<PathBuf>>, Condvar),
 }
 
 #[derive(Default)]
@@ -243,6 +281,8 @@ struct Known {
     children: HashMap<FileIdentity, BTreeSet<Key>>,
     /// The images whose parent has this id.
     named: HashMap<Id, BTreeSet<Key>>,
+    /// Bytes that the facts in `images` take, about.
+    bytes: usize,
 }
 
 /// An image by its path, and by who must be able to open it.
@@ -255,8 +295,8 @@ fn key(place: &Place) -> Key {
 struct Entry {
     place: Place,
     stamp: Stamp,
-    /// Whether `stamp` tells the contents looked at from all later ones.
-    settled: bool,
+    /// How long the contents looked at may be taken for the present ones while `stamp` is the file's.
+    life: Duration,
     looked: Instant,
     /// Open images are not looked at: what is known of them holds while they are.
     pins: u32,
@@ -266,11 +306,15 @@ struct Entry {
 }
 
 impl Entry {
+    fn weight(&self) -> usize {
+        size_of::<Self>() + self.outcome.as_ref().map_or(0, |facts| facts.weight())
+    }
+
     fn holds(&self, stamp: &Stamp) -> bool {
         match &self.outcome {
             Ok(_) if self.pins > 0 => self.stamp.identity == stamp.identity,
-            Ok(_) => self.settled && self.stamp == *stamp,
-            Err(_) => self.looked.elapsed() < FAILURE_LIFE && self.stamp == *stamp,
+            Ok(_) => self.looked.elapsed() < self.life && self.stamp == *stamp,
+            Err(_) => self.looked.elapsed() < BELIEVED && self.stamp == *stamp,
         }
     }
 }
@@ -299,7 +343,7 @@ impl Entry {
 impl FactsCache {
     /// An empty cache over `opener`. With a directory for `scratch` files, images are never written.
     pub fn new(opener: Box<dyn Opener>, scratch: Option<PathBuf>) -> Self {
-        Self { opener, scratch, known: Mutex::default() }
+        Self { opener, scratch, known: Mutex::default(), looks: Default::default() }
     }
 
     /// Where what is written goes, if not to the images.
@@ -335,7 +379,7 @@ impl FactsCache {
         {
             return entry.outcome.clone();
         }
-        let settled = stamp.settled();
+        let life = stamp.life();
         let outcome = self.opener.open(place, Access::Peek);
         let outcome = outcome.map(|image| Arc::new(self.facts_of(place, &image)));
         let label = match &outcome {
@@ -352,9 +396,28 @@ impl FactsCache {
         }
         let (place, looked) = (place.clone(), Instant::now());
         let pins = 0;
-        let entry = Entry { place, stamp, settled, looked, pins, outcome: outcome.clone(), label };
+        let entry = Entry { place, stamp, life, looked, pins, outcome: outcome.clone(), label };
         known.insert(key, entry);
         outcome
+    }
+
+    /// [`Self::examine`] that gives up where the image does not answer within `patience` to somebody
+    /// else who looks at it: so only one such look hangs.
+    pub fn examine_within(&self, place: &Place, patience: Duration) -> Option<Result<Arc<Facts>>> {
+        let path = place.path();
+        let begun = Instant::now();
+        {
+            let mut looks = self.looks.0.lock();
+            while looks.contains(&path) {
+                let time = patience.checked_sub(begun.elapsed())?;
+                self.looks.1.wait_for(&mut looks, time);
+            }
+            looks.insert(path.clone());
+        }
+        let facts = self.examine(place);
+        self.looks.0.lock().remove(&path);
+        self.looks.1.notify_all();
+        Some(facts)
     }
 
     /// Whether the image is known not to open; never looks.
@@ -373,7 +436,7 @@ impl FactsCache {
         let pins = known.images.get(&key).filter(same).map_or(0, |entry| entry.pins) + 1;
         let (place, looked) = (place.clone(), Instant::now());
         let (label, outcome) = (Some(facts.label.clone()), Ok(facts));
-        let entry = Entry { place, stamp, settled: false, looked, pins, outcome, label };
+        let entry = Entry { place, stamp, life: Duration::ZERO, looked, pins, outcome, label };
         known.insert(key, entry);
     }
 
@@ -421,8 +484,10 @@ impl FactsCache {
 
 impl Known {
     fn insert(&mut self, key: Key, entry: Entry) {
-        if self.images.len() >= MAX_KNOWN {
+        let weight = entry.weight();
+        if self.images.len() >= MAX_KNOWN || self.bytes + weight > MAX_BYTES {
             self.images.retain(|_, entry| entry.pins > 0);
+            self.bytes = self.images.values().map(Entry::weight).sum();
             self.children.clear();
             self.named.clear();
             let kept: Vec<_> = self.images.keys().cloned().collect();
@@ -430,6 +495,7 @@ impl Known {
         }
         self.remove(&key);
         self.images.insert(key.clone(), entry);
+        self.bytes += weight;
         self.note_parents(&key);
     }
 
@@ -445,6 +511,7 @@ impl Known {
 
     fn remove(&mut self, key: &Key) {
         let Some(entry) = self.images.remove(key) else { return };
+        self.bytes = self.bytes.saturating_sub(entry.weight());
         for identity in entry.parents() {
             take_out(&mut self.children, &identity, key);
         }

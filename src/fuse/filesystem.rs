@@ -1,12 +1,14 @@
 //! `impl fuser::Filesystem`: unpack the request, call the [`Tree`], reply. No decisions.
 //!
-//! Reads use one page-aligned buffer per thread and one reply; nothing is allocated per request.
+//! Reads use one page-aligned buffer per thread and one reply; nothing is allocated for them.
+//!
+//! Whatever may ask the host for something goes through [`Shell::serve`], so that a host that does not
+//! answer holds up only those who wait for it.
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fmt::Display;
 use std::io;
-use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -23,9 +25,9 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::daemon::Event;
 use super::errno::errno;
+use super::lanes::Lanes;
 use super::options::MountOptions;
 use super::passthrough::Passthrough;
-use super::pulse::Work;
 use super::tree::{Attributes, Kind, Tree, Wanted};
 use crate::error::{Error, ErrorKind};
 
@@ -36,8 +38,10 @@ const TTL: Duration = Duration::from_secs(1);
 /// Largest read and write request. The kernel's own limit is 256 pages by default.
 pub const MAX_REQUEST: u32 = 1 << 20;
 
-/// Requests that may be under way in the background (read-ahead, asynchronous direct I/O).
-const MAX_BACKGROUND: u16 = 64;
+/// Requests that may be under way in the background (read-ahead, asynchronous direct I/O). Above that
+/// the kernel holds back the rest, whatever image they are for: a loop device whose image hangs has
+/// some 128 of them under way.
+const MAX_BACKGROUND: u16 = 1024;
 
 #[derive(FromBytes, IntoBytes, Clone)]
 #[repr(C, align(4096))]
@@ -50,43 +54,68 @@ thread_local! {
 /// The file system that fuser serves.
 pub struct Shell {
     tree: Arc<Tree>,
+    lanes: Lanes,
     writeback: bool,
     /// Present where the kernel may read by itself.
-    passthrough: Option<Passthrough>,
+    passthrough: Option<Arc<Passthrough>>,
     /// Told when the kernel ended the session.
     ended: Sender<Event>,
 }
 
+thread_local! {
+    /// Tells of the end of this thread, which ends with the session.
+    static END: RefCell<Option<End>> = const { RefCell::new(None) };
+}
+
+struct End(Sender<Event>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.0.send(Event::Ending);
+    }
+}
+
 impl Shell {
-    /// Serves `tree`; `ended` hears of the end of the session.
-    pub fn new(tree: Arc<Tree>, options: &MountOptions, ended: Sender<Event>) -> Self {
+    /// Serves `tree` by `threads` threads; `ended` hears of the end of the session.
+    pub fn new(
+        tree: Arc<Tree>,
+        options: &MountOptions,
+        threads: usize,
+        ended: Sender<Event>,
+    ) -> Self {
         // The kernel would write to the image whatever layer is above it by then.
         let passthrough = options.passthrough && options.nonpersistent.is_none();
         Self {
             tree,
+            lanes: Lanes::new(threads),
             writeback: options.writeback,
-            passthrough: passthrough.then(Passthrough::default),
+            passthrough: passthrough.then(Arc::default),
             ended,
         }
     }
 
-    /// The tree, for the length of a request.
-    fn tree(&self) -> Busy<'_> {
-        Busy { tree: &self.tree, _work: self.tree.pulse.work() }
+    /// Serves a request about inode `ino`: here, or, so that somebody reads on, by another thread.
+    fn serve(&self, ino: INodeNo, act: impl FnOnce(&Tree) + Send + 'static) {
+        self.serve_with(ino, &[], |tree, _| act(tree));
     }
-}
 
-/// A tree at work on a request.
-struct Busy<'a> {
-    tree: &'a Tree,
-    _work: Work<'a>,
-}
-
-impl Deref for Busy<'_> {
-    type Target = Tree;
-
-    fn deref(&self) -> &Tree {
-        self.tree
+    /// [`Self::serve`] with data that belongs to the request.
+    fn serve_with(
+        &self,
+        ino: INodeNo,
+        data: &[u8],
+        act: impl FnOnce(&Tree, &[u8]) + Send + 'static,
+    ) {
+        END.with_borrow_mut(|end| _ = end.get_or_insert_with(|| End(self.ended.clone())));
+        if let Some(_serving) = self.lanes.serve() {
+            let _work = self.tree.under_way.begin(ino.0);
+            return act(&self.tree, data);
+        }
+        let (tree, data) = (self.tree.clone(), data.to_vec());
+        self.lanes.hand_over(move || {
+            let _work = tree.under_way.begin(ino.0);
+            act(&tree, &data);
+        });
     }
 }
 
@@ -176,21 +205,22 @@ impl Filesystem for Shell {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.tree().lookup(parent.0, name) {
+        let name = name.to_owned();
+        self.serve(parent, move |tree| match tree.lookup(parent.0, &name) {
             Ok(found) => reply.entry(&TTL, &file_attr(&found), Generation(0)),
             Err(e) => reply.error(failed("lookup", &e)),
-        }
+        });
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        self.tree().forget(ino.0, nlookup);
+        self.tree.forget(ino.0, nlookup);
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        match self.tree().attributes(ino.0) {
+        self.serve(ino, move |tree| match tree.attributes(ino.0) {
             Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
             Err(e) => reply.error(failed("stat", &e)),
-        }
+        });
     }
 
     fn setattr(
@@ -211,21 +241,21 @@ impl Filesystem for Shell {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let tree = self.tree();
-        let done = size.map_or(Ok(false), |size| tree.truncate(ino.0, fh.map(|fh| fh.0), size));
-        let changed =
-            done.and_then(|done| tree.change(ino.0, size.filter(|_| !done), mode, (uid, gid)));
-        match changed {
-            Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
-            Err(e) => reply.error(failed("change of attributes", &e)),
-        }
+        self.serve(ino, move |tree| {
+            let done = size.map_or(Ok(false), |size| tree.truncate(ino.0, fh.map(|fh| fh.0), size));
+            let size = |done: bool| size.filter(|_| !done);
+            match done.and_then(|done| tree.change(ino.0, size(done), mode, (uid, gid))) {
+                Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
+                Err(e) => reply.error(failed("change of attributes", &e)),
+            }
+        });
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        match self.tree().link_target(ino.0) {
+        self.serve(ino, move |tree| match tree.link_target(ino.0) {
             Ok(target) => reply.data(target.as_os_str().as_encoded_bytes()),
             Err(e) => reply.error(failed("readlink", &e)),
-        }
+        });
     }
 
     fn symlink(
@@ -239,55 +269,60 @@ impl Filesystem for Shell {
         if !super::is_master(req.uid()) {
             return reply.error(Errno::EPERM);
         }
-        match self.tree().link(parent.0, link_name, target) {
+        let (name, target) = (link_name.to_owned(), target.to_owned());
+        self.serve(parent, move |tree| match tree.link(parent.0, &name, &target) {
             // Not to be remembered: the next lookup finds a flat file under this name.
             Ok(link) => reply.entry(&Duration::ZERO, &file_attr(&link), Generation(0)),
             Err(e) => reply.error(failed("symlink", &e)),
-        }
+        });
     }
 
     fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         if !super::is_master(req.uid()) {
             return reply.error(Errno::EPERM);
         }
-        match self.tree().unpin(parent.0, name) {
+        let name = name.to_owned();
+        self.serve(parent, move |tree| match tree.unpin(parent.0, &name) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("unlink", &e)),
-        }
+        });
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
         let read = flags.acc_mode() != OpenAccMode::O_WRONLY;
         let truncate = flags.0 & libc::O_TRUNC != 0;
-        if let Some(passthrough) = self.passthrough.as_ref().filter(|_| truncate) {
-            passthrough.wait_for_release(ino.0);
-        }
-        match self.tree().open_as(ino.0, Wanted { write, read, truncate }) {
-            Ok(opened) => {
-                let mut flags = FopenFlags::empty();
-                flags.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_cache);
-                flags.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct);
-                // Nothing to report at the close of a file that was only read.
-                flags.set(FopenFlags::FOPEN_NOFLUSH, !write);
-                flags.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, write);
-                match &self.passthrough {
-                    Some(passthrough) if truncate => {
-                        if !passthrough.reply_without(reply, ino.0, opened.handle, flags) {
-                            let _ = self.tree().release(ino.0, opened.handle);
-                        }
-                    }
-                    Some(passthrough) => {
-                        // Asked at every open: an inode that is passed through stays so, even
-                        // when the kernel has refused others since, and writes must be watched.
-                        let file = self.tree().lend(ino.0, write);
-                        passthrough.reply(reply, ino.0, opened.handle, flags, file);
-                    }
-                    None => reply.opened(FileHandle(opened.handle), flags),
-                }
+        let passthrough = self.passthrough.clone();
+        self.serve(ino, move |tree| {
+            if let Some(passthrough) = passthrough.as_ref().filter(|_| truncate) {
+                passthrough.wait_for_release(ino.0);
             }
-            Err(e) => reply.error(failed("open", &e)),
-        }
+            match tree.open_as(ino.0, Wanted { write, read, truncate }) {
+                Ok(opened) => {
+                    let mut flags = FopenFlags::empty();
+                    flags.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_cache);
+                    flags.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct);
+                    // Nothing to report at the close of a file that was only read.
+                    flags.set(FopenFlags::FOPEN_NOFLUSH, !write);
+                    flags.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, write);
+                    match passthrough {
+                        Some(passthrough) if truncate => {
+                            if !passthrough.reply_without(reply, ino.0, opened.handle, flags) {
+                                let _ = tree.release(ino.0, opened.handle);
+                            }
+                        }
+                        Some(passthrough) => {
+                            // Asked at every open: an inode that is passed through stays so, even
+                            // when the kernel has refused others since, and writes must be watched.
+                            let file = tree.lend(ino.0, write);
+                            passthrough.reply(reply, ino.0, opened.handle, flags, file);
+                        }
+                        None => reply.opened(FileHandle(opened.handle), flags),
+                    }
+                }
+                Err(e) => reply.error(failed("open", &e)),
+            }
+        });
     }
 
     fn read(
@@ -301,18 +336,21 @@ impl Filesystem for Shell {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        BUFFER.with_borrow_mut(|pages| {
-            let needed = (size as usize).div_ceil(size_of::<Page>());
-            if pages.len() < needed {
-                pages.resize(needed, Page([0; 4096]));
-            }
-            let buf = &mut pages.as_mut_slice().as_mut_bytes()[..size as usize];
-            match self.tree().read(ino.0, fh.0, offset, buf) {
-                Ok(len) => reply.data(&buf[..len]),
-                Err(e) => {
-                    reply.error(failed(format_args!("read of {size} bytes at {offset:#x}"), &e));
+        self.serve(ino, move |tree| {
+            BUFFER.with_borrow_mut(|pages| {
+                let needed = (size as usize).div_ceil(size_of::<Page>());
+                if pages.len() < needed {
+                    pages.resize(needed, Page([0; 4096]));
                 }
-            }
+                let buf = &mut pages.as_mut_slice().as_mut_bytes()[..size as usize];
+                match tree.read(ino.0, fh.0, offset, buf) {
+                    Ok(len) => reply.data(&buf[..len]),
+                    Err(e) => {
+                        reply
+                            .error(failed(format_args!("read of {size} bytes at {offset:#x}"), &e));
+                    }
+                }
+            });
         });
     }
 
@@ -328,15 +366,16 @@ impl Filesystem for Shell {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let tree = self.tree();
-        let reached = tree.reach(ino.0, fh.0, offset, data.len() as u64);
-        match reached.and_then(|()| tree.write(ino.0, offset, data)) {
-            Ok(len) => reply.written(len as u32),
-            Err(e) => {
-                let len = data.len();
-                reply.error(failed(format_args!("write of {len} bytes at {offset:#x}"), &e));
+        self.serve_with(ino, data, move |tree, data| {
+            let reached = tree.reach(ino.0, fh.0, offset, data.len() as u64);
+            match reached.and_then(|()| tree.write(ino.0, offset, data)) {
+                Ok(len) => reply.written(len as u32),
+                Err(e) => {
+                    let len = data.len();
+                    reply.error(failed(format_args!("write of {len} bytes at {offset:#x}"), &e));
+                }
             }
-        }
+        });
     }
 
     fn flush(
@@ -347,10 +386,10 @@ impl Filesystem for Shell {
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        match self.tree().flush(ino.0, fh.0) {
+        self.serve(ino, move |tree| match tree.flush(ino.0, fh.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("close", &e)),
-        }
+        });
     }
 
     fn release(
@@ -366,10 +405,10 @@ impl Filesystem for Shell {
         if let Some(passthrough) = &self.passthrough {
             passthrough.release(ino.0);
         }
-        match self.tree().release(ino.0, fh.0) {
+        self.serve(ino, move |tree| match tree.release(ino.0, fh.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("release", &e)),
-        }
+        });
     }
 
     fn fsync(
@@ -380,10 +419,10 @@ impl Filesystem for Shell {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        match self.tree().sync(ino.0) {
+        self.serve(ino, move |tree| match tree.sync(ino.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed("fsync", &e)),
-        }
+        });
     }
 
     fn fallocate(
@@ -396,19 +435,20 @@ impl Filesystem for Shell {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let tree = self.tree();
-        // Reserving space beyond what was written extends a file that is written anew.
-        let reached = match mode & libc::FALLOC_FL_KEEP_SIZE {
-            0 => tree.reach(ino.0, fh.0, offset.saturating_add(length), 0),
-            _ => Ok(()),
-        };
-        match reached.and_then(|()| tree.allocate(ino.0, offset, length, mode)) {
-            Ok(()) => reply.ok(),
-            Err(e) => {
-                let request = format_args!("fallocate of {length} bytes at {offset:#x}");
-                reply.error(failed(request, &e));
+        self.serve(ino, move |tree| {
+            // Reserving space beyond what was written extends a file that is written anew.
+            let reached = match mode & libc::FALLOC_FL_KEEP_SIZE {
+                0 => tree.reach(ino.0, fh.0, offset.saturating_add(length), 0),
+                _ => Ok(()),
+            };
+            match reached.and_then(|()| tree.allocate(ino.0, offset, length, mode)) {
+                Ok(()) => reply.ok(),
+                Err(e) => {
+                    let request = format_args!("fallocate of {length} bytes at {offset:#x}");
+                    reply.error(failed(request, &e));
+                }
             }
-        }
+        });
     }
 
     fn lseek(
@@ -424,18 +464,18 @@ impl Filesystem for Shell {
         else {
             return reply.error(Errno::EINVAL);
         };
-        match self.tree().seek(ino.0, offset, whence == libc::SEEK_DATA) {
+        self.serve(ino, move |tree| match tree.seek(ino.0, offset, whence == libc::SEEK_DATA) {
             Ok(Some(offset)) => reply.offset(offset as i64),
             Ok(None) => reply.error(Errno::ENXIO),
             Err(e) => reply.error(failed("lseek", &e)),
-        }
+        });
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.tree().open_folder(ino.0) {
+        self.serve(ino, move |tree| match tree.open_folder(ino.0) {
             Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
             Err(e) => reply.error(failed("opendir", &e)),
-        }
+        });
     }
 
     fn readdir(
@@ -446,7 +486,7 @@ impl Filesystem for Shell {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let entries = match self.tree().entries(fh.0) {
+        let entries = match self.tree.entries(fh.0) {
             Ok(entries) => entries,
             Err(e) => return reply.error(failed("readdir", &e)),
         };
@@ -467,7 +507,7 @@ impl Filesystem for Shell {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.tree().release_folder(fh.0);
+        self.tree.release_folder(fh.0);
         reply.ok();
     }
 
@@ -483,10 +523,7 @@ impl Filesystem for Shell {
     }
 
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        let host = self.tree().host_dir(ino.0).and_then(|dir| {
-            nix::sys::statvfs::statvfs(&dir).map_err(|e| Error::io("statfs", &e.into()))
-        });
-        match host {
+        self.serve(ino, move |tree| match tree.host_space(ino.0) {
             Ok(host) => reply.statfs(
                 host.blocks(),
                 host.blocks_free(),
@@ -498,19 +535,20 @@ impl Filesystem for Shell {
                 host.fragment_size() as u32,
             ),
             Err(e) => reply.error(failed("statfs", &e)),
-        }
+        });
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        match self.tree().xattr(ino.0, name) {
+        let name = name.to_owned();
+        self.serve(ino, move |tree| match tree.xattr(ino.0, &name) {
             Ok(Some(value)) => reply_xattr(reply, size, &value),
             Ok(None) => reply.error(Errno::NO_XATTR),
             Err(e) => reply.error(failed("getxattr", &e)),
-        }
+        });
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        match self.tree().xattrs(ino.0) {
+        self.serve(ino, move |tree| match tree.xattrs(ino.0) {
             Ok(xattrs) => {
                 let mut names = Vec::new();
                 for (name, _) in xattrs {
@@ -520,7 +558,7 @@ impl Filesystem for Shell {
                 reply_xattr(reply, size, &names);
             }
             Err(e) => reply.error(failed("listxattr", &e)),
-        }
+        });
     }
 
     fn setxattr(

@@ -24,8 +24,9 @@
 //!
 //! The kernel may keep the pages of a flat file from one open(2) to the next only while no other
 //! program changes the image. While the image is open here the locks see to that; for the time
-//! between, the stamps of all its files (parents included) are compared. Stamps too fresh to tell
-//! two changes apart are not believed, so the first open(2) after a writing session starts cold.
+//! between, the stamps of all its files (parents included) are compared. Stamps too fresh or too coarse
+//! to tell two changes apart are not believed, so the first open(2) after a writing session starts cold,
+//! and every one where the host keeps whole seconds.
 
 use std::fs::Metadata;
 use std::io;
@@ -35,7 +36,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Mutex, RwLock};
 
 use super::facts::{Facts, FactsCache};
-use super::passthrough::KernelWrites;
+use super::passthrough::{KernelWrites, suits};
 use super::source::{Place, Stamp, identity};
 use crate::disk::map::DiskRange;
 use crate::disk::tables::CacheStats;
@@ -44,7 +45,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::runs::merge;
 use crate::storage::{Access, FileIdentity, Storage, file};
 
-/// A flat file's image. Locks, outermost first: `opens`, `current`.
+/// A flat file's image. Locks, outermost first: `flushing` or `describing`, `opens`, `current`.
 #[derive(Debug)]
 pub struct ImageFile {
     /// Where the image is.
@@ -67,6 +68,10 @@ pub struct ImageFile {
     last: Mutex<Option<Metadata>>,
     /// What the kernel keeps of the file is old.
     old_pages: AtomicBool,
+    /// Held by whoever flushes it for the daemon. Before `opens`.
+    pub flushing: Mutex<()>,
+    /// Held by whoever describes it for `status`. Before `opens`.
+    pub describing: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -160,6 +165,8 @@ impl ImageFile {
             damaged: Mutex::default(),
             last: Mutex::default(),
             old_pages: AtomicBool::new(false),
+            flushing: Mutex::default(),
+            describing: Mutex::default(),
         }
     }
 
@@ -434,7 +441,7 @@ impl ImageFile {
         let current = self.current.read();
         let open = current.as_ref()?;
         let file = open.disk.flat_file()?;
-        if file.len().ok()? != open.disk.size() {
+        if file.len().ok()? != open.disk.size() || !file.host_file().is_some_and(suits) {
             return None;
         }
         if write && open.kernel_writes.get().is_none() {

@@ -9,7 +9,9 @@
 //! handed      mounts that somebody else made for the daemon
 //! filesystem  requests of the kernel -> tree -> replies          (fuser's types end here)
 //! passthrough flat files that the kernel reads by itself
-//! pulse       whether requests end, for the watchdog
+//! lanes       threads for requests, so that one that hangs holds up no other
+//! crew        the same work on many images, of which any may hang
+//! under_way   what does not end, for the watchdog and `status`
 //! tree        names, inode numbers, attributes, handles
 //! image       one flat file: closed, open to read, open to write
 //! facts       what is known of images that are not open
@@ -24,19 +26,21 @@
 //! nothing, `ls -l` looks at each image once.
 
 pub mod control;
+pub mod crew;
 pub mod daemon;
 pub mod errno;
 pub mod facts;
 mod filesystem;
 mod handed;
 pub mod image;
+mod lanes;
 pub mod mounts;
 pub mod options;
 mod passthrough;
 mod privileges;
-mod pulse;
 pub mod source;
 pub mod tree;
+mod under_way;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -75,7 +79,7 @@ impl Mounted {
         events: Sender<daemon::Event>,
     ) -> Result<Self> {
         let failed = |e: io::Error| mount_failed(&e).in_file(mountpoint);
-        let shell = Shell::new(tree.clone(), options, events);
+        let shell = Shell::new(tree.clone(), options, threads(options), events);
         let config = config(source, options);
         let session = match handed {
             // Whoever mounted said who may use it, and the kernel sees to that.
@@ -135,12 +139,16 @@ fn config(source: &str, options: &MountOptions) -> Config {
         Allowed::Root => SessionACL::RootAndOwner,
         Allowed::Other => SessionACL::All,
     };
-    config.n_threads = Some(options.threads.unwrap_or_else(default_threads));
+    config.n_threads = Some(threads(options));
     config.clone_fd = true;
     config
 }
 
-/// Enough that a few long requests (fsync, a large discard) leave somebody to serve the rest.
+/// Threads that read requests: enough that a few long ones (fsync, a large discard) keep nobody waiting.
+fn threads(options: &MountOptions) -> usize {
+    options.threads.unwrap_or_else(default_threads)
+}
+
 fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(4, 16)
 }

@@ -10,7 +10,9 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
@@ -26,6 +28,9 @@ use crate::storage::user;
 
 /// The type of our mounts in mount tables.
 pub const FS_TYPE: &str = "fuse.flatdisk";
+
+/// How long a look at a mount may take.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// A mount, as `/proc/self/mountinfo` has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -208,11 +213,17 @@ pub fn absolute(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Whether nobody answers at `path` any more.
+/// Whether nobody answers at `path` any more. A daemon that takes its time is not dead.
 pub fn is_dead(path: &Path) -> bool {
-    // The kernel remembers attributes for a while, also when nobody is left who could know them.
-    let gone = [Errno::ENOTCONN, Errno::ECONNABORTED];
-    statvfs(path).is_err_and(|e| gone.contains(&e))
+    let path = path.to_owned();
+    let (sender, answer) = mpsc::channel();
+    // The kernel waits for an answer without an end.
+    let asked = thread::Builder::new().name("look".into()).spawn(move || {
+        // It remembers attributes for a while, also when nobody is left who could know them.
+        let gone = [Errno::ENOTCONN, Errno::ECONNABORTED];
+        sender.send(statvfs(&path).is_err_and(|e| gone.contains(&e)))
+    });
+    asked.is_ok() && answer.recv_timeout(LOOK).unwrap_or(false)
 }
 
 /// Unmounts `target`, as root directly, else through fusermount3. `Busy` if it is in use.

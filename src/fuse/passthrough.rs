@@ -3,7 +3,9 @@
 //! That is right only where the flat file *is* a host file, byte for byte and to the last byte: the
 //! image is one extent as long as the disk, with no layer above it. The kernel wants all opens of an
 //! inode to be of this kind while one is, so the first one decides; the first refusal (it needs root
-//! and Linux 6.9) ends all attempts.
+//! and Linux 6.9) ends all attempts. A file is not passed through where its file system keeps whole
+//! seconds (what the kernel wrote would not show in its times), where that is a FUSE itself, or where it
+//! does not take direct I/O, which a program's open(2) may ask for.
 //!
 //! What the daemon no longer sees, [`KernelWrites`] finds out from the file afterwards: that
 //! something was written (then the image's identifiers are renewed and a flush syncs the file), and
@@ -15,12 +17,13 @@ use std::collections::hash_map::Entry;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, ReplyOpen};
+use nix::sys::statfs::fstatfs;
 use parking_lot::{Condvar, Mutex};
 
 use super::source::{CLOCK_STEP, Stamp};
@@ -138,10 +141,27 @@ impl Passthrough {
 /// so it must not be the file that carries the image's locks. It opens it again for each program with
 /// that program's flags; direct I/O may be among them, so the file must take that.
 fn reopened(file: &File) -> io::Result<File> {
-    OpenOptions::new()
+    let own = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
-        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    // Some say that they cannot only when something is read.
+    own.read_at(&mut Page([0; 4096]).0, 0)?;
+    Ok(own)
+}
+
+/// Memory as direct I/O wants it.
+#[repr(C, align(4096))]
+struct Page([u8; 4096]);
+
+/// What statfs(2) calls FUSE file systems.
+const FUSE: u64 = 0x6573_5546;
+
+/// Whether the file system of `file` lets the kernel's writes be found out, and is none that a program
+/// serves.
+pub fn suits(file: &File) -> bool {
+    let told = file.metadata().is_ok_and(|meta| !Stamp::of(&meta).coarse());
+    told && fstatfs(file).is_ok_and(|host| host.filesystem_type().0 as u64 != FUSE)
 }
 
 /// What the kernel wrote into an image behind the daemon's back.

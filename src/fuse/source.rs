@@ -15,7 +15,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::dir::Dir;
 use nix::fcntl::{OFlag, readlinkat};
@@ -39,6 +39,13 @@ const MAX_DESCRIPTOR: u64 = 64 << 10;
 /// leave the same stamp.
 pub const CLOCK_STEP: Duration = Duration::from_millis(50);
 
+/// The steps of file systems that keep whole seconds, or even ones, and a little more.
+const COARSE_STEP: Duration = Duration::from_millis(2500);
+
+/// How long anything is believed that may have changed without a sign. The kernel believes names and
+/// attributes for as long.
+pub const BELIEVED: Duration = Duration::from_secs(1);
+
 /// What tells a file's contents from other contents without reading them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
@@ -60,12 +67,34 @@ impl Stamp {
         }
     }
 
-    /// Whether the last change is old enough for the next one to show in the stamp.
+    /// Whether the host keeps whole seconds only, or even ones, as some file systems and network
+    /// protocols do: a later change need not show in such a stamp.
+    pub fn coarse(&self) -> bool {
+        // Programs can set the other time to whole seconds.
+        self.ctime.1 == 0
+    }
+
+    /// Whether the last change is old enough for every later one to show in the stamp. With coarse times
+    /// never: how old a change is, only the clock that told its time knows, and that may be another
+    /// machine's.
     pub fn settled(&self) -> bool {
+        !self.coarse() && self.older_than(CLOCK_STEP)
+    }
+
+    /// How long what was read just now may be believed while the stamp stays this one.
+    pub fn life(&self) -> Duration {
+        match self.settled() {
+            true => Duration::MAX,
+            false if self.coarse() && self.older_than(COARSE_STEP) => BELIEVED,
+            false => Duration::ZERO,
+        }
+    }
+
+    fn older_than(&self, step: Duration) -> bool {
         let (seconds, nanos) = self.ctime.max(self.mtime);
         let Ok(seconds) = u64::try_from(seconds) else { return true };
         let changed = UNIX_EPOCH + Duration::new(seconds, nanos as u32);
-        SystemTime::now().duration_since(changed).is_ok_and(|age| age > CLOCK_STEP)
+        SystemTime::now().duration_since(changed).is_ok_and(|age| age > step)
     }
 }
 
@@ -216,7 +245,8 @@ impl Place {
         let dir = self.source.open_at(&self.users, &self.relative, flags)?;
         let stamp = Stamp::of(&self.stat()?);
         let mut dir = Dir::from_fd(dir)?;
-        let mut listing = Listing { stamp, settled: stamp.settled(), ..Listing::default() };
+        let read = Some((Instant::now(), stamp.life()));
+        let mut listing = Listing { stamp, read, ..Listing::default() };
         for entry in dir.iter() {
             let entry = entry?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes()).to_owned();
@@ -334,7 +364,8 @@ pub struct ImageEntry {
 #[derive(Debug, Default)]
 pub struct Listing {
     stamp: Stamp,
-    settled: bool,
+    /// When it was read, and how long it may be believed while the stamp stays the same.
+    read: Option<(Instant, Duration)>,
     /// Directories by name.
     pub folders: BTreeMap<OsString, FileIdentity>,
     /// Possible images by name.
@@ -351,7 +382,8 @@ impl Default for Stamp {
 impl Listing {
     /// Whether the directory, whose metadata is now `meta`, still has the entries listed here.
     pub fn current(&self, meta: &Metadata) -> bool {
-        self.settled && self.stamp == Stamp::of(meta)
+        let alive = self.read.is_some_and(|(read, life)| read.elapsed() < life);
+        alive && self.stamp == Stamp::of(meta)
     }
 
     /// Takes out the files that are parts of an image beside them.

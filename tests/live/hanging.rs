@@ -18,6 +18,8 @@ use super::{Mounting, mounting, outcome};
 /// More than there are requests at a time.
 const THREADS: usize = 8;
 const FILE: INodeNo = INodeNo(2);
+/// How long a request is held at most.
+const LONGEST: Duration = Duration::from_secs(120);
 const TTL: Duration = Duration::from_secs(3600);
 
 /// Requests that can hang.
@@ -46,7 +48,8 @@ impl Gate {
     fn pass(&self, kind: Kind) {
         let mut closed = self.closed.lock();
         closed.waiting += 1;
-        self.changed.wait_while(&mut closed, |closed| closed.to == Some(kind));
+        // Not for ever: a test that was killed must leave no process behind that nobody can end.
+        self.changed.wait_while_for(&mut closed, |closed| closed.to == Some(kind), LONGEST);
         closed.waiting -= 1;
     }
 }

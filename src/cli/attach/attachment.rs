@@ -33,6 +33,9 @@ use crate::names::printable;
 /// systems that are programs and end after their unmount.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long the image may take to be flushed, and then to be closed.
+const CLOSING: Duration = Duration::from_secs(60);
+
 /// How often to look whether they are done.
 const POLL: Duration = Duration::from_millis(10);
 
@@ -197,7 +200,7 @@ impl Attachment {
         }
         retry_while_busy(|| {
             while self.slot.mounted()?.is_some() {
-                failures.extend(running::try_umount(&self.slot.mount_dir(), false)?);
+                failures.extend(running::try_umount(&self.slot.mount_dir(), false, CLOSING)?);
             }
             Ok(())
         })?;

@@ -7,11 +7,17 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
+use nix::sys::statvfs::{Statvfs, statvfs};
+
 use super::{Attributes, Kind, Node, ROOT, Tree, What, not_permitted};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::crew::Crew;
 use crate::fuse::image::stale;
 use crate::fuse::source::Place;
 use crate::storage::permissions::Permissions;
+
+/// How long the host may take to say how much space it has.
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// What the names of all extended attributes begin with.
 const XATTR_PREFIX: &[u8] = b"user.flatdisk.";
@@ -185,7 +191,7 @@ impl Tree {
     }
 
     /// A directory of the host on whose file system `ino` lies.
-    pub fn host_dir(&self, ino: u64) -> Result<PathBuf> {
+    fn host_dir(&self, ino: u64) -> Result<PathBuf> {
         let node = self.node(ino)?;
         let place = match &node.what {
             What::Folder(place) => Some(place.clone()),
@@ -197,6 +203,24 @@ impl Tree {
                 .or_else(|| self.pinned.read().values().next().map(|p| p.place.clone())),
         };
         Ok(place.map_or(PathBuf::from("/"), |place| place.source.root().to_owned()))
+    }
+
+    /// Space and files of the host's file system on which `ino` lies: as it was, where the host does not
+    /// say how it is.
+    pub fn host_space(&self, ino: u64) -> Result<Statvfs> {
+        let (dir, turn) = (self.host_dir(ino)?, self.measuring.clone());
+        let crew = Crew::start(vec![dir], move |dir: &PathBuf| {
+            let _turn = turn.try_lock_for(ANSWER)?;
+            Some(statvfs(dir).map_err(|e| Error::io("statfs", &e.into()).in_file(dir)))
+        });
+        crew.wait(ANSWER);
+        match crew.end().into_iter().find_map(|(_, space)| space.flatten()) {
+            Some(space) => space.inspect(|space| *self.space.lock() = Some(*space)),
+            None => self
+                .space
+                .lock()
+                .ok_or_else(|| Error::new(ErrorKind::Io, "the host does not answer")),
+        }
     }
 
     pub(super) fn problem_text(&self, place: &Place) -> Result<String> {

@@ -216,7 +216,7 @@ impl Tree {
         let What::Image(image) = &node.what else { return Ok(()) };
         let released = image.release(&self.images, write);
         if let Err(e) = &released {
-            self.note_failure(e);
+            self.failures.note(e);
         }
         if node.lookups.load(Ordering::Relaxed) == 0 {
             self.forget(ino, 0);

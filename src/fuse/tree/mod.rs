@@ -21,6 +21,7 @@ mod files;
 mod names;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
@@ -33,13 +34,17 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 pub use attributes::IMAGE;
+use nix::sys::statvfs::Statvfs;
 use parking_lot::{Mutex, RwLock};
+
+use upkeep::Failures;
+pub use upkeep::ImageUsage;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::{FactsCache, Opener};
-use crate::fuse::image::{ImageFile, Usage, stale};
-use crate::fuse::pulse::Pulse;
+use crate::fuse::image::{ImageFile, stale};
 use crate::fuse::source::{Listing, Place, Source};
+use crate::fuse::under_way::UnderWay;
 use crate::storage::FileIdentity;
 use anew::Anew;
 
@@ -221,23 +226,10 @@ struct Pinned {
     folder: bool,
 }
 
-/// An image that is open, for `status`.
-#[derive(Debug)]
-pub struct ImageUsage {
-    /// The image.
-    pub path: PathBuf,
-    /// How it is in use.
-    pub usage: Usage,
-    /// Why it cannot be written through the mount, if it cannot.
-    pub read_only: Option<String>,
-    /// The files of its parents, nearest first.
-    pub parents: Vec<PathBuf>,
-}
-
 /// See the module's documentation.
 pub struct Tree {
     look: Look,
-    images: FactsCache,
+    images: Arc<FactsCache>,
     /// The directory mirrored in the root.
     mirror: Option<Place>,
     pinned: RwLock<BTreeMap<OsString, Pinned>>,
@@ -248,19 +240,19 @@ pub struct Tree {
     anew: Anew,
     /// Tells the kernel that its pages of a file are old.
     old_pages: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
-    /// Failed flushes and closes, for the end of the mount.
-    failures: Mutex<Vec<String>>,
+    failures: Arc<Failures>,
+    /// Held by whoever asks the host for its space.
+    measuring: Arc<Mutex<()>>,
+    /// What the host said last of its space.
+    space: Mutex<Option<Statvfs>>,
     /// What is asked of the tree, and of each image, counts as work here.
-    pub(super) pulse: Pulse,
+    pub(super) under_way: Arc<UnderWay>,
 }
-
-/// Failures kept at most.
-const MAX_FAILURES: usize = 64;
 
 impl Tree {
     /// A tree over `sources`, each an image or a directory.
     pub fn new(sources: &[PathBuf], opener: Box<dyn Opener>, look: Look) -> Result<Self> {
-        let images = FactsCache::new(opener, look.nonpersistent.clone());
+        let images = Arc::new(FactsCache::new(opener, look.nonpersistent.clone()));
         let mut tree = Self {
             look,
             images,
@@ -272,8 +264,10 @@ impl Tree {
             next_handle: AtomicU64::new(FIRST_HANDLE),
             anew: Anew::default(),
             old_pages: OnceLock::new(),
-            failures: Mutex::default(),
-            pulse: Pulse::default(),
+            failures: Arc::default(),
+            measuring: Arc::default(),
+            space: Mutex::default(),
+            under_way: Arc::default(),
         };
         if let [source] = sources
             && source.is_dir()
@@ -354,87 +348,6 @@ impl Tree {
         let nodes = self.nodes.read();
         let images = nodes.values().filter(|node| matches!(node.what, What::Image(_)));
         images.cloned().collect()
-    }
-
-    /// Flushes every image that was written, and returns what failed.
-    pub fn flush_all(&self) -> Vec<Error> {
-        self.flush_each(ImageFile::flush)
-    }
-
-    /// Flushes every image whose tables wait for it, and returns what failed.
-    pub fn flush_tables(&self) -> Vec<Error> {
-        self.flush_each(ImageFile::flush_tables)
-    }
-
-    fn flush_each(&self, flush: fn(&ImageFile) -> Result<()>) -> Vec<Error> {
-        let mut errors = Vec::new();
-        for node in self.opened_images() {
-            if let What::Image(image) = &node.what
-                && let Err(e) = flush(image)
-            {
-                // Without room nothing is lost before the image is closed.
-                if e.kind() != ErrorKind::NoSpace {
-                    self.note_failure(&e);
-                }
-                errors.push(e);
-            }
-        }
-        errors
-    }
-
-    /// Logs which images in use were deleted or replaced.
-    pub fn watch_names(&self) {
-        for node in self.opened_images() {
-            if let What::Image(image) = &node.what {
-                image.watch_name();
-            }
-        }
-    }
-
-    /// Closes every image; the mount is gone.
-    pub fn close_all(&self) {
-        for node in self.opened_images() {
-            if let What::Image(image) = &node.what
-                && let Err(e) = image.shut(&self.images)
-            {
-                self.note_failure(&e);
-            }
-        }
-    }
-
-    fn note_failure(&self, error: &Error) {
-        let text = error.to_string();
-        let mut failures = self.failures.lock();
-        if !failures.contains(&text) && failures.len() < MAX_FAILURES {
-            log::error!("{text}");
-            failures.push(text);
-        }
-    }
-
-    /// What failed to reach its image since the tree was made.
-    pub fn failures(&self) -> Vec<String> {
-        self.failures.lock().clone()
-    }
-
-    /// The images in use.
-    pub fn usage(&self) -> Vec<ImageUsage> {
-        let nodes = self.opened_images();
-        let used = nodes.iter().filter_map(|node| match &node.what {
-            What::Image(image) => {
-                let usage = image.usage();
-                let path = image.place.path();
-                let used = usage.readers + usage.writers > 0 || usage.throw_away.is_some();
-                // Readers may have lost the image, and then nothing is known.
-                let facts = image.known().filter(|_| used);
-                let refusal = facts.as_ref().and_then(|facts| self.may_write(image, facts).err());
-                let read_only = refusal.map(|e| e.what().to_owned());
-                let parents = facts.iter().flat_map(|facts| &facts.parents);
-                let parents = parents.map(|(path, _)| path.clone()).collect();
-                used.then_some(ImageUsage { path, usage, read_only, parents })
-            }
-            _ => None,
-        });
-        used.collect()
     }
 }
 

@@ -160,11 +160,21 @@ impl Tree {
 
     fn pinned_entries(&self, entries: &mut Vec<DirEntry>) -> Result<()> {
         let pinned = self.pinned.read().clone();
+        let images = pinned.values().filter(|pinned| !pinned.folder);
+        let facts = self.facts_of(images.map(|pinned| pinned.place.clone()).collect());
+        let mut facts = facts.into_iter();
         for (shown, Pinned { place, folder }) in pinned {
+            let facts = if folder { None } else { facts.next().flatten() };
+            if !folder && facts.is_none() {
+                // It does not answer now: only its name is known.
+                let found = Found::Image(place, FileIdentity { device: 0, inode: 0 });
+                entries.push(DirEntry { ino: found.ino(), kind: Kind::File, name: shown });
+                continue;
+            }
             let Ok(meta) = place.stat() else { continue };
             let (found, name) = if folder {
                 (Found::Folder(place, identity(&meta)), shown)
-            } else if self.images.examine(&place).is_ok() {
+            } else if facts.is_some_and(|facts| facts.is_ok()) {
                 (Found::Image(place, identity(&meta)), shown)
             } else {
                 let base = strip_suffix(&shown, &self.look.suffix).unwrap_or(&shown);
@@ -186,10 +196,9 @@ impl Tree {
         // Parts of images that only the image itself names.
         let mut parts = HashSet::new();
         if listing.images.len() <= EXAMINED {
-            for (_, place, _) in places() {
-                if let Ok(facts) = self.images.examine(&place) {
-                    parts.extend(facts.files[1..].iter().cloned());
-                }
+            let looked = self.facts_of(places().map(|(_, place, _)| place).collect());
+            for facts in looked.into_iter().flatten().flatten() {
+                parts.extend(facts.files[1..].iter().cloned());
             }
         }
         for (name, place, identity) in places() {

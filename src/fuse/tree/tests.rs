@@ -211,7 +211,7 @@ impl ParentAccess for Access {
 struct Setup {
     dir: tempfile::TempDir,
     fake: Arc<Fake>,
-    tree: Tree,
+    tree: Arc<Tree>,
 }
 
 fn look() -> Look {
@@ -238,7 +238,7 @@ fn setup_with(look: Look, images: &[(&str, &str)]) -> Setup {
     }
     let fake = Arc::new(Fake::default());
     let opener = Box::new(FakeOpener(fake.clone()));
-    let tree = Tree::new(&[dir.path().to_owned()], opener, look).unwrap();
+    let tree = Arc::new(Tree::new(&[dir.path().to_owned()], opener, look).unwrap());
     Setup { dir, fake, tree }
 }
 

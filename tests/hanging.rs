@@ -1,0 +1,244 @@
+//! One image on a file system that does not answer, and daemons that do not: nobody else waits.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod live;
+
+use std::fs::{self, File};
+use std::os::unix::fs::{DirBuilderExt, FileExt, chown};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use flatdisk::fuse::control::{Connection, Request};
+use flatdisk::fuse::mounts::MountEntry;
+use live::hanging::{HangingDisk, Kind};
+use live::{Mount, create, flatdisk, outcome, scratch, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The images that do not hang.
+const OTHERS: [&str; 3] = ["a.vhd", "b.vhdx", "c.vmdk"];
+/// More than the daemon has threads that read requests.
+const MANY: usize = 24;
+
+fn writer(path: &Path) -> File {
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
+fn said(output: &Output) -> String {
+    let both = [&output.stdout[..], &output.stderr[..]].concat();
+    String::from_utf8(both).unwrap()
+}
+
+fn image_status(point: &Path, image: &str) -> serde_json::Value {
+    let output = outcome(flatdisk().args(["status", "--json"]).arg(point));
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let images = status["mounts"][0]["images"].as_array().unwrap().clone();
+    let named = |entry: &&serde_json::Value| entry["image"].as_str().unwrap().ends_with(image);
+    images.iter().find(named).unwrap_or_else(|| panic!("{image} is not in {status}")).clone()
+}
+
+/// Programs that wait for an image, each a process of its own: when a test fails, nothing of theirs keeps
+/// the file system from going away that they wait for.
+struct Waiting(Vec<Child>);
+
+impl Waiting {
+    fn begin(kind: Kind, flat: &Path) -> Self {
+        let program = |number: usize| {
+            let mut dd = Command::new("dd");
+            match kind {
+                Kind::Sync => dd.args(["if=/dev/zero", "conv=notrunc,fsync"]).arg(of(flat)),
+                Kind::Read => dd.args(["of=/dev/null", "iflag=direct"]).arg(source(flat)),
+            };
+            dd.args(["bs=4096", "count=1", "status=none"]);
+            dd.arg(format!(
+                "{}={}",
+                if kind == Kind::Sync { "seek" } else { "skip" },
+                number * 256
+            ));
+            dd.stdin(Stdio::null()).spawn().unwrap()
+        };
+        Self((0..MANY).map(program).collect())
+    }
+
+    /// Waits until all have what they wait for.
+    fn end(mut self) {
+        for child in &mut self.0 {
+            assert!(child.wait().unwrap().success());
+        }
+        self.0.clear();
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.iter_mut().for_each(|child| _ = child.kill());
+    }
+}
+
+fn of(path: &Path) -> String {
+    format!("of={}", path.display())
+}
+
+fn source(path: &Path) -> String {
+    format!("if={}", path.display())
+}
+
+/// Three images, and a fourth of which `MANY` requests hang for as long as `test` runs.
+fn beside_one_that_hangs(held: Kind, test: impl FnOnce(&Mount, &Path, [File; 3])) {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    let path = |name: &str| folder.path().join(name);
+    for name in OTHERS {
+        create(&path(name), "64M", &[]);
+    }
+    create(&path("hung.vhd"), "64M", &["--subformat", "fixed"]);
+    let disk = HangingDisk::new("hung.vhd", fs::read(path("hung.vhd")).unwrap());
+    let mut command = flatdisk();
+    command.args(["mount", "-f", "-o", "threads=4"]);
+    command.args(OTHERS.map(path)).arg(disk.file());
+    let mount = Mount::start(&mut command);
+    let flat = mount.flat("hung.vhd");
+    // Looked at before it hangs, and never open in this process: those that it starts would close it.
+    assert_eq!(fs::metadata(&flat).unwrap().len(), 64 << 20);
+    let files = OTHERS.map(|name| writer(&mount.flat(name)));
+    let hangs = disk.hold(held);
+    let waiting = Waiting::begin(held, &flat);
+    wait_until("a request hangs", || hangs.hangs());
+    test(&mount, &disk.file(), files);
+    drop(hangs);
+    waiting.end();
+    if live::is_mounted(mount.path()) {
+        assert!(mount.unmount().success());
+    }
+}
+
+#[test]
+fn an_image_whose_flush_hangs_holds_up_nothing_of_the_others() {
+    beside_one_that_hangs(Kind::Sync, |mount, hung, files| {
+        for file in &files {
+            file.write_all_at(&[3; 70_000], 1 << 20).unwrap();
+            file.sync_all().unwrap();
+            file.write_all_at(&[4; 70_000], 8 << 20).unwrap();
+        }
+        // The daemon's own flushes.
+        for name in OTHERS {
+            wait_until("tables are flushed in time", || {
+                image_status(mount.path(), name)["dirty_tables"] == 0
+            });
+        }
+        assert_eq!(live::names(mount.path()).len(), 4);
+        for name in OTHERS {
+            fs::metadata(mount.flat(name)).unwrap();
+        }
+        wait_until("status names it", || {
+            image_status(mount.path(), "hung.vhd")["silent_seconds"].is_u64()
+        });
+        assert!(image_status(mount.path(), "a.vhd")["silent_seconds"].is_null());
+        let shown = said(&outcome(flatdisk().arg("status").arg(mount.path())));
+        assert!(shown.contains("has not answered for"), "{shown}");
+
+        let sync = outcome(flatdisk().args(["sync", "--timeout", "1"]).arg(mount.path()));
+        assert_eq!(sync.status.code(), Some(1));
+        assert!(said(&sync).contains(&*hung.to_string_lossy()), "{}", said(&sync));
+        drop(files);
+        let umount =
+            |options: &[&str]| outcome(flatdisk().arg("umount").args(options).arg(mount.path()));
+        // It is in use by those who wait for it.
+        let busy = umount(&["--timeout", "1"]);
+        assert_eq!(busy.status.code(), Some(32), "{}", said(&busy));
+        let lazy = umount(&["--lazy", "--timeout", "1"]);
+        assert_eq!(lazy.status.code(), Some(2), "{}", said(&lazy));
+        assert!(said(&lazy).contains(&*hung.to_string_lossy()), "{}", said(&lazy));
+    });
+}
+
+#[test]
+fn an_image_whose_reads_hang_holds_up_nothing_of_the_others() {
+    beside_one_that_hangs(Kind::Read, |mount, _, files| {
+        for file in &files {
+            file.write_all_at(&[3; 70_000], 1 << 20).unwrap();
+            file.sync_all().unwrap();
+            let mut found = [0; 70_000];
+            file.read_exact_at(&mut found, 1 << 20).unwrap();
+            assert!(found == [3; 70_000]);
+        }
+        assert_eq!(live::names(mount.path()).len(), 4);
+        let sync = outcome(flatdisk().arg("sync").arg(mount.path()));
+        assert!(sync.status.success(), "{}", said(&sync));
+    });
+}
+
+#[test]
+fn a_daemon_that_was_stopped_is_named_and_its_mount_goes_lazily() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    create(&folder.path().join("a.vhd"), "8M", &[]);
+    let mount = Mount::new(folder.path(), &[]);
+    let pid = Pid::from_raw(mount.pid() as i32);
+    kill(pid, Signal::SIGSTOP).unwrap();
+    for arguments in [&["status"][..], &["status", "--json"], &["sync"], &["umount"]] {
+        let output = outcome(flatdisk().args(arguments).arg(mount.path().join("sub/folder")));
+        assert!(!output.status.success(), "{arguments:?}");
+        if arguments[0] != "umount" {
+            assert!(said(&output).contains("is stopped"), "{arguments:?}: {}", said(&output));
+        }
+    }
+    let lazy = outcome(flatdisk().args(["umount", "--lazy"]).arg(mount.path()));
+    assert_eq!(lazy.status.code(), Some(2), "{}", said(&lazy));
+    assert!(said(&lazy).contains("is stopped"), "{}", said(&lazy));
+    assert!(!live::is_mounted(mount.path()));
+    kill(pid, Signal::SIGCONT).unwrap();
+    wait_until("the daemon ends", || {
+        fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+    });
+}
+
+/// The directory of sockets of a user who does not exist, gone when dropped.
+struct Sockets(PathBuf);
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn a_socket_that_accepts_and_never_answers_keeps_root_for_a_moment_only() {
+    if !live::can_mount() {
+        return;
+    }
+    let user = 54_321;
+    let sockets = Sockets(format!("/tmp/flatdisk-{user}").into());
+    let _ = fs::remove_dir_all(&sockets.0);
+    fs::DirBuilder::new().mode(0o700).create(&sockets.0).unwrap();
+    chown(&sockets.0, Some(user), None).unwrap();
+    let socket = sockets.0.join("0-7777.sock");
+    let mount = MountEntry {
+        device: "0:7777".into(),
+        target: "/nowhere".into(),
+        fs_type: "fuse.flatdisk".into(),
+        source: "x".into(),
+        user: Some(user),
+    };
+    // Taken by the kernel for a listener that never looks at it.
+    let listener = UnixListener::bind(&socket).unwrap();
+    let refusal = Connection::to(&mount).unwrap().ask(&Request::Status).unwrap_err();
+    assert!(refusal.to_string().contains("did not answer"), "{refusal}");
+    // Nor does a queue of callers that is full.
+    let queue: Vec<_> = std::iter::from_fn(|| Connection::to(&mount).ok()).take(5000).collect();
+    let refusal = Connection::to(&mount).err().unwrap();
+    assert!(refusal.to_string().contains("taken no call"), "{refusal}");
+    drop((queue, listener));
+    // What a symlink leads to is none of the user's.
+    fs::remove_file(&socket).unwrap();
+    let elsewhere = scratch();
+    let _other = UnixListener::bind(elsewhere.path().join("s")).unwrap();
+    std::os::unix::fs::symlink(elsewhere.path().join("s"), &socket).unwrap();
+    assert!(Connection::to(&mount).is_err());
+    fs::remove_file(&socket).unwrap();
+}
