@@ -112,7 +112,7 @@ fn stored(path: &Path) -> u64 {
 /// What QEMU calls a format; `None` for what it does not read.
 fn qemu_name(kind: Kind) -> Option<&'static str> {
     match kind {
-        (_, "vmfsEagerZeroedThick" | "vmfsThin", _) | (_, _, 4096) => None,
+        (_, _, 4096) => None,
         ("vhd", ..) => Some("vpc"),
         (name, ..) => Some(name),
     }

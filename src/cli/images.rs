@@ -43,9 +43,9 @@ Notes:
 pub struct CreateArgs {
     /// The image to make; it must not exist.
     image: PathBuf,
-    /// Size of the virtual disk, such as 64G. Suffixes are powers of 1024.
-    #[arg(value_name = "SIZE", value_parser = parse_size, required_unless_present_any = ["parent", "size", "wrap"])]
-    size_given: Option<u64>,
+    /// Size of the virtual disk, such as 64G. Suffixes are powers of 1024. May also stand before IMAGE.
+    #[arg(value_name = "SIZE", required_unless_present_any = ["parent", "size", "wrap"])]
+    size_given: Option<PathBuf>,
     /// The same as SIZE.
     #[arg(long, short, value_parser = parse_size, conflicts_with = "size_given")]
     size: Option<u64>,
@@ -71,27 +71,35 @@ pub struct CreateArgs {
 }
 
 impl CreateArgs {
-    fn size(&self) -> Option<u64> {
-        self.size.or(self.size_given)
+    /// The image to make and the size that was asked for, whichever of the two was named first.
+    fn named(&self) -> Result<(&Path, Option<u64>)> {
+        let Some(second) = &self.size_given else { return Ok((&self.image, self.size)) };
+        let size = |text: &Path| parse_size(text.to_str().unwrap_or_default());
+        match (size(second), size(&self.image)) {
+            (Ok(size), _) => Ok((&self.image, Some(size))),
+            (Err(_), Ok(size)) => Ok((second, Some(size))),
+            (Err(what), Err(_)) => Err(Error::invalid(what).hint("create IMAGE SIZE")),
+        }
     }
 }
 
 /// Makes a new image.
 pub fn create(args: &CreateArgs) -> Result<u8> {
-    let mut spec = args.spec.spec(args.size().unwrap_or(0), Preallocation::Off);
+    let (image, size) = args.named()?;
+    let mut spec = args.spec.spec(size.unwrap_or(0), Preallocation::Off);
     let format = match (args.spec.apply_profile(args.format.as_deref(), &mut spec)?, &args.format) {
         (Some(format), _) => Some(format),
         (None, Some(name)) => Some(formats::by_name(name)?),
-        (None, None) => formats::by_extension(&args.image),
+        (None, None) => formats::by_extension(image),
     };
     if let Some(raw) = &args.wrap {
-        return wrap(args, format, raw, spec);
+        return wrap(args, image, format, raw, spec);
     }
     if let Some(parent) = &args.parent {
-        return create_child(args, format, parent, &spec);
+        return create_child(args, image, format, parent, &spec);
     }
     let format = format.ok_or_else(|| {
-        Error::invalid("the extension says no format").in_file(&args.image).hint("use --format")
+        Error::invalid("the extension says no format").in_file(image).hint("use --format")
     })?;
     let subformat = spec.subformat.as_deref().or(format.subformats().first().copied());
     let whole = |known: &&str| subformat.is_some_and(|s| s.eq_ignore_ascii_case(known));
@@ -99,20 +107,21 @@ pub fn create(args: &CreateArgs) -> Result<u8> {
         // So that a host without room says so now, and not to the guest.
         spec.preallocation = Preallocation::Falloc;
     }
-    formats::create(format, &HostFs, &args.image, &spec)?;
-    created(args, format, subformat.unwrap_or_default(), spec.size, None)
+    formats::create(format, &HostFs, image, &spec)?;
+    created(args, image, format, subformat.unwrap_or_default(), spec.size, None)
 }
 
 /// Makes a descriptor for the raw disk at `raw`.
 fn wrap(
     args: &CreateArgs,
+    image: &Path,
     format: Option<&'static dyn Format>,
     raw: &Path,
     mut spec: CreateSpec,
 ) -> Result<u8> {
     let format = format.filter(|format| format.name() == "vmdk").ok_or_else(|| {
         let what = "only a VMDK names a raw disk";
-        Error::invalid(what).in_file(&args.image).hint("convert --in-place makes a VHD of one")
+        Error::invalid(what).in_file(image).hint("convert --in-place makes a VHD of one")
     })?;
     let host = HostFs::shared();
     // Held until the end, so that nobody is writing to it.
@@ -122,13 +131,14 @@ fn wrap(
         return Err(Error::invalid(what).in_file(raw));
     }
     spec.size = size;
-    vmdk::wrap(&*host, &args.image, raw, &spec)?;
-    created(args, format, &format!("over {}", raw.display()), size, None)
+    vmdk::wrap(&*host, image, raw, &spec)?;
+    created(args, image, format, &format!("over {}", raw.display()), size, None)
 }
 
 /// Says what was made; `what` is the subformat, or whose child.
 fn created(
     args: &CreateArgs,
+    image: &Path,
     format: &dyn Format,
     what: &str,
     size: u64,
@@ -136,13 +146,13 @@ fn created(
 ) -> Result<u8> {
     if args.output.json() {
         print_json(&json!({
-            "filename": Name::from(&*args.image),
+            "filename": Name::from(image),
             "format": format.name(),
             "virtual_size": size,
             "parent": parent.map(|parent| Name::from(&*parent.path)),
         }))?;
     } else if !args.quiet {
-        let (image, format) = (args.image.display(), format.name().to_uppercase());
+        let (image, format) = (image.display(), format.name().to_uppercase());
         print_line(&format!("created {image}: {format} {what}, {}", iec(size)))?;
     }
     Ok(0)
@@ -151,6 +161,7 @@ fn created(
 /// Makes a child of the image at `parent`, which nobody may be writing to.
 fn create_child(
     args: &CreateArgs,
+    image: &Path,
     format: Option<&'static dyn Format>,
     parent: &Path,
     spec: &CreateSpec,
@@ -158,9 +169,9 @@ fn create_child(
     let options = args.parents.options(Access::Read);
     let parent = formats::open(&HostFs::shared(), &image_of(parent)?, &options)?;
     let size = parent.disk.size();
-    if args.size().is_some_and(|wanted| wanted != size) {
+    if spec.size != 0 && spec.size != size {
         let what = format!("the parent {} has {size} bytes", parent.path.display());
-        return Err(Error::invalid(what).in_file(&args.image).hint("leave the size away"));
+        return Err(Error::invalid(what).in_file(image).hint("leave the size away"));
     }
     let format = match format {
         Some(format) => format,
@@ -171,9 +182,9 @@ fn create_child(
         && !asked.eq_ignore_ascii_case("differencing")
     {
         let what = format!("a child of a {} is differencing", format.name().to_uppercase());
-        return Err(Error::invalid(what).in_file(&args.image).hint("leave --subformat away"));
+        return Err(Error::invalid(what).in_file(image).hint("leave --subformat away"));
     }
-    formats::create_child(format, &HostFs, &args.image, &parent, spec)?;
+    formats::create_child(format, &HostFs, image, &parent, spec)?;
     let what = format!("child of {}", parent.path.display());
-    created(args, format, &what, size, Some(&parent))
+    created(args, image, format, &what, size, Some(&parent))
 }

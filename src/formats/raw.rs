@@ -107,6 +107,9 @@ impl BlockMap for RawMap {
         let here = self.len.saturating_sub(at).min(buf.len() as u64);
         let (stored, past) = buf.split_at_mut(here as usize);
         past.fill(0);
+        if stored.is_empty() {
+            return Ok(());
+        }
         let file = &self.files[0];
         file.read_at(at, stored).map_err(|e| Error::io("read", &e).in_file(file.path()).at(at))
     }

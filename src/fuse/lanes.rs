@@ -178,7 +178,9 @@ mod tests {
         let gate = Arc::new(Mutex::new(gate));
         for _ in 0..100 {
             let gate = gate.clone();
-            lanes.hand_over(move || drop(gate.lock().recv()));
+            lanes.hand_over(move || {
+                let _ = gate.lock().recv();
+            });
         }
         let (done, all) = mpsc::channel();
         for n in 0..10 {

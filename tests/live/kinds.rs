@@ -30,7 +30,8 @@ pub const KINDS: [Kind; 8] = [
     Kind {
         image: "fixed.vhd",
         parent: None,
-        options: &["--subformat", "fixed"],
+        // Sparse, so that a host can fill up under it.
+        options: &["--subformat", "fixed", "--preallocation", "off"],
         qemu: Some("vpc"),
     },
     Kind { image: "child.vhd", parent: Some("base.vhd"), options: &[], qemu: None },
@@ -46,7 +47,7 @@ pub const KINDS: [Kind; 8] = [
     Kind {
         image: "flat.vmdk",
         parent: None,
-        options: &["--subformat", "monolithicFlat"],
+        options: &["--subformat", "monolithicFlat", "--preallocation", "off"],
         qemu: Some("vmdk"),
     },
 ];

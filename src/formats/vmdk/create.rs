@@ -180,8 +180,9 @@ impl NewDisk {
             ddb.push(("thinProvisioned".to_owned(), "1".to_owned()));
         }
         let text = NewDescriptor {
-            // What ESX writes for thin disks too: `vmfsThin` is in documents, not in files.
-            create_type: if subformat == "vmfsThin" { "vmfs" } else { subformat },
+            // What ESX writes for all of its flat disks: the other names are in documents, not in files,
+            // and QEMU refuses them.
+            create_type: if shape == Shape::Flat("VMFS") { "vmfs" } else { subformat },
             cid: NEVER_WRITTEN,
             long_cid: format!("{:024x}{NEVER_WRITTEN:08x}", fastrand::u128(..) >> 32),
             parent: None,

@@ -164,10 +164,12 @@ fn every_failing_call_surfaces_and_leaves_a_sound_image() {
 #[test]
 fn a_creation_that_fails_leaves_no_file() {
     for subformat in create::SUBFORMATS {
+        // One kind is written to its last byte.
+        let size = if subformat == "vmfsEagerZeroedThick" { 4 << 20 } else { 5 << 30 };
         for skip in 0.. {
             let files = MemoryHost::new();
             let (host, _) = failing(&files, skip, libc::EIO);
-            if formats::create(&Vmdk, &*host, &at("d.vmdk"), &spec(subformat, 5 << 30)).is_ok() {
+            if formats::create(&Vmdk, &*host, &at("d.vmdk"), &spec(subformat, size)).is_ok() {
                 break;
             }
             assert!(files.files().is_empty(), "{subformat}, change {skip}");

@@ -23,6 +23,11 @@ use crate::formats::{self, CreateSpec, Image, OpenOptions, Report};
 use crate::storage::memory::{MemoryFile, MemoryHost};
 use crate::storage::{Access, Host};
 
+/// What can be created and then written.
+fn writable_subformats() -> impl Iterator<Item = &'static str> {
+    create::SUBFORMATS.into_iter().filter(|subformat| *subformat != "streamOptimized")
+}
+
 /// Where a file of a test is.
 fn at(name: &str) -> PathBuf {
     Path::new("/d").join(name)

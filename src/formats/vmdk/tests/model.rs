@@ -10,7 +10,7 @@ const KIB: u64 = 1 << 10;
 /// Disks of every writable shape, small enough to be read as a whole, with odd borders.
 fn shapes() -> Vec<(&'static str, Arc<MemoryHost>)> {
     let mut shapes = Vec::new();
-    for subformat in create::SUBFORMATS {
+    for subformat in writable_subformats() {
         let spec = spec(subformat, 3 * 1024 * KIB + 512);
         shapes.push((subformat, created("d.vmdk", &spec)));
     }

@@ -88,7 +88,7 @@ fn qemu_reads_what_we_write_into_what_we_create() {
     if !available() {
         return;
     }
-    for subformat in create::SUBFORMATS {
+    for subformat in writable_subformats() {
         for adapter in ["ide", "buslogic", "lsilogic", "legacyESX"] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("d.vmdk");
