@@ -22,8 +22,13 @@ struct Held {
 }
 
 fn held(mount: &Mount) -> Held {
-    let count = |what: &str| fs::read_dir(format!("/proc/{}/{what}", mount.pid())).unwrap().count();
-    Held { descriptors: count("fd"), threads: count("task") }
+    let list =
+        |what: &str| fs::read_dir(format!("/proc/{}/{what}", mount.pid())).unwrap().flatten();
+    // Spare threads come with the load and go some time after it.
+    let lasts = |task: &fs::DirEntry| {
+        fs::read_to_string(task.path().join("comm")).is_ok_and(|name| !name.starts_with("spare"))
+    };
+    Held { descriptors: list("fd").count(), threads: list("task").filter(lasts).count() }
 }
 
 /// A program that works on a flat file, ended when dropped.

@@ -8,7 +8,7 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     ("payload", "payload", "vhd/fixed.rs unmap", PROMISE),
     ("payload", "vhd/fixed.rs unmap", "payload", PROMISE),
     ("payload", "vhd/fixed.rs unmap", "vhd/fixed.rs unmap", PROMISE),
-    ("vhd/blocks.rs flush", "*", "*", PROMISE),
+    ("vhd/blocks.rs flush_tables", "*", "*", PROMISE),
     ("vhdx/session.rs flush_session 1", "payload", "payload", PROMISE),
     ("vmdk/write.rs flush_all by sync_written", "payload", "payload", PROMISE),
     // VHD.
@@ -79,6 +79,7 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
         "vhdx/create.rs write",
         "no table reads as zeroes, too",
     ),
+    ("vhdx/create.rs write 1", "vhdx/create.rs write", "vhdx/create.rs write", NO_IMAGE),
     (
         "vhdx/session.rs begin_session by update 1",
         "",
@@ -294,6 +295,12 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
         DISCARDED,
     ),
     ("vmdk/write.rs begin by sync_written", "vmdk/write.rs begin", "vmdk/space.rs grow", LONGER),
+    (
+        "vmdk/write.rs begin by sync_written",
+        "vmdk/walk.rs renew_redundant",
+        "vmdk/space.rs grow",
+        LONGER,
+    ),
     ("vmdk/write.rs flush_all by sync_written", "payload", "vmdk/space.rs grow", LONGER),
     (
         "vmdk/write.rs flush_all by sync_written",
@@ -341,7 +348,6 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     ),
     // Repairs of VHD.
     (MOVED, "vhd repair: nothing uses this space", CUT_OFF, "what is punched is not in use"),
-    (MOVED, "vhd repair: the footer behind the last block", CUT_OFF, FOOTER),
     ("vhd repair: the footer's checksum // *", "", "", OTHER_FOOTER),
     (
         "vhd repair: the footer's checksum // *",
@@ -512,10 +518,10 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     ("vmdk rebase", "close of child-delta.vmdk", "relink", CLOSED),
     ("vhd merge and keep", "copy_own of parent.vhd", "relink", LINKED),
     ("vhd merge and keep", "flush of parent.vhd", "relink", LINKED),
-    ("vhdx merge and keep", "flush_tables of parent.vhdx", "relink 2", LINKED),
+    ("vhdx merge and keep", "flush_tables of parent.vhdx", "relink", LINKED),
     ("vmdk merge and keep", "copy_own of parent-*", "relink", LINKED),
     ("vmdk merge and keep", "flush of parent-*", "relink", LINKED),
-    ("vhdx merge*", "relink of child.vhdx", "close", HAS_ALL),
+    ("vhdx merge*", "announce of child.vhdx", "close", HAS_ALL),
     ("vmdk merge and keep", "begin_writes of parent*", "relink", HAS_ALL),
     ("vmdk merge and keep", "begin_writes of parent*", "empty", HAS_ALL),
     ("vmdk merge and keep", "relink of child.vmdk", "empty", HAS_ALL),

@@ -225,12 +225,12 @@ impl Tree {
 
     pub(super) fn problem_text(&self, place: &Place) -> Result<String> {
         let Err(problem) = self.images.examine(place) else { return Err(stale()) };
+        let image = crate::names::printable(place.path().display());
         if problem.withheld() {
             return Ok(format!(
-                "This image cannot be shown as a disk:\n\n    {path}: a file that it needs cannot be \
-                 used\n\n`flatdisk check` of the image tells more to those who may read all of its files.\n\
+                "{image} cannot be shown as a disk:\n\n    a file that it needs cannot be used\n\n\
+                 `flatdisk check` of the image tells more to those who may read all of its files.\n\
                  The flat file appears here as soon as the image opens.\n",
-                path = place.path().display()
             ));
         }
         // Of what is no image at all there is no more to tell.
@@ -239,7 +239,7 @@ impl Tree {
             _ => "`flatdisk check` of this file, or of the image, tells more.\n",
         };
         Ok(format!(
-            "This image cannot be shown as a disk:\n\n    {problem}\n\n{check}\
+            "{image} cannot be shown as a disk:\n\n    {problem}\n\n{check}\
              The flat file appears here as soon as the image opens.\n",
         ))
     }
