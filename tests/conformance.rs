@@ -52,9 +52,13 @@ fn all_zero(bytes: &[u8]) -> bool {
 
 #[test]
 fn every_subformat_that_can_be_created_is_tested() {
+    // A stream is written once, by tests/convert.rs; the other two are vmfs disks that take their space
+    // at once.
+    let elsewhere = ["streamOptimized", "vmfsPreallocated", "vmfsEagerZeroedThick"];
     let images = images();
     for format in formats::FORMATS {
-        for subformat in format.subformats() {
+        let subformats = format.subformats().iter().filter(|name| !elsewhere.contains(name));
+        for subformat in subformats {
             let tested = images.iter().any(|image| {
                 image.format == format.name() && image.spec.subformat.as_deref() == Some(subformat)
             });
