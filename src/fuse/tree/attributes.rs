@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::crew::Crew;
 use crate::fuse::image::stale;
 use crate::fuse::source::Place;
+use crate::names::printable;
 use crate::storage::permissions::Permissions;
 
 /// How long the host may take to say how much space it has.
@@ -225,7 +226,8 @@ impl Tree {
 
     pub(super) fn problem_text(&self, place: &Place) -> Result<String> {
         let Err(problem) = self.images.examine(place) else { return Err(stale()) };
-        let image = crate::names::printable(place.path().display());
+        let path = place.path();
+        let image = printable(path.display());
         if problem.withheld() {
             return Ok(format!(
                 "{image} cannot be shown as a disk:\n\n    a file that it needs cannot be used\n\n\
