@@ -19,6 +19,7 @@ pub mod lifecycle;
 pub mod log_sink;
 pub mod mount;
 pub mod output;
+mod overview;
 pub mod pages;
 mod process;
 pub mod progress;
@@ -199,7 +200,7 @@ pub fn run() -> ExitCode {
 /// Runs `flatdisk` with its arguments.
 fn run_cli(arguments: &[OsString]) -> Result<u8, u8> {
     let matches =
-        Cli::command().try_get_matches_from(arguments).map_err(|e| refuse(&e, arguments))?;
+        overview::command().try_get_matches_from(arguments).map_err(|e| refuse(&e, arguments))?;
     let cli = Cli::from_arg_matches(&matches).map_err(|e| refuse(&e, arguments))?;
     let json = matches.subcommand().is_some_and(|(_, command)| output::wants_json(command));
     Ok(run_command(&cli.command, json))

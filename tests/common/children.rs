@@ -9,7 +9,7 @@ use flatdisk::formats::{self, OpenOptions};
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::{Access, Host, Storage};
 
-use super::images::{Image, Kind, Tweak, errors, identity, offered};
+use super::images::{Image, Kind, Tweak, errors, identity};
 use super::pattern;
 
 const MIB: u64 = 1 << 20;
@@ -110,8 +110,7 @@ pub fn all() -> Vec<Box<dyn Kind>> {
     wide.share *= 4;
     let child = |parent| Child { parent, tweak: None };
     let tweaked = |parent: Image, tweak| Child { parent: parent.variant(), tweak: Some(tweak) };
-    let parents = parents.into_iter().chain([wide]).collect();
-    let mut children: Vec<_> = offered(parents).into_iter().map(child).collect();
+    let mut children: Vec<_> = parents.into_iter().chain([wide]).map(child).collect();
     children.push(tweaked(vhd, ("stale space", leave_stale_space)));
     children.push(tweaked(
         vmdk("monolithicSparse"),

@@ -219,7 +219,7 @@ pub fn small() -> Vec<Image> {
         vmdk.clone().tweaked("zeroed grains", super::children::allow_zeroed_grains),
         vmdk.tweaked("not closed cleanly", |host| super::children::poke(host, 72, &[1])),
     ]);
-    offered(images)
+    images
 }
 
 /// Overwrites the sector of the test's image whose place follows from the file's length.
@@ -256,40 +256,22 @@ fn edit_headers(host: &Arc<MemoryHost>, at: usize, bytes: &[u8]) {
 
 /// Larger geometries for the suites that need no crash states.
 pub fn large() -> Vec<Image> {
-    offered(vec![
+    vec![
         Image::new("vhdx", "dynamic", 200 * MIB).block(32 * MIB).sector(512),
         Image::new("vhdx", "dynamic", 200 * MIB).block(32 * MIB).sector(4096),
         Image::new("vhdx", "fixed", 64 * MIB).block(32 * MIB).sector(4096),
         Image::new("vhd", "dynamic", 5000 * MIB),
         Image::new("vmdk", "monolithicSparse", 5000 * MIB),
-    ])
-}
-
-/// The images whose driver makes them; the others are named aloud, once.
-pub fn offered(images: Vec<Image>) -> Vec<Image> {
-    let (offered, missing): (Vec<_>, Vec<_>) = images.into_iter().partition(|image| {
-        let format = formats::by_name(image.format).expect("a known format");
-        let subformat = image.spec.subformat.as_deref().unwrap_or_default();
-        format.subformats().contains(&subformat)
-    });
-    static NAMED: parking_lot::Mutex<Vec<String>> = parking_lot::Mutex::new(Vec::new());
-    for name in missing.iter().map(Image::name) {
-        let mut named = NAMED.lock();
-        if !named.contains(&name) {
-            println!("SKIPPED: the driver does not create {name}");
-            named.push(name);
-        }
-    }
-    offered
+    ]
 }
 
 /// Disks whose flushes change more pages than fit into one step of anything.
 fn wide() -> Vec<Image> {
-    offered(vec![
+    vec![
         Image::new("vhd", "dynamic", 0).wide(2 << 30),
         Image::new("vhdx", "dynamic", 0).block(MIB).sector(512).wide(512 * MIB),
         Image::new("vmdk", "monolithicSparse", 0).wide(32 * MIB),
-    ])
+    ]
 }
 
 /// The images of [`small`], wide ones, and children of several kinds.

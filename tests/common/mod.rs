@@ -10,7 +10,8 @@
 //! - [`sizes`]: changes of size and layout, and what a crash may leave of them;
 //! - [`chains`]: images that stand on one another, and what a crash may leave of changing them;
 //! - [`toy`]: a format so simple that only the harness can be wrong, with flaws on request;
-//! - [`corpus`], [`tools`]: files and programs from outside.
+//! - [`corpus`], [`tools`]: files and programs from outside;
+//! - [`skip`]: what cannot run here.
 //!
 //! Environment: `FLATDISK_SEED` repeats a run; `FLATDISK_CRASH_STATES` and `FLATDISK_MODEL_OPS`
 //! make it longer; `FLATDISK_ONLY` picks the kinds of image whose name has these words;
@@ -30,11 +31,12 @@ pub mod images;
 pub mod pattern;
 pub mod repairs;
 pub mod sizes;
+pub mod skip;
 pub mod tools;
 pub mod toy;
 pub mod workload;
 
-use std::fmt::Display;
+pub use skip::skip;
 
 /// The number in environment variable `name`, or `default`.
 pub fn number(name: &str, default: u64) -> u64 {
@@ -52,12 +54,6 @@ pub fn seed() -> u64 {
         eprintln!("FLATDISK_SEED={seed}");
         seed
     })
-}
-
-/// Says that a test cannot run here; fails where that is not allowed.
-pub fn skip(reason: impl Display) {
-    assert!(number("FLATDISK_REQUIRE_TOOLS", 0) == 0, "cannot run: {reason}");
-    println!("SKIPPED: {reason}");
 }
 
 /// A temporary folder, in memory where there is such a place: nothing here needs a real disk's syncs.
