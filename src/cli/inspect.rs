@@ -10,6 +10,7 @@ use super::chain::ChainArgs;
 use super::layout::Layout;
 use super::output::{Failure, OutputArgs, iec, print_json, print_line, report};
 use super::source::image_of;
+use super::structures::{StructuresAnswer, StructuresEntry};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::plan::Change;
 use crate::formats::profile::azure_objections;
@@ -27,6 +28,8 @@ Examples:
     flatdisk info --chain server_1A2B.avhdx
   Whether `compact` or `resize` would be worth while:
     flatdisk info --layout server.vhdx
+  Every header, table and log entry of an image that does not open:
+    flatdisk info --structures broken.vhdx
   All images of a folder; what is none is told, and the exit status is 1:
     flatdisk info /srv/images/*")]
 pub struct InfoArgs {
@@ -41,6 +44,13 @@ pub struct InfoArgs {
     /// Also how the blocks lie and how small the disk may become: this reads all tables.
     #[arg(long)]
     layout: bool,
+    /// Instead, every header, footer, table, log entry, metadata item and marker with its offset, raw
+    /// values and the state of its checksum. Works on damaged images too.
+    #[arg(long, conflicts_with_all = ["chain", "layout", "parent"])]
+    structures: bool,
+    /// With `--structures`: the most structures that are listed of an image.
+    #[arg(long, value_name = "N", requires = "structures", default_value_t = 1000)]
+    limit: usize,
     /// Read on where the image contradicts itself, or its parent is missing or another.
     #[arg(long)]
     force: bool,
@@ -67,6 +77,9 @@ struct ImageEntry {
 /// Shows what images say about themselves. Of several, one that does not open keeps none of the others
 /// from being shown.
 pub fn info(args: &InfoArgs) -> Result<u8> {
+    if args.structures {
+        return structures(args);
+    }
     let mut entries = Vec::new();
     let mut failures = Vec::new();
     let mut missing = Vec::new();
@@ -101,6 +114,29 @@ pub fn info(args: &InfoArgs) -> Result<u8> {
     }
     missing.iter().for_each(|e| report(e, false));
     Ok(u8::from(!failures.is_empty() || !missing.is_empty()))
+}
+
+/// Lists the structures of images, and goes on past those that cannot be opened.
+fn structures(args: &InfoArgs) -> Result<u8> {
+    let options = args.parents.options(Access::Peek)?;
+    let mut entries = Vec::new();
+    let mut failures = Vec::new();
+    for image in &args.images {
+        let path = image_of(image)?;
+        match StructuresEntry::of(&path, &options, args.limit) {
+            Ok(entry) => entries.push(entry),
+            Err(e) if args.images.len() == 1 => return Err(e),
+            Err(e) => failures.push(e),
+        }
+    }
+    failures.iter().for_each(|e| report(e, false));
+    if args.output.json() {
+        let failures = failures.iter().map(Failure::from).collect();
+        print_json(&StructuresAnswer { images: entries, failures })?;
+    } else {
+        entries.iter().try_for_each(StructuresEntry::print)?;
+    }
+    Ok(u8::from(!failures.is_empty()))
 }
 
 /// What there is to say about one of the images, and its parents if those are wanted; and which of them

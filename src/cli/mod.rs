@@ -27,6 +27,7 @@ pub mod running;
 pub mod size;
 pub mod source;
 pub mod spec;
+mod structures;
 pub mod volumes;
 
 use std::ffi::{OsStr, OsString};

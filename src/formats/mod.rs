@@ -19,6 +19,7 @@ pub mod references;
 pub mod repair;
 pub mod report;
 pub mod resize;
+pub mod structures;
 pub mod tree;
 pub mod vhd;
 pub mod vhdx;
@@ -41,6 +42,7 @@ pub use open::{Image, OpenContext, OpenOptions, Spelling, open};
 use plan::Steps;
 pub use repair::{Plan, Repair, Scope, repair};
 pub use report::{Finding, Lost, Report, Severity};
+pub use structures::Listing;
 
 /// Every format, in the order of probing.
 pub static FORMATS: [&dyn Format; 3] = [&vhdx::Vhdx, &vmdk::Vmdk, &vhd::Vhd];
@@ -173,6 +175,15 @@ pub trait Format: Sync {
     /// The parts of the sound image in `file`, open for writing, that can be compacted. Damage is
     /// refused. What every writer would put right, such as replaying a log, is put right.
     fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>>;
+
+    /// Lists every structure of the image's files, damaged or not, as far as `list` has room. An error
+    /// only means that not even the file's length can be told.
+    fn structures(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        list: &mut Listing,
+    ) -> Result<()>;
 
     /// Walks every structure of the image, adding what it finds to `report`. An error only means
     /// that checking could not go on; damage is a finding. Time is linear in the file's tables.

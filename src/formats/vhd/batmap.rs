@@ -21,6 +21,21 @@ const MAX_BLOCKS: u64 = MAX_SPARSE_SIZE >> 16;
 /// Batmap version whose checksum adds unsigned bytes.
 const UNSIGNED: u32 = 0x0001_0002;
 
+/// Bytes of the map of a disk of `size` bytes that the checksum covers: Xen takes two MiB per bit for
+/// granted here.
+pub(super) fn summed(size: u64) -> u64 {
+    (size >> 24).next_multiple_of(SECTOR).max(SECTOR)
+}
+
+/// The checksum of a map as batmaps of `version` have it.
+pub(super) fn checksum(version: u32, bytes: &[u8]) -> u32 {
+    if version >= UNSIGNED {
+        !byte_sum(bytes)
+    } else {
+        !bytes.iter().fold(0, |sum: u32, byte| sum.wrapping_add(*byte as i8 as u32))
+    }
+}
+
 /// Where a batmap is, checked against the file.
 #[derive(Debug, Clone)]
 pub(super) struct Batmap {
@@ -67,9 +82,8 @@ impl Batmap {
             read_only.get_or_insert(what);
             return None;
         }
-        // Xen takes two MiB per bit for granted here.
-        let summed = (footer.current_size.get() >> 24).next_multiple_of(SECTOR).max(SECTOR);
-        Some(Self { header, header_at, summed: summed.min(map_len) })
+        let summed = summed(footer.current_size.get()).min(map_len);
+        Some(Self { header, header_at, summed })
     }
 
     /// The parts of the file that it occupies.
@@ -89,12 +103,7 @@ impl Batmap {
     }
 
     fn checksum(&self, bytes: &[u8]) -> u32 {
-        let bytes = &bytes[..self.summed as usize];
-        if self.header.version.get() >= UNSIGNED {
-            !byte_sum(bytes)
-        } else {
-            !bytes.iter().fold(0, |sum: u32, byte| sum.wrapping_add(*byte as i8 as u32))
-        }
+        checksum(self.header.version.get(), &bytes[..self.summed as usize])
     }
 
     /// Writes map and header.

@@ -7,7 +7,7 @@ use crate::codec;
 use crate::storage::Storage;
 
 /// Longest locator data that is read, in bytes.
-const MAX_DATA: u32 = 64 << 10;
+pub(super) const MAX_DATA: u32 = 64 << 10;
 
 /// Relative Windows path, UTF-16 little-endian.
 pub(super) const W2RU: [u8; 4] = *b"W2ru";
@@ -102,7 +102,8 @@ fn space(locator: &ParentLocator) -> u64 {
     }
 }
 
-fn decode(code: [u8; 4], data: &[u8]) -> String {
+/// The path that a locator's data holds.
+pub(super) fn decode(code: [u8; 4], data: &[u8]) -> String {
     match code {
         W2RU | W2KU => codec::utf16(data, false),
         MACX => {

@@ -67,6 +67,7 @@ mod resize;
 mod sound;
 mod space;
 mod structure;
+mod structures;
 mod survey;
 #[cfg(test)]
 mod tests;
@@ -79,8 +80,8 @@ use std::sync::Arc;
 use super::compact::Part;
 use super::plan::Steps;
 use super::{
-    CreateSpec, Footprint, Format, Identity, Image, NewLink, OpenContext, Opened, ParentLink, Plan,
-    Probe, Report,
+    CreateSpec, Footprint, Format, Identity, Image, Listing, NewLink, OpenContext, Opened,
+    ParentLink, Plan, Probe, Report,
 };
 use crate::error::{Error, Result};
 use crate::storage::{Host, Storage};
@@ -171,6 +172,15 @@ impl Format for Vhd {
 
     fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>> {
         compact::parts(file, ctx)
+    }
+
+    fn structures(
+        &self,
+        file: Arc<dyn Storage>,
+        _: &OpenContext,
+        list: &mut Listing,
+    ) -> Result<()> {
+        structures::list(&*file, list)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {

@@ -77,6 +77,7 @@ mod session;
 mod settled;
 mod space;
 mod stock;
+mod structures;
 #[cfg(test)]
 mod tests;
 mod writes;
@@ -87,7 +88,8 @@ use std::sync::Arc;
 use super::compact::Part;
 use super::plan::Steps;
 use super::{
-    CreateSpec, Footprint, Format, Image, NewLink, OpenContext, Opened, Plan, Probe, Report,
+    CreateSpec, Footprint, Format, Image, Listing, NewLink, OpenContext, Opened, Plan, Probe,
+    Report,
 };
 use crate::error::Result;
 use crate::storage::{Host, Storage};
@@ -160,6 +162,15 @@ impl Format for Vhdx {
 
     fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>> {
         compact::parts(file, ctx)
+    }
+
+    fn structures(
+        &self,
+        file: Arc<dyn Storage>,
+        _: &OpenContext,
+        list: &mut Listing,
+    ) -> Result<()> {
+        structures::list(&*file, list)
     }
 
     fn check(&self, file: Arc<dyn Storage>, _: &OpenContext, report: &mut Report) -> Result<()> {

@@ -23,25 +23,25 @@ const HEADER_SECTORS: u64 = 4;
 /// The header, byte for byte.
 #[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct RawHeader {
-    magic: [u8; 4],
-    version: U32,
-    flags: U32,
-    num_sectors: U32,
-    grain_size: U32,
-    gd_offset: U32,
-    num_gd_entries: U32,
-    free_sector: U32,
+pub(super) struct RawHeader {
+    pub(super) magic: [u8; 4],
+    pub(super) version: U32,
+    pub(super) flags: U32,
+    pub(super) num_sectors: U32,
+    pub(super) grain_size: U32,
+    pub(super) gd_offset: U32,
+    pub(super) num_gd_entries: U32,
+    pub(super) free_sector: U32,
     /// Of a root: cylinders, heads, sectors. Of a child: the parent's name, as a rule empty.
-    parent_file_name: [u8; 1024],
-    parent_generation: U32,
-    generation: U32,
-    name: [u8; 60],
-    description: [u8; 512],
-    saved_generation: U32,
-    reserved: [u8; 8],
-    unclean_shutdown: U32,
-    padding: [u8; 396],
+    pub(super) parent_file_name: [u8; 1024],
+    pub(super) parent_generation: U32,
+    pub(super) generation: U32,
+    pub(super) name: [u8; 60],
+    pub(super) description: [u8; 512],
+    pub(super) saved_generation: U32,
+    pub(super) reserved: [u8; 8],
+    pub(super) unclean_shutdown: U32,
+    pub(super) padding: [u8; 396],
 }
 
 const _: () = assert!(size_of::<RawHeader>() as u64 == HEADER_SECTORS * SECTOR);

@@ -57,21 +57,21 @@ pub const GD_AT_END: u64 = u64::MAX;
 #[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct RawHeader {
-    magic_number: [u8; 4],
-    version: U32,
-    flags: U32,
-    capacity: U64,
-    grain_size: U64,
-    descriptor_offset: U64,
-    descriptor_size: U64,
-    num_gtes_per_gt: U32,
-    rgd_offset: U64,
-    gd_offset: U64,
-    overhead: U64,
-    unclean_shutdown: u8,
-    newlines: [u8; 4],
-    compress_algorithm: U16,
-    pad: [u8; 433],
+    pub(super) magic_number: [u8; 4],
+    pub(super) version: U32,
+    pub(super) flags: U32,
+    pub(super) capacity: U64,
+    pub(super) grain_size: U64,
+    pub(super) descriptor_offset: U64,
+    pub(super) descriptor_size: U64,
+    pub(super) num_gtes_per_gt: U32,
+    pub(super) rgd_offset: U64,
+    pub(super) gd_offset: U64,
+    pub(super) overhead: U64,
+    pub(super) unclean_shutdown: u8,
+    pub(super) newlines: [u8; 4],
+    pub(super) compress_algorithm: U16,
+    pub(super) pad: [u8; 433],
 }
 
 const _: () = assert!(size_of::<RawHeader>() as u64 == SECTOR);

@@ -59,6 +59,7 @@ mod sesparse;
 mod settled;
 mod space;
 mod stream;
+mod structures;
 mod tables;
 mod walk;
 mod write;
@@ -72,8 +73,8 @@ use super::compact::Part;
 use super::places::directory_of;
 use super::plan::Steps;
 use super::{
-    CreateSpec, Footprint, Format, Identity, Image, ImageInfo, Label, NewLink, OpenContext, Opened,
-    Plan, Probe, Report, references,
+    CreateSpec, Footprint, Format, Identity, Image, ImageInfo, Label, Listing, NewLink,
+    OpenContext, Opened, Plan, Probe, Report, references,
 };
 use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
@@ -191,6 +192,15 @@ impl Format for Vmdk {
 
     fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>> {
         compact::parts(&file, ctx)
+    }
+
+    fn structures(
+        &self,
+        file: Arc<dyn Storage>,
+        ctx: &OpenContext,
+        list: &mut Listing,
+    ) -> Result<()> {
+        structures::list(&file, ctx, list)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {

@@ -17,7 +17,7 @@ use super::link::{Asked, OpenedSparse};
 use super::map::SparseExtent;
 
 const MAGIC: u64 = 0xcafe_babe;
-const VOLATILE_MAGIC: u64 = 0xcafe_cafe;
+pub(super) const VOLATILE_MAGIC: u64 = 0xcafe_cafe;
 /// 2.1.
 const VERSION: u64 = 0x2_0000_0001;
 const GRAIN_SECTORS: u64 = 8;
@@ -28,14 +28,14 @@ const ENTRIES_PER_TABLE: u64 = TABLE_SECTORS * SECTOR / 8;
 /// A part of the file, in sectors.
 #[derive(Debug, Clone, Copy, FromBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct Region {
-    offset: U64,
-    size: U64,
+pub(super) struct Region {
+    pub(super) offset: U64,
+    pub(super) size: U64,
 }
 
 impl Region {
     /// The region in bytes, if it is one.
-    fn bytes(self) -> Option<Range<u64>> {
+    pub(super) fn bytes(self) -> Option<Range<u64>> {
         let start = layout::bytes(self.offset.get())?;
         let end = start.checked_add(layout::bytes(self.size.get())?)?;
         (start < end && end <= i64::MAX as u64).then_some(start..end)
@@ -45,34 +45,34 @@ impl Region {
 /// The header that never changes, byte for byte.
 #[derive(Debug, Clone, FromBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct ConstantHeader {
-    magic: U64,
-    version: U64,
-    capacity: U64,
-    grain_size: U64,
-    grain_table_size: U64,
-    flags: U64,
-    reserved: [U64; 4],
-    volatile_header: Region,
-    journal_header: Region,
-    journal: Region,
-    grain_directory: Region,
-    grain_tables: Region,
-    free_bitmap: Region,
-    backmap: Region,
-    grains: Region,
-    pad: [u8; 304],
+pub(super) struct ConstantHeader {
+    pub(super) magic: U64,
+    pub(super) version: U64,
+    pub(super) capacity: U64,
+    pub(super) grain_size: U64,
+    pub(super) grain_table_size: U64,
+    pub(super) flags: U64,
+    pub(super) reserved: [U64; 4],
+    pub(super) volatile_header: Region,
+    pub(super) journal_header: Region,
+    pub(super) journal: Region,
+    pub(super) grain_directory: Region,
+    pub(super) grain_tables: Region,
+    pub(super) free_bitmap: Region,
+    pub(super) backmap: Region,
+    pub(super) grains: Region,
+    pub(super) pad: [u8; 304],
 }
 
 /// The header that changes, byte for byte.
 #[derive(Debug, Clone, FromBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct VolatileHeader {
-    magic: U64,
-    free_gt_number: U64,
-    next_txn_seq_number: U64,
-    replay_journal: U64,
-    pad: [u8; 480],
+pub(super) struct VolatileHeader {
+    pub(super) magic: U64,
+    pub(super) free_gt_number: U64,
+    pub(super) next_txn_seq_number: U64,
+    pub(super) replay_journal: U64,
+    pub(super) pad: [u8; 480],
 }
 
 const _: () = assert!(size_of::<ConstantHeader>() as u64 == SECTOR);

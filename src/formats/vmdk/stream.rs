@@ -25,7 +25,7 @@ use super::grains::{Dialect, Grain, GrainTables, TableCaches};
 use super::layout::{self, GD_AT_END, Header, SECTOR};
 
 /// How far from the end a footer is looked for, over sectors of zeroes.
-const FOOTER_SEARCH: u64 = 1 << 20;
+pub(super) const FOOTER_SEARCH: u64 = 1 << 20;
 /// Inflated grains kept, in bytes; at least one is.
 const INFLATED_BYTES: usize = 4 << 20;
 /// Most sectors that a marker may announce to be followed over.
@@ -34,21 +34,21 @@ const MAX_SKIPPED: u64 = 64;
 /// What precedes a compressed grain.
 #[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct GrainHead {
+pub(super) struct GrainHead {
     /// The grain's first sector on the disk.
-    lba: U64,
+    pub lba: U64,
     /// Bytes of compressed data that follow.
-    size: U32,
+    pub size: U32,
 }
 
 /// What precedes metadata. Read in place of a [`GrainHead`] it has a size of 0.
 #[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct Marker {
+pub(super) struct Marker {
     /// Of a marker: sectors that follow.
-    head: GrainHead,
+    pub head: GrainHead,
     /// Which metadata.
-    kind: U32,
+    pub kind: U32,
 }
 
 const _: () = assert!(size_of::<GrainHead>() == 12);
@@ -62,7 +62,8 @@ const GRAIN_DIRECTORY: u32 = 2;
 const FOOTER: u32 = 3;
 
 impl Marker {
-    fn read(file: &dyn Storage, at: u64) -> Result<Self> {
+    /// Reads the one at byte `at`.
+    pub(super) fn read(file: &dyn Storage, at: u64) -> Result<Self> {
         let bytes: [u8; 16] = codec::read_array(file, at, "a marker")?;
         Ok(zerocopy::transmute!(bytes))
     }
@@ -96,7 +97,7 @@ pub fn find_footer(file: &dyn Storage, file_len: u64, header: &Header) -> Result
 }
 
 /// What stands at byte `at` of a stream.
-enum Piece {
+pub(super) enum Piece {
     /// A compressed grain, by its number on the disk.
     Grain { number: u64, at: u64 },
     /// The marker of metadata of a kind.
@@ -105,7 +106,7 @@ enum Piece {
 
 /// Follows a stream with markers from sector `first` on: grains of `grain` sectors, of which the disk
 /// has `grains`. Ends where something makes no sense, or when `visit` has seen enough and returns `false`.
-fn follow(
+pub(super) fn follow(
     file: &dyn Storage,
     file_len: u64,
     (grain, grains): (u64, u64),
