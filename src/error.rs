@@ -234,6 +234,11 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// Adds context to the error of a `Result` on its way up.
+///
+/// # Errors
+///
+/// The same one, with more said about its place.
+#[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait ResultExt<T> {
     /// See [`Error::in_file`].
     fn in_file(self, path: &Path) -> Result<T>;

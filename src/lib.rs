@@ -51,14 +51,19 @@
 //! run of the disk in one place; in VMDK also a file holding a run. *Parent*, *child*: a child stores
 //! only what differs from its parent.
 #![deny(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
+#[doc(hidden)]
 pub mod cli;
+#[doc(hidden)]
 pub mod codec;
 pub mod copy;
 pub mod disk;
 pub mod error;
 pub mod formats;
+#[doc(hidden)]
 pub mod fuse;
+#[doc(hidden)]
 pub mod names;
 pub mod progress;
 pub mod storage;

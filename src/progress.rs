@@ -27,7 +27,11 @@ pub trait Progress: Sync {
 impl Progress for () {}
 
 impl dyn Progress + '_ {
-    /// An error of [`ErrorKind::Cancelled`] once the work is to end.
+    /// Says whether the work may go on.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Cancelled`] once it is to end.
     pub fn go_on(&self) -> Result<()> {
         match self.cancelled() {
             true => Err(Error::new(ErrorKind::Cancelled, "interrupted")),

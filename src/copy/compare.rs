@@ -28,6 +28,10 @@ pub struct Difference {
 
 /// Compares two disks of which the shorter one counts as followed by zeroes. Where neither holds
 /// anything nothing is read.
+///
+/// # Errors
+///
+/// Those of reading either disk, and [`ErrorKind::Cancelled`] where `progress` ends the work.
 pub fn compare(
     one: &Arc<Disk>,
     other: &Arc<Disk>,

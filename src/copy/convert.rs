@@ -45,6 +45,10 @@ pub enum Target {
 
 impl Target {
     /// The format called `name`, or `raw`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] for a name that is none, with those that are.
     pub fn by_name(name: &str) -> Result<Self> {
         if name.eq_ignore_ascii_case("raw") {
             return Ok(Self::Raw);
@@ -125,6 +129,12 @@ pub struct From<'a> {
 }
 
 /// Makes an image or raw file at `path` out of a disk. Nobody may be writing to the source.
+///
+/// # Errors
+///
+/// Those of reading the disk and of creating the target; [`ErrorKind::Exists`] for a target that is there and
+/// not to be replaced, [`ErrorKind::NoSpace`] on a full host, [`ErrorKind::Cancelled`] where `progress` ends
+/// the work. Nothing is left of the target then.
 pub fn convert(
     host: &Arc<dyn Host>,
     from: &From<'_>,
@@ -196,6 +206,11 @@ fn remove_left(
 
 /// Writes a disk to a pipe: raw, as a fixed VHD, or as a stream-optimised VMDK, which calls itself
 /// `path`.
+///
+/// # Errors
+///
+/// Those of [`convert`]; [`ErrorKind::InvalidInput`] for a format that cannot be written in one go. The pipe has
+/// a part of it then.
 pub fn convert_to_pipe(
     from: &From<'_>,
     out: impl Write + Send,
@@ -245,6 +260,11 @@ pub fn convert_to_pipe(
 }
 
 /// Writes a disk over a block device, which is at least as large and in use by nobody.
+///
+/// # Errors
+///
+/// Those of [`convert`]; [`ErrorKind::InvalidInput`] for a device that is too small, [`ErrorKind::Busy`] for one
+/// in use. After a failure half way the device holds a part.
 pub fn convert_to_device(
     from: &From<'_>,
     path: &Path,

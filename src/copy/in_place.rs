@@ -21,6 +21,10 @@ use crate::storage::{Access, Host, Storage};
 
 /// Opens the raw disk at `path`, which nobody else may have open and which is no image, and says its
 /// length. With `raw` whatever it looks like is taken for what a guest wrote.
+///
+/// # Errors
+///
+/// [`ErrorKind::Busy`] if somebody has it open, [`ErrorKind::InvalidInput`] if it is an image.
 pub fn open_raw(host: &Arc<dyn Host>, path: &Path, raw: bool) -> Result<(Arc<dyn Storage>, u64)> {
     let file = host.open(path, Access::Write)?;
     let len = file.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
@@ -40,6 +44,11 @@ pub fn open_raw(host: &Arc<dyn Host>, path: &Path, raw: bool) -> Result<(Arc<dyn
 
 /// Makes the raw disk at `path` the fixed VHD `target`. A length that is no multiple of a sector is filled
 /// up. Returns the disk's size.
+///
+/// # Errors
+///
+/// Those of [`open_raw`]; [`ErrorKind::Exists`] for a target that is there and not to be replaced. The raw disk is
+/// as it was then.
 pub fn wrap(
     host: &Arc<dyn Host>,
     path: &Path,
@@ -66,6 +75,11 @@ pub fn wrap(
 }
 
 /// Makes the fixed VHD at `path` the raw disk `target`. Returns the disk's size.
+///
+/// # Errors
+///
+/// [`ErrorKind::InvalidInput`] for what is no fixed VHD, [`ErrorKind::Busy`] if somebody has it open,
+/// [`ErrorKind::Exists`] for a target that is there and not to be replaced.
 pub fn unwrap(host: &Arc<dyn Host>, path: &Path, target: &Path, replace: bool) -> Result<u64> {
     // The lock of this opening is held until the end, and the image only looked at beside it.
     let file = host.open(path, Access::Write)?;

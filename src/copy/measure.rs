@@ -30,6 +30,10 @@ pub struct Measured {
 
 /// Measures what `spec` asks for; `from` is the disk that would be in it, `None` for an empty one. Reads
 /// what the disk holds, to find zeroes.
+///
+/// # Errors
+///
+/// Those of reading the disk; [`ErrorKind::InvalidInput`] for what the format cannot be.
 pub fn measure(
     from: Option<&Source>,
     target: Target,

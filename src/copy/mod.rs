@@ -21,11 +21,15 @@
 
 pub mod compare;
 pub mod convert;
+#[doc(hidden)]
 pub mod digest;
 pub mod in_place;
 pub mod measure;
+#[doc(hidden)]
 pub mod pipeline;
+#[doc(hidden)]
 pub mod sink;
+#[doc(hidden)]
 pub mod source;
 mod stream;
 

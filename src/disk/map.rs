@@ -159,6 +159,11 @@ pub struct WritePlan {
 }
 
 /// A format driver's view of one open disk.
+///
+/// # Errors
+///
+/// [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt) where the tables are damaged, and those of the host.
+#[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait BlockMap: Send + Sync {
     /// The disk's sizes.
     fn geometry(&self) -> &Geometry;

@@ -25,12 +25,17 @@
 
 pub mod cursor;
 mod damage;
+#[doc(hidden)]
 pub mod flat;
+#[doc(hidden)]
 pub mod layers;
 mod locks;
 pub mod map;
+#[doc(hidden)]
 pub mod overlay;
+#[doc(hidden)]
 pub mod share;
+#[doc(hidden)]
 pub mod tables;
 pub mod window;
 
@@ -151,6 +156,10 @@ impl Disk {
     }
 
     /// Bytes of host space the image's own files take.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] where the host does not say.
     pub fn allocated(&self) -> Result<u64> {
         let mut sum = 0;
         for file in self.map.files() {
@@ -198,6 +207,11 @@ impl Disk {
     }
 
     /// Fills `buf` with the disk's bytes from `offset`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfRange`] past the end of the disk; [`ErrorKind::Io`] where the host fails, and
+    /// [`ErrorKind::Corrupt`] for a range that the image has lost. Other ranges still read.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let range = self.check_range(offset, buf.len() as u64)?;
         if range.is_empty() {
@@ -294,6 +308,10 @@ impl Disk {
 
     /// Takes note that somebody else wrote to the disk's files, as the kernel does where it was given
     /// one: the image counts as written, and the next flush covers it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the first write to a disk.
     pub fn changed_from_outside(&self) -> Result<()> {
         self.ready_to_write()?;
         self.unflushed.store(true, Ordering::Release);
@@ -309,6 +327,12 @@ impl Disk {
     }
 
     /// Writes `data` at `offset`. Durable after [`Self::flush`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfRange`] past the end of the disk, [`ErrorKind::ReadOnly`] if it cannot be written,
+    /// [`ErrorKind::NoSpace`] where host or format are full, [`ErrorKind::Failed`] after an earlier failure that made
+    /// it unknown what is durable. Part of the data may have been written.
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.write(offset, data.len() as u64, Content::Bytes(data))
     }
@@ -510,6 +534,10 @@ impl Disk {
 
     /// Makes a range read as zeroes, and gives its space back to image and host where the format
     /// can say that. On a child the parent's data does not come back.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::write_at`].
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let range = self.check_range(offset, len)?;
         self.ready_to_write()?;
@@ -581,6 +609,10 @@ impl Disk {
 
     /// Makes every write that returned before this call durable. Calls that wait for one another
     /// share one flush: a flush that began after a caller arrived covers that caller.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host. After a failure other than [`ErrorKind::NoSpace`] the disk takes no more writes.
     pub fn flush(&self) -> Result<()> {
         if self.read_only.is_some() {
             return Ok(());
@@ -617,6 +649,10 @@ impl Disk {
     /// Flushes and marks the image clean; from then on the disk can only be read. Whoever else holds
     /// it must have finished writing. Closing once more answers what the first time did; after a
     /// flush that failed for want of room it tries again.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::flush`].
     pub fn close(&self) -> Result<()> {
         if let Some(closed) = self.closed.get() {
             return closed.clone();
@@ -629,6 +665,10 @@ impl Disk {
     }
 
     /// The disk's own extents in a range, rounded out to sectors; parents are not looked into.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfRange`] past the end of the disk; those of reading the image's tables.
     pub fn extents(&self, range: DiskRange) -> Result<ExtentList> {
         let range = self.check_range(range.start, range.end.saturating_sub(range.start))?;
         let mut list = ExtentList::new();
@@ -642,6 +682,10 @@ impl Disk {
     /// The first run of data at or after `from`: everything outside such runs reads as zeroes.
     /// Looks through parents and at the holes of the host's files. What a long search has not come to is
     /// taken for data.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the image's tables and asking the host for holes.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
         self.next_data_in(from..self.size())
     }
@@ -722,6 +766,10 @@ impl Disk {
 
     /// The first byte at or after `from` that is not stored data; the disk's size if there is none, or if a
     /// long search has found none.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::next_data`].
     pub fn next_hole(&self, from: u64) -> Result<u64> {
         let until = Instant::now() + MAX_SEARCH;
         let mut pos = from;
@@ -791,6 +839,10 @@ fn latched(failure: &Error) -> Error {
 
 /// Syncs a file for a driver's flush. The error never counts as lack of space: what a failed sync
 /// should have covered is lost, and waiting for room does not bring it back.
+///
+/// # Errors
+///
+/// [`ErrorKind::Io`] where the host fails.
 pub fn sync_file(file: &dyn Storage) -> Result<()> {
     file.sync().map_err(|e| {
         let error = Error::io("flush", &e);

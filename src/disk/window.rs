@@ -18,8 +18,12 @@ pub struct Window<D> {
 }
 
 impl Disk {
-    /// The part `range` of the disk, in bytes. It may begin and end anywhere inside the disk;
-    /// [`ErrorKind::OutOfRange`] otherwise. [`Window::new`] makes one that owns an `Arc` of the disk.
+    /// The part `range` of the disk, in bytes, which may begin and end anywhere. [`Window::new`] makes one
+    /// that owns an `Arc` of the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range does not lie inside the disk.
     pub fn slice(&self, range: DiskRange) -> Result<Window<&Self>> {
         Window::new(self, range)
     }
@@ -27,6 +31,10 @@ impl Disk {
 
 impl<D: Deref<Target = Disk>> Window<D> {
     /// The part `range` of `disk`, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range does not lie inside the disk.
     pub fn new(disk: D, range: DiskRange) -> Result<Self> {
         disk.check_range(range.start, range.end.saturating_sub(range.start))?;
         let end = range.end.max(range.start);
@@ -69,26 +77,46 @@ impl<D: Deref<Target = Disk>> Window<D> {
     }
 
     /// See [`Disk::read_at`].
+    ///
+    /// # Errors
+    ///
+    /// Those of the disk's function, with the part's end as that of the disk.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.disk.read_at(self.place(offset, buf.len() as u64)?, buf)
     }
 
     /// See [`Disk::write_at`].
+    ///
+    /// # Errors
+    ///
+    /// Those of the disk's function, with the part's end as that of the disk.
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.disk.write_at(self.place(offset, data.len() as u64)?, data)
     }
 
     /// See [`Disk::discard`].
+    ///
+    /// # Errors
+    ///
+    /// Those of the disk's function, with the part's end as that of the disk.
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.disk.discard(self.place(offset, len)?, len)
     }
 
     /// See [`Disk::flush`]. Covers the whole disk.
+    ///
+    /// # Errors
+    ///
+    /// Those of the disk's function, with the part's end as that of the disk.
     pub fn flush(&self) -> Result<()> {
         self.disk.flush()
     }
 
     /// See [`Disk::next_data`].
+    ///
+    /// # Errors
+    ///
+    /// Those of the disk's function, with the part's end as that of the disk.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
         if from >= self.size() {
             return Ok(None);
@@ -99,6 +127,10 @@ impl<D: Deref<Target = Disk>> Window<D> {
     }
 
     /// See [`Disk::next_hole`].
+    ///
+    /// # Errors
+    ///
+    /// Those of the disk's function, with the part's end as that of the disk.
     pub fn next_hole(&self, from: u64) -> Result<u64> {
         let mut pos = from;
         while pos < self.size() {

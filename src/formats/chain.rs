@@ -53,6 +53,7 @@ const SECTOR: u64 = 4096;
 
 /// What merging has done.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Merged {
     /// The image that now holds everything.
     pub parent: PathBuf,
@@ -76,6 +77,12 @@ pub struct Merging {
 /// Merges the image at `path` into its parent and removes it. Other images that need the child, if it
 /// is not kept, or the parent are a reason to refuse. `progress` gets the bytes of the disk done; where it
 /// ends the work, the parent has a part of what is the child's, which still reads the same.
+///
+/// # Errors
+///
+/// [`ErrorKind::Busy`] while somebody has an image of the chain open, [`ErrorKind::InvalidInput`] for what is no
+/// child and where other images stand on one of the two, [`ErrorKind::Corrupt`] for damaged ones,
+/// [`ErrorKind::Cancelled`] where `progress` ends the work.
 pub fn merge(
     host: &Arc<dyn Host>,
     path: &Path,
@@ -209,6 +216,11 @@ pub(super) fn opening(
 /// Gives the image at `path` the parent at `new`. Unless `link_only`, whatever would look different
 /// over it is copied into the child first. `progress` gets the bytes of the disk done; where it ends the
 /// work, the child has a copy of a part of what it shows. Returns the bytes copied.
+///
+/// # Errors
+///
+/// [`ErrorKind::Busy`] while somebody has the child open, [`ErrorKind::InvalidInput`] for a parent that does not
+/// suit it, [`ErrorKind::Cancelled`] where `progress` ends the work.
 pub fn rebase(
     host: &Arc<dyn Host>,
     path: &Path,
@@ -271,6 +283,10 @@ pub(super) fn no_child(path: &Path) -> Error {
 }
 
 /// Which file the one at `path` is.
+///
+/// # Errors
+///
+/// [`ErrorKind::NotFound`], [`ErrorKind::Denied`], and those of the host.
 pub fn file_identity(host: &Arc<dyn Host>, path: &Path) -> Result<FileIdentity> {
     let file = host.open(path, Access::Peek)?;
     file.identity().map_err(|e| Error::io("stat", &e).in_file(path))
@@ -342,6 +358,10 @@ fn refuse_relatives(
 }
 
 /// The images in `folders` whose parent is `image`, and which files they are.
+///
+/// # Errors
+///
+/// Those of listing the folders.
 pub fn children(
     host: &Arc<dyn Host>,
     image: &Image,

@@ -54,6 +54,7 @@ pub struct Compacting {
 
 /// What became of an image, or would. Field names are stable; sizes are in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Compacted {
     /// Length of the image's files before.
     pub length_before: u64,
@@ -107,6 +108,11 @@ pub struct Move {
 
 /// Blocks of one length in one file, and everything else that lies there. Plans are carried out before
 /// the next one is asked for.
+///
+/// # Errors
+///
+/// Those of reading the tables.
+#[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait Blocks {
     /// The file.
     fn file(&self) -> &Arc<dyn Storage>;
@@ -155,9 +161,12 @@ pub trait Blocks {
     fn finish(&mut self, end: u64, free: &[Range<u64>], plan: &mut Steps) -> Result<()>;
 }
 
-/// Compacts the image at `path`. Fails with `ErrorKind::Busy` while somebody has it open, with
-/// `ErrorKind::Corrupt` if it is damaged, and with `ErrorKind::Cancelled` when `progress` ends it: what
-/// was done until then stays. Parents of other images may be compacted, and children, too.
+/// Compacts the image at `path`. Parents of other images may be compacted, and children, too.
+///
+/// # Errors
+///
+/// [`ErrorKind::Busy`] while somebody has it open, [`ErrorKind::Corrupt`] for a damaged image,
+/// [`ErrorKind::Cancelled`] where `progress` ends it: what was done until then stays.
 pub fn compact(
     host: &Arc<dyn Host>,
     path: &Path,
@@ -546,6 +555,10 @@ impl<'a> Layout<'a> {
 }
 
 /// Whether a range of a file reads as zeroes. What the host calls a hole is not read.
+///
+/// # Errors
+///
+/// Those of the host.
 pub fn is_zero(file: &dyn Storage, range: Range<u64>) -> Result<bool> {
     const FIRST: u64 = 16 << 10;
     const CHUNK: u64 = 1 << 20;

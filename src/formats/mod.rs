@@ -7,22 +7,31 @@
 pub mod chain;
 pub mod compact;
 pub mod flatten;
+#[doc(hidden)]
 pub mod folders;
 mod foreign;
+#[doc(hidden)]
 pub mod open;
 mod parents;
+#[doc(hidden)]
 pub mod places;
+#[doc(hidden)]
 pub mod plan;
 pub mod profile;
+#[doc(hidden)]
 pub mod raw;
+#[doc(hidden)]
 pub mod references;
 pub mod repair;
 pub mod report;
 pub mod resize;
 pub mod structures;
 pub mod tree;
+#[doc(hidden)]
 pub mod vhd;
+#[doc(hidden)]
 pub mod vhdx;
+#[doc(hidden)]
 pub mod vmdk;
 
 use std::path::{Path, PathBuf};
@@ -61,6 +70,10 @@ pub struct Probe {
 
 impl Probe {
     /// Reads what probing needs.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the file.
     pub fn read(file: &dyn Storage) -> Result<Self> {
         let failed = |e| Error::io("read", &e).in_file(file.path());
         let len = file.len().map_err(failed)?;
@@ -79,6 +92,10 @@ impl Probe {
 
 /// Where the zeroes begin that a file of `len` bytes ends with, rounded up to 512 bytes: behind the last
 /// data, as far as the host tells what are holes, with a look at 64 KiB before that.
+///
+/// # Errors
+///
+/// Those of the host.
 pub fn end_of_data(file: &dyn Storage, len: u64) -> Result<u64> {
     const LOOK: u64 = 64 << 10;
     const MAX_RANGES: usize = 1 << 16;
@@ -100,6 +117,12 @@ pub fn end_of_data(file: &dyn Storage, len: u64) -> Result<u64> {
 }
 
 /// A disk image format.
+///
+/// # Errors
+///
+/// Those of the host; [`ErrorKind::Corrupt`] for damage, [`ErrorKind::Unsupported`] for legal images of a kind that
+/// the driver does not know.
+#[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait Format: Sync {
     /// Short lower-case name: `vhd`, `vhdx`, `vmdk`.
     fn name(&self) -> &'static str;
@@ -303,6 +326,7 @@ impl std::fmt::Display for Identity {
 /// What an image says about itself. Field names are the stable names of the JSON form; sizes are
 /// in bytes.
 #[derive(Debug, Clone, Default, Serialize)]
+#[non_exhaustive]
 pub struct ImageInfo {
     /// `vhd`, `vhdx`, `vmdk`.
     pub format: &'static str,
@@ -401,6 +425,10 @@ pub enum Preallocation {
 }
 
 /// Gives a new file the length that `range` ends with, and allocates `range`.
+///
+/// # Errors
+///
+/// [`ErrorKind::NoSpace`] where the host has no room for it.
 pub fn preallocate(
     file: &dyn Storage,
     range: std::ops::Range<u64>,
@@ -429,6 +457,10 @@ pub fn preallocate(
 }
 
 /// The format called `name`.
+///
+/// # Errors
+///
+/// [`ErrorKind::InvalidInput`] for a name that is none, with those that are.
 pub fn by_name(name: &str) -> Result<&'static dyn Format> {
     FORMATS.into_iter().find(|f| f.name().eq_ignore_ascii_case(name)).ok_or_else(|| {
         let known: Vec<_> = FORMATS.iter().map(|f| f.name()).collect();
@@ -446,6 +478,10 @@ pub fn by_extension(path: &Path) -> Option<&'static dyn Format> {
 ///
 /// A guest chooses the first sectors of a fixed VHD and the last ones of a sparse VMDK, so contents
 /// alone may claim two formats. Then the file's extension decides, which no guest can change.
+///
+/// # Errors
+///
+/// [`ErrorKind::NotThisFormat`], saying what the file is where that can be told.
 pub fn recognise(file: &dyn Storage) -> Result<&'static dyn Format> {
     let probe = Probe::read(file)?;
     let claims: Vec<_> = FORMATS.into_iter().filter(|f| f.probe(&probe)).collect();
@@ -463,6 +499,11 @@ pub fn recognise(file: &dyn Storage) -> Result<&'static dyn Format> {
 }
 
 /// Creates an image of `format` at `path`, removing what a failed attempt left.
+///
+/// # Errors
+///
+/// [`ErrorKind::InvalidInput`] for what the format cannot be, [`ErrorKind::Exists`] if there is a file,
+/// [`ErrorKind::NoSpace`] on a full host.
 pub fn create(format: &dyn Format, host: &dyn Host, path: &Path, spec: &CreateSpec) -> Result<()> {
     if let Some(subformat) = &spec.subformat
         && !format.subformats().iter().any(|s| s.eq_ignore_ascii_case(subformat))
@@ -478,6 +519,10 @@ pub fn create(format: &dyn Format, host: &dyn Host, path: &Path, spec: &CreateSp
 
 /// Creates a child of `parent` at `path`, removing what a failed attempt left. `spec.size` does not
 /// count.
+///
+/// # Errors
+///
+/// Those of [`create`].
 pub fn create_child(
     format: &dyn Format,
     host: &dyn Host,
@@ -501,6 +546,10 @@ fn clean_up(host: &dyn Host, path: &Path, create: impl FnOnce() -> Result<()>) -
 }
 
 /// Checks the image at `path`, and whether its parents are what they should be.
+///
+/// # Errors
+///
+/// Those of opening the file; damage is no error but a finding.
 pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Report> {
     let file = host.open(path, options.access)?;
     let ctx = OpenContext::new(host, &*file, options);

@@ -38,6 +38,10 @@ impl Profile {
 
     /// Makes `spec` what the profile wants, its size rounded up where it must be, and says the format. A
     /// format or subformat that was asked for and is another one is refused.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] for a format, subformat or size that the profile excludes.
     pub fn apply(self, format: Option<&str>, spec: &mut CreateSpec) -> Result<&'static dyn Format> {
         let (wanted, subformat) = self.kind();
         let other = |asked: Option<&str>, is: &str| {

@@ -116,6 +116,10 @@ pub struct Repair {
 
 /// Repairs the image at `path`. A `dry_run` repairs a draft of it, and so tells every change and what
 /// a check would find then, while the image is only read.
+///
+/// # Errors
+///
+/// [`ErrorKind::Busy`] while somebody has the image open, those of [`check`](super::check), and those of writing.
 pub fn repair(
     host: &Arc<dyn Host>,
     path: &Path,
@@ -159,6 +163,10 @@ pub fn repair(
 
 /// How many bytes of a range that nothing uses take space for contents, in pages that are not all
 /// zeroes. Freed space that was punched takes none, whatever the host's allocation unit.
+///
+/// # Errors
+///
+/// Those of the host.
 pub fn stored(file: &dyn Storage, range: Range<u64>) -> Result<u64> {
     const CHUNK: u64 = 256 << 10;
     let failed = |at| move |e| Error::io("reading unused space", &e).in_file(file.path()).at(at);

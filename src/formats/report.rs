@@ -7,6 +7,7 @@ use serde::Serialize;
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Severity {
     /// Data may be wrong or lost.
     Error,
@@ -18,6 +19,7 @@ pub enum Severity {
 
 /// One thing a check found.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct Finding {
     /// How bad it is.
     pub severity: Severity,
@@ -45,6 +47,7 @@ pub struct Lost {
 
 /// The result of a check. Counts are complete; the lists are capped.
 #[derive(Debug, Clone, Default, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// `vhd`, `vhdx`, `vmdk`.
     pub format: &'static str,

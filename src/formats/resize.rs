@@ -19,6 +19,7 @@ use crate::storage::{Access, Host};
 
 /// What became of a disk's size, or would.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Resized {
     /// Bytes of the disk before.
     pub before: u64,
@@ -30,11 +31,13 @@ pub struct Resized {
 
 /// Makes the disk of the image at `path` `size` bytes large. Whoever makes it smaller must know that
 /// nothing is wanted of what lies behind. A `dry_run` only tells the changes. Images that others stand
-/// on keep their size.
+/// on keep their size. `progress` is told what is copied; once begun, the change is completed.
 ///
-/// Fails with `ErrorKind::InvalidInput` for sizes that the image cannot have and for images with
-/// children, `ErrorKind::Busy` while somebody has the image open, `ErrorKind::Corrupt` for damaged
-/// ones. `progress` is told what is copied; once begun, the change is completed.
+/// # Errors
+///
+/// [`ErrorKind::InvalidInput`] for sizes that the image cannot have and for images with
+/// children, [`ErrorKind::Busy`] while somebody has the image open, [`ErrorKind::Corrupt`] for damaged
+/// ones.
 pub fn resize(
     host: &Arc<dyn Host>,
     path: &Path,

@@ -150,6 +150,10 @@ impl HostFile {
 }
 
 /// A new file without a name in `dir`, gone when it is closed.
+///
+/// # Errors
+///
+/// Those of the host.
 pub fn scratch(dir: &Path) -> Result<Arc<dyn Storage>> {
     let file = tempfile::tempfile_in(dir)
         .map_err(|e| Error::io("create a scratch file", &e).in_file(dir))?;

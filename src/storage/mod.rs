@@ -15,21 +15,32 @@
 //! - A failed `sync` is final: the caller must not take a later success as covering its writes.
 
 #[doc(hidden)]
+#[doc(hidden)]
 pub mod crash;
+#[doc(hidden)]
 pub mod device;
+#[doc(hidden)]
 pub mod draft;
+#[doc(hidden)]
 #[doc(hidden)]
 pub mod faulty;
 pub mod file;
+#[doc(hidden)]
 pub mod memory;
+#[doc(hidden)]
 pub mod permissions;
+#[doc(hidden)]
 pub mod reach;
+#[doc(hidden)]
 #[doc(hidden)]
 pub mod recording;
 mod replace;
+#[doc(hidden)]
 pub mod runs;
 mod share;
+#[doc(hidden)]
 pub mod staged;
+#[doc(hidden)]
 pub mod user;
 
 use std::ffi::OsString;
@@ -47,6 +58,11 @@ use crate::error::{Error, ErrorKind, Result};
 pub const SHARED_BLOCK: u64 = 4096;
 
 /// One open file. All methods may be called from any thread at once.
+///
+/// # Errors
+///
+/// Those of the host, as it says them; `UnexpectedEof` where a file ends before what is read.
+#[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Length of the file in bytes.
     fn len(&self) -> io::Result<u64>;
@@ -194,6 +210,11 @@ pub enum Access {
 }
 
 /// Where files come from: the host's file system, or a test's memory.
+///
+/// # Errors
+///
+/// Those of the host, each with the path; [`ErrorKind::Busy`] for a file that somebody holds in another way.
+#[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait Host: Send + Sync + fmt::Debug {
     /// Opens an existing regular file named by the user.
     fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>>;

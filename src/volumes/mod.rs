@@ -142,6 +142,10 @@ pub struct Free {
 
 /// Lists what is on `disk`. Damage, of the image or of what the guest wrote, becomes warnings; an
 /// error means that not even the first sector could be read.
+///
+/// # Errors
+///
+/// Those of reading the disk's first sector.
 pub fn volumes(disk: &Disk) -> Result<Volumes> {
     let mut found = Volumes {
         size: disk.size(),
@@ -321,6 +325,10 @@ impl Volumes {
     }
 
     /// The place of partition `number`, or without a number of the only file system.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] for a number that is none; [`ErrorKind::InvalidInput`] where a number is needed.
     pub fn place(&self, number: Option<u32>) -> Result<Range<u64>> {
         let Some(number) = number else { return self.only_file_system() };
         let found = self.partitions.iter().find(|partition| partition.number == number);

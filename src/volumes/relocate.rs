@@ -30,6 +30,10 @@ pub struct Primary {
 
 impl Primary {
     /// The first copy of the disk's GPT, if it is intact. Only that can be moved by.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the disk.
     pub fn read(disk: &Disk) -> Result<Option<Self>> {
         for sector in [512, 4096] {
             if disk.size() < sector * 6 {
@@ -88,6 +92,10 @@ impl Primary {
     }
 
     /// Puts the second copy at the end of the first `size` bytes of the disk; durable on return.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing to the disk; [`ErrorKind::InvalidInput`] if partitions lie in the way.
     pub fn move_copy(&self, disk: &Disk, size: u64) -> Result<()> {
         let last = (size / self.sector).saturating_sub(1);
         let array = last.saturating_sub(self.array_sectors());

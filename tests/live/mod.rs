@@ -5,6 +5,7 @@
 pub mod hanging;
 pub mod installed;
 pub mod kinds;
+#[allow(clippy::duplicate_mod)] // Some programs have both modules.
 #[path = "../common/skip.rs"]
 mod skipped;
 

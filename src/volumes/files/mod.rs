@@ -54,6 +54,11 @@ pub struct Entry {
 }
 
 /// Where the bytes of a file go.
+///
+/// # Errors
+///
+/// Whatever the receiver fails with.
+#[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait Sink {
     /// The next bytes.
     fn data(&mut self, bytes: &[u8]) -> Result<()>;
@@ -62,6 +67,12 @@ pub trait Sink {
 }
 
 /// A file system that is read. Paths are bytes with `/` between names; a leading one does not matter.
+///
+/// # Errors
+///
+/// [`ErrorKind::NotFound`] for paths that are none, [`ErrorKind::Corrupt`] for what is damaged, and those of reading
+/// the disk.
+#[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait FileSystem {
     /// What is odd about it.
     fn warnings(&self) -> &[String];
@@ -76,6 +87,10 @@ pub trait FileSystem {
 }
 
 /// Opens the file system in a volume.
+///
+/// # Errors
+///
+/// [`ErrorKind::Unsupported`] for a file system that cannot be read here, [`ErrorKind::Corrupt`] for a damaged one.
 pub fn open(volume: Window<Arc<Disk>>) -> Result<Box<dyn FileSystem>> {
     let range = volume.range();
     let found = content::probe(&Probe::new(volume.disk().slice(range)?, volume.size()));
@@ -156,6 +171,10 @@ fn shown(path: &[u8]) -> String {
 }
 
 /// Zeroes as data, for sinks that know no holes.
+///
+/// # Errors
+///
+/// Those of `put`.
 pub fn zeroes(len: u64, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let zeroes = [0; 64 << 10];
     let mut left = len;
