@@ -123,7 +123,8 @@ struct Words {
     /// /var/tmp], and vanishes when the mount or the image is closed.
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true)]
     nonpersistent: Option<Option<OsString>>,
-    /// Show each partition as a file of its own (not supported yet).
+    /// Show each partition, too, as a file beside its disk: disk.vhdx.p1.img beside disk.vhdx.img.
+    /// Flat extents then go through the daemon, as with --nopassthrough.
     #[arg(long)]
     partitions: bool,
     /// A directory in which parents of images may lie, besides the images' own and the sources;

@@ -130,6 +130,9 @@ pub struct OpenArgs {
     images: Vec<PathBuf>,
     /// The mount, or anything in it.
     mountpoint: PathBuf,
+    /// Show their partitions as files, too; also of an image that is there already.
+    #[arg(long)]
+    partitions: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -497,7 +500,7 @@ pub fn open(args: &OpenArgs) -> Result<u8> {
     };
     let images = args.images.iter().map(absolute).map(|image| Ok(Name(image?)));
     let images = images.collect::<Result<_>>()?;
-    let answer = daemon.ask(&Request::Open { images })?;
+    let answer = daemon.ask(&Request::Open { images, partitions: args.partitions })?;
     if args.output.json() {
         print_json(&serde_json::json!({ "files": answer.names }))?;
     } else {

@@ -771,15 +771,20 @@ impl Disk {
     ///
     /// Those of [`Self::next_data`].
     pub fn next_hole(&self, from: u64) -> Result<u64> {
+        self.next_hole_in(from..self.size())
+    }
+
+    /// [`Self::next_hole`] inside a range, whose end is the answer if there is none.
+    fn next_hole_in(&self, range: DiskRange) -> Result<u64> {
         let until = Instant::now() + MAX_SEARCH;
-        let mut pos = from;
-        while pos < self.size() && Instant::now() <= until {
-            match self.next_data(pos)? {
+        let mut pos = range.start;
+        while pos < range.end && Instant::now() <= until {
+            match self.next_data_in(pos..range.end)? {
                 Some(data) if data.start <= pos => pos = data.end,
                 _ => return Ok(pos),
             }
         }
-        Ok(self.size())
+        Ok(range.end)
     }
 }
 

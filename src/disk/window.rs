@@ -132,14 +132,9 @@ impl<D: Deref<Target = Disk>> Window<D> {
     ///
     /// Those of the disk's function, with the part's end as that of the disk.
     pub fn next_hole(&self, from: u64) -> Result<u64> {
-        let mut pos = from;
-        while pos < self.size() {
-            match self.next_data(pos)? {
-                Some(data) if data.start <= pos => pos = data.end,
-                _ => return Ok(pos),
-            }
-        }
-        Ok(self.size())
+        let start = self.range.start;
+        let hole = self.disk.next_hole_in(start.saturating_add(from)..self.range.end)?;
+        Ok(hole - start)
     }
 }
 

@@ -85,6 +85,9 @@ pub enum Request {
     Open {
         /// Absolute paths.
         images: Vec<Name>,
+        /// Their partitions, too.
+        #[serde(default)]
+        partitions: bool,
     },
     /// Take images out of the root.
     Close {
@@ -360,13 +363,10 @@ impl Service {
                 self.tree.flush_all(patience).into_iter().for_each(note);
             }
             Request::Status => answer.status = Some(self.status()),
-            Request::Open { images } => {
+            Request::Open { images, partitions } => {
                 for image in images {
-                    match self.tree.pin(&image, None) {
-                        Ok(name) => {
-                            self.mounted.name_changed(&name);
-                            answer.names.push(self.mountpoint.join(name).into());
-                        }
+                    match self.open(&image, partitions) {
+                        Ok(names) => answer.names.extend(names),
                         Err(e) => note(e),
                     }
                 }
@@ -381,6 +381,22 @@ impl Service {
             }
         }
         answer
+    }
+
+    /// Shows an image in the root, and returns its files. With `partitions` it may be there already.
+    fn open(&self, image: &Path, partitions: bool) -> Result<Vec<Name>> {
+        let mut names = match self.tree.pin(image, None) {
+            Ok(name) => vec![name],
+            Err(e) if partitions && e.kind() == ErrorKind::Exists => {
+                vec![self.tree.pinned_name(image).ok_or(e)?]
+            }
+            Err(e) => return Err(e),
+        };
+        if partitions {
+            names.extend(self.tree.show_partitions(&names[0])?);
+        }
+        names.iter().for_each(|name| self.mounted.name_changed(name));
+        Ok(names.into_iter().map(|name| self.mountpoint.join(name).into()).collect())
     }
 
     fn status(&self) -> MountStatus {

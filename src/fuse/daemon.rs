@@ -119,6 +119,7 @@ impl Prepared {
             mountpoint: mountpoint.clone(),
             owner: (geteuid().as_raw(), getegid().as_raw()),
             writeback: options.writeback,
+            partitions: options.partitions,
         };
         let mut open_options = OpenOptions::new(Access::Read);
         open_options.force = options.force;

@@ -14,11 +14,13 @@ use std::fs::Metadata;
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::mounts;
+use super::parts::{Part, parts_of};
 use super::source::{self, BELIEVED, Place, Stamp, identity};
 use crate::disk::map::DiskRange;
 use crate::error::{Error, Result};
@@ -50,6 +52,8 @@ pub struct Facts {
     pub label: Label,
     /// Parts of the disk known to be lost.
     pub damage: Vec<DiskRange>,
+    /// Its partitions, where somebody wants to know.
+    pub parts: Option<Arc<[Part]>>,
     /// The way to all of the files.
     reach: Reach,
     /// What else than the image's first file the disk's bytes come from.
@@ -93,6 +97,7 @@ impl Facts {
                 size: image.disk.size(),
             },
             damage: image.damage.clone(),
+            parts: None,
             reach,
         }
     }
@@ -142,7 +147,9 @@ impl Facts {
         let paths = paths.map(|path| path.as_os_str().len() + size_of::<PathBuf>() + ALLOCATION);
         let details = self.info.details.iter().map(|(name, value)| name.len() + weight_of(value));
         let damage = self.damage.len() * size_of::<DiskRange>();
-        size_of::<Self>() + paths.chain(texts).chain(details).sum::<usize>() + damage
+        let parts = self.parts.iter().flat_map(|parts| parts.iter()).map(Part::weight);
+        let all = paths.chain(texts).chain(details).chain(parts);
+        size_of::<Self>() + all.sum::<usize>() + damage
     }
 }
 
@@ -270,6 +277,8 @@ pub struct FactsCache {
     opener: Box<dyn Opener>,
     scratch: Option<PathBuf>,
     known: Mutex<Known>,
+    /// Whether anybody wants to know the partitions.
+    partitions: AtomicBool,
     /// Images that [`Self::examine_within`] looks at now.
     looks: (Mutex<HashSet<PathBuf>>, Condvar),
 }
@@ -343,7 +352,13 @@ impl Entry {
 impl FactsCache {
     /// An empty cache over `opener`. With a directory for `scratch` files, images are never written.
     pub fn new(opener: Box<dyn Opener>, scratch: Option<PathBuf>) -> Self {
-        Self { opener, scratch, known: Mutex::default(), looks: Default::default() }
+        let partitions = AtomicBool::new(false);
+        Self { opener, scratch, known: Mutex::default(), partitions, looks: Default::default() }
+    }
+
+    /// From here on partition tables are read, too.
+    pub fn want_partitions(&self) {
+        self.partitions.store(true, Ordering::Relaxed);
     }
 
     /// Where what is written goes, if not to the images.
@@ -358,7 +373,9 @@ impl FactsCache {
 
     /// The facts in the open image of `place`.
     pub fn facts_of(&self, place: &Place, image: &Image) -> Facts {
-        Facts::of(image, self.opener.reach(place))
+        let wanted = self.partitions.load(Ordering::Relaxed);
+        let parts = wanted.then(|| parts_of(&image.disk));
+        Facts { parts, ..Facts::of(image, self.opener.reach(place)) }
     }
 
     /// Whether all who may read the image at `place` may know of the one at `other`.
@@ -376,6 +393,7 @@ impl FactsCache {
         let key = key(place);
         if let Some(entry) = self.known.lock().images.get(&key)
             && entry.holds(&stamp)
+            && (entry.pins > 0 || self.tells_enough(&entry.outcome))
         {
             return entry.outcome.clone();
         }
@@ -420,11 +438,25 @@ impl FactsCache {
         Some(facts)
     }
 
+    /// Whether it has the partitions, if these are wanted.
+    fn tells_enough(&self, outcome: &Result<Arc<Facts>>) -> bool {
+        let lacks = outcome.as_ref().is_ok_and(|facts| facts.parts.is_none());
+        !lacks || !self.partitions.load(Ordering::Relaxed)
+    }
+
     /// Whether the image is known not to open; never looks.
     pub fn known_bad(&self, place: &Place) -> bool {
         let bad = |entry: &Entry| entry.outcome.is_err().then_some(entry.stamp);
         let stamp = self.known.lock().images.get(&key(place)).and_then(bad);
         stamp.is_some_and(|stamp| place.stat().is_ok_and(|meta| Stamp::of(&meta) == stamp))
+    }
+
+    /// The partitions of an image as far as they are known; never looks.
+    pub fn known_parts(&self, place: &Place) -> Option<Arc<[Part]>> {
+        let parts =
+            |entry: &Entry| Some((entry.stamp, entry.outcome.as_ref().ok()?.parts.clone()?));
+        let (stamp, parts) = self.known.lock().images.get(&key(place)).and_then(parts)?;
+        place.stat().is_ok_and(|meta| Stamp::of(&meta) == stamp).then_some(parts)
     }
 
     /// Holds `facts` to be true of the image until [`Self::unpin`].

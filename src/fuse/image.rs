@@ -26,20 +26,25 @@
 //! program changes the image. While the image is open here the locks see to that; for the time
 //! between, the stamps of all its files (parents included) are compared. Stamps too fresh or too coarse
 //! to tell two changes apart are not believed, so the first open(2) after a writing session starts cold,
-//! and every one where the host keeps whole seconds.
+//! and every one where the host keeps whole seconds. Each file of a partition has pages of its own, so
+//! that contents which may have changed unseen have a number, the epoch, and each [`View`] the one of its
+//! pages.
 
 use std::fs::Metadata;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 
 use super::facts::{Facts, FactsCache};
+use super::parts::{Part, View, Views, parts_of};
 use super::passthrough::{KernelWrites, suits};
-use super::source::{Place, Stamp, identity};
+use super::source::{BELIEVED, Place, Stamp, identity};
 use crate::disk::map::DiskRange;
 use crate::disk::tables::CacheStats;
+use crate::disk::window::Window;
 use crate::disk::{Disk, overlay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::runs::merge;
@@ -52,6 +57,8 @@ pub struct ImageFile {
     pub place: Place,
     /// Which file it is: a file put in its place later is another image.
     pub identity: FileIdentity,
+    /// The files through which it is seen.
+    pub views: Views,
     opens: Mutex<Opens>,
     current: RwLock<Option<OpenImage>>,
     /// Files open, or being opened or closed: for those who must not wait for that.
@@ -66,20 +73,32 @@ pub struct ImageFile {
     damaged: Mutex<Option<(Vec<Stamp>, Vec<DiskRange>)>>,
     /// The last metadata seen, for a file that was deleted while open.
     last: Mutex<Option<Metadata>>,
-    /// What the kernel keeps of the file is old.
-    old_pages: AtomicBool,
+    /// The partitions, while the image is open, and when they were read. After `current`.
+    table: Mutex<Option<(Instant, Arc<[Part]>)>>,
+    sharing: Mutex<Sharing>,
     /// Held by whoever flushes it for the daemon. Before `opens`.
     pub flushing: Mutex<()>,
     /// Held by whoever describes it for `status`. Before `opens`.
     pub describing: Mutex<()>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Opens {
     readers: u32,
     writers: u32,
-    /// What the kernel's cached pages were read from.
+    /// The files as they were when the image was closed.
     cached: Option<Vec<Stamp>>,
+    /// Which contents these are, of those that nobody could tell from each other.
+    epoch: u64,
+}
+
+/// What keeps the kernel and the files of partitions apart.
+#[derive(Debug, Default)]
+struct Sharing {
+    /// Partitions show: the kernel must not begin to use the host's file by itself.
+    divided: bool,
+    /// It does.
+    lent: bool,
 }
 
 #[derive(Debug)]
@@ -151,12 +170,13 @@ pub struct Usage {
 }
 
 impl ImageFile {
-    /// The flat file of the image at `place`; not open.
-    pub fn new(place: Place, identity: FileIdentity) -> Self {
+    /// The flat file `ino` of the image at `place`; not open.
+    pub fn new(place: Place, identity: FileIdentity, ino: u64) -> Self {
         Self {
             place,
             identity,
-            opens: Mutex::default(),
+            views: Views::new(ino),
+            opens: Mutex::new(Opens { readers: 0, writers: 0, cached: None, epoch: 1 }),
             current: RwLock::default(),
             users: AtomicU32::new(0),
             logged: Mutex::default(),
@@ -164,22 +184,24 @@ impl ImageFile {
             kept: AtomicBool::new(false),
             damaged: Mutex::default(),
             last: Mutex::default(),
-            old_pages: AtomicBool::new(false),
+            table: Mutex::default(),
+            sharing: Mutex::default(),
             flushing: Mutex::default(),
             describing: Mutex::default(),
         }
     }
 
-    /// Takes part in an open(2) and says whether the kernel's cached pages are still good.
+    /// Takes part in an open(2) of `view` and says whether the kernel's cached pages are still good.
     /// `may_write` has the last word on writing.
     pub fn open(
         &self,
         images: &FactsCache,
+        view: &View,
         write: bool,
         may_write: impl FnOnce(&Facts) -> Result<()>,
     ) -> Result<bool> {
         self.users.fetch_add(1, Ordering::Relaxed);
-        let opened = self.open_counted(images, write, may_write);
+        let opened = self.open_counted(images, view, write, may_write);
         if opened.is_err() {
             self.users.fetch_sub(1, Ordering::Relaxed);
         }
@@ -189,12 +211,19 @@ impl ImageFile {
     fn open_counted(
         &self,
         images: &FactsCache,
+        view: &View,
         write: bool,
         may_write: impl FnOnce(&Facts) -> Result<()>,
     ) -> Result<bool> {
         let mut opens = self.opens.lock();
         if self.displaced().is_some() {
             return Err(stale().in_file(&self.place.path()));
+        }
+        if write {
+            self.views.refuse_other_writers(view).map_err(|e| e.in_file(&self.place.path()))?;
+        }
+        if let Some(part) = &view.part {
+            self.refuse_old_part(images, part)?;
         }
         let (was_open, writable) = match &*self.current.read() {
             Some(open) => (true, open.writable),
@@ -207,13 +236,15 @@ impl ImageFile {
             let opened = self.open_disk(images, Access::Read)?;
             *self.current.write() = Some(opened);
         }
-        let old = self.old_pages.swap(false, Ordering::Relaxed);
-        let keep = !old
-            && (was_open || {
-                let facts = self.current.read().as_ref().map(|open| open.facts.clone());
-                let cached = opens.cached.take();
-                cached.is_some() && cached == facts.and_then(|facts| facts.contents())
-            });
+        if !was_open {
+            let facts = self.current.read().as_ref().map(|open| open.facts.clone());
+            let cached = opens.cached.take();
+            let same = cached.is_some() && cached == facts.and_then(|facts| facts.contents());
+            opens.epoch += u64::from(!same);
+        }
+        let old = view.old_pages.swap(false, Ordering::Relaxed);
+        let keep = view.epoch.swap(opens.epoch, Ordering::Relaxed) == opens.epoch && !old;
+        view.enter(write);
         if write {
             opens.writers += 1;
         } else {
@@ -222,9 +253,41 @@ impl ImageFile {
         Ok(keep)
     }
 
-    /// What the kernel keeps of the file is old.
-    pub fn pages_changed(&self) {
-        self.old_pages.store(true, Ordering::Relaxed);
+    /// Refuses to open a partition that the table has no more, or in another place.
+    fn refuse_old_part(&self, images: &FactsCache, part: &Part) -> Result<()> {
+        match self.parts(images, true)?.contains(part) {
+            true => Ok(()),
+            false => Err(stale().in_file(&self.place.path())),
+        }
+    }
+
+    /// The partitions that show: those of the time when the first of their files was opened, while one is,
+    /// else those of now, or, without need of `fresh` ones, of a moment ago.
+    pub fn parts(&self, images: &FactsCache, fresh: bool) -> Result<Arc<[Part]>> {
+        let current = self.current.read();
+        let mut table = self.table.lock();
+        if let Some((read, parts)) = &*table
+            && (self.views.part_in_use() || !fresh && read.elapsed() < BELIEVED)
+        {
+            return Ok(parts.clone());
+        }
+        let Some(open) = &*current else {
+            drop((table, current));
+            return Ok(images.examine(&self.place)?.parts.clone().unwrap_or_default());
+        };
+        let parts = parts_of(&open.disk);
+        *table = Some((Instant::now(), parts.clone()));
+        Ok(parts)
+    }
+
+    /// Partitions of it show: from here on the kernel does not begin to use the host's file by itself.
+    pub fn divide(&self) {
+        self.sharing.lock().divided = true;
+    }
+
+    /// Whether the kernel uses the host's file by itself.
+    pub fn lent(&self) -> bool {
+        self.sharing.lock().lent
     }
 
     /// Whether the kernel may write to the image by itself.
@@ -309,14 +372,18 @@ impl ImageFile {
     }
 
     /// Takes part in the release of a file. The error is that of the image's last flush.
-    pub fn release(&self, images: &FactsCache, write: bool) -> Result<()> {
-        let released = self.release_counted(images, write);
+    pub fn release(&self, images: &FactsCache, view: &View, write: bool) -> Result<()> {
+        let released = self.release_counted(images, view, write);
         self.users.fetch_sub(1, Ordering::Relaxed);
         released
     }
 
-    fn release_counted(&self, images: &FactsCache, write: bool) -> Result<()> {
+    fn release_counted(&self, images: &FactsCache, view: &View, write: bool) -> Result<()> {
         let mut opens = self.opens.lock();
+        view.leave(write);
+        if self.views.whole.users() == 0 {
+            self.sharing.lock().lent = false;
+        }
         let count = if write { &mut opens.writers } else { &mut opens.readers };
         *count = count.saturating_sub(1);
         if opens.writers > 0 || (!write && opens.readers > 0) {
@@ -350,6 +417,9 @@ impl ImageFile {
     ) -> Result<()> {
         let Some(opened) = current.take() else { return Ok(()) };
         self.kept.store(false, Ordering::Relaxed);
+        if !self.views.part_in_use() {
+            *self.table.lock() = None;
+        }
         let closed = opened.close();
         // What the kernel cached of a throw-away layer is nobody's contents.
         opens.cached = if opened.overlaid { None } else { opened.facts.contents() };
@@ -410,12 +480,29 @@ impl ImageFile {
         }
     }
 
-    /// Reads into `buf` and returns how much of it the disk reached.
-    pub fn read(&self, images: &FactsCache, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        self.with_disk(images, |disk| {
-            let len = disk.size().saturating_sub(offset).min(buf.len() as u64) as usize;
+    /// Runs `act` on the part of the open disk that `view` shows.
+    pub fn with_view<R>(
+        &self,
+        images: &FactsCache,
+        view: &View,
+        act: impl FnOnce(&Window<&Disk>) -> Result<R>,
+    ) -> Result<R> {
+        self.with_disk(images, |disk| act(&disk.slice(view.range(disk.size()))?))
+    }
+
+    /// Reads into `buf` and returns how much of it the view reached.
+    pub fn read(
+        &self,
+        images: &FactsCache,
+        view: &View,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<usize> {
+        view.reading();
+        self.with_view(images, view, |part| {
+            let len = part.size().saturating_sub(offset).min(buf.len() as u64) as usize;
             if len > 0 {
-                disk.read_at(offset, &mut buf[..len])?;
+                part.read_at(offset, &mut buf[..len])?;
             }
             Ok(len)
         })
@@ -444,6 +531,12 @@ impl ImageFile {
         if file.len().ok()? != open.disk.size() || !file.host_file().is_some_and(suits) {
             return None;
         }
+        let mut sharing = self.sharing.lock();
+        if sharing.divided && !sharing.lent {
+            return None;
+        }
+        sharing.lent = true;
+        drop(sharing);
         if write && open.kernel_writes.get().is_none() {
             let _ = open.kernel_writes.set(KernelWrites::watch(file.clone())?);
         }

@@ -14,6 +14,7 @@
 //! under_way   what does not end, for the watchdog and `status`
 //! tree        names, inode numbers, attributes, handles
 //! image       one flat file: closed, open to read, open to write
+//! parts       partitions as files, and who writes which part of a disk
 //! facts       what is known of images that are not open
 //! source      the directories behind it, confined
 //! errno       error kind -> errno
@@ -36,6 +37,7 @@ pub mod image;
 mod lanes;
 pub mod mounts;
 pub mod options;
+mod parts;
 mod passthrough;
 mod privileges;
 pub mod source;
@@ -89,7 +91,7 @@ impl Mounted {
         let session = session.map_err(failed)?;
         let session = session.spawn().map_err(failed)?;
         let notifier = session.notifier();
-        tree.on_old_pages(move |ino| drop_pages(notifier.clone(), ino));
+        tree.on_old_pages(move |ino, wait| drop_pages(notifier.clone(), ino, wait));
         Ok(Self { session: std::mem::ManuallyDrop::new(session) })
     }
 
@@ -102,13 +104,17 @@ impl Mounted {
 }
 
 /// Makes the kernel drop its pages of a file. That may wait for requests under way, which only others
-/// can answer.
-fn drop_pages(notifier: Notifier, ino: u64) {
-    let drop = move || {
-        if let Err(e) = notifier.inval_inode(fuser::INodeNo(ino), 0, 0) {
-            log::debug!("telling the kernel about old pages: {e}");
-        }
+/// can answer; with `wait`, it is done on return.
+fn drop_pages(notifier: Notifier, ino: u64, wait: bool) {
+    let drop = move || match notifier.inval_inode(fuser::INodeNo(ino), 0, 0) {
+        // Long forgotten, and its pages with it.
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(e) => log::debug!("telling the kernel about old pages: {e}"),
+        Ok(()) => {}
     };
+    if wait {
+        return drop();
+    }
     if let Err(e) = std::thread::Builder::new().spawn(drop) {
         log::error!("programs that have a rewritten file open may read old data: {e}");
     }

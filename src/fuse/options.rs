@@ -51,6 +51,8 @@ pub struct MountOptions {
     pub writeback: bool,
     /// The kernel may read flat extents without asking.
     pub passthrough: bool,
+    /// Each partition shows as a file beside its disk.
+    pub partitions: bool,
     /// Directories in which parents may lie.
     pub allow_parent: Vec<PathBuf>,
     /// The parent of the one image that is mounted.
@@ -82,6 +84,7 @@ impl Default for MountOptions {
             cache: CacheBudget::DEFAULT,
             writeback: false,
             passthrough: true,
+            partitions: false,
             allow_parent: Vec::new(),
             parent: None,
             force: false,
@@ -133,7 +136,7 @@ const TABLE: &[(&str, Meaning)] = &[
     ("suffix", Value(|o, v| suffix(v).map(|s| o.suffix = s))),
     ("nonpersistent", Either(|o, v| scratch_dir(v).map(|dir| o.nonpersistent = Some(dir)))),
     ("parent", Value(|o, v| file(v).map(|path| o.parent = Some(path)))),
-    ("partitions", Refused("not supported yet")),
+    ("partitions", Flag(|o| o.partitions = true)),
     // FUSE's own. The subtype is always flatdisk.
     ("default_permissions", Flag(|o| o.default_permissions = true)),
     ("subtype", Ignored),
@@ -445,7 +448,7 @@ mod tests {
     #[test]
     fn refusals_say_why() {
         for (word, why) in
-            [("remount", "unmount it and mount it again"), ("partitions", "not supported yet")]
+            [("remount", "unmount it and mount it again"), ("bind", "this is for mount --bind")]
         {
             let error = parse(word).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{word}");

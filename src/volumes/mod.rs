@@ -16,6 +16,7 @@ mod mbr;
 pub mod relocate;
 mod types;
 
+use std::cell::LazyCell;
 use std::ops::Range;
 
 use serde::Serialize;
@@ -123,8 +124,8 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// The part of the disk that the partition is; empty if it begins past the end.
-    fn range(&self, disk_size: u64) -> Range<u64> {
+    /// The part of a disk of `disk_size` bytes that the partition is; empty if it begins past the end.
+    pub fn range(&self, disk_size: u64) -> Range<u64> {
         let start = self.start.min(disk_size);
         start..self.start.saturating_add(self.size).min(disk_size).max(start)
     }
@@ -147,6 +148,41 @@ pub struct Free {
 ///
 /// Those of reading the disk's first sector.
 pub fn volumes(disk: &Disk) -> Result<Volumes> {
+    let whole =
+        LazyCell::new(|| content::probe(&content::Probe::new(Window::whole(disk), disk.size())));
+    let mut found = find_table(disk, &whole)?;
+    if disk.size() == 0 {
+        return Ok(found);
+    }
+    let whole = &*whole;
+    match found.table {
+        Some(_) => {
+            found.look_into_partitions(disk);
+            found.look_below_table(disk);
+        }
+        None if !whole.recognised() => {
+            found.content = lost_ext(disk, |_| true).or(Some(whole.clone()));
+        }
+        None => found.content = Some(whole.clone()),
+    }
+    Ok(found)
+}
+
+/// The partitions of `disk` as [`volumes`] lists them, without a look into any.
+///
+/// # Errors
+/// If not even the first sector could be read.
+pub fn partitions(disk: &Disk) -> Result<Vec<Partition>> {
+    let whole =
+        LazyCell::new(|| content::probe(&content::Probe::new(Window::whole(disk), disk.size())));
+    find_table(disk, &whole).map(|found| found.partitions)
+}
+
+/// The partition table of `disk`, if there is one; `whole` is what begins at byte 0.
+fn find_table<F: FnOnce() -> Content>(
+    disk: &Disk,
+    whole: &LazyCell<Content, F>,
+) -> Result<Volumes> {
     let mut found = Volumes {
         size: disk.size(),
         sector_size: disk.geometry().logical_sector,
@@ -162,21 +198,12 @@ pub fn volumes(disk: &Disk) -> Result<Volumes> {
     let mut first = [0; mbr::SECTOR];
     let start = disk.read_at(0, &mut first);
     let mbr = mbr::Mbr::decode(&first);
-    let whole = content::probe(&content::Probe::new(Window::whole(disk), disk.size()));
     if let Some(gpt) = gpt::find(disk) {
         found.take_gpt(gpt, mbr.as_ref());
-    } else if let Some(mbr) = mbr.filter(|mbr| is_table(mbr, &whole, disk)) {
+    } else if let Some(mbr) = mbr.filter(|mbr| is_table(mbr, whole, disk)) {
         found.take_mbr(&mbr, disk);
     } else {
         start?;
-    }
-    match found.table {
-        Some(_) => {
-            found.look_into_partitions(disk);
-            found.look_below_table(disk);
-        }
-        None if !whole.recognised() => found.content = lost_ext(disk, |_| true).or(Some(whole)),
-        None => found.content = Some(whole),
     }
     Ok(found)
 }

@@ -90,7 +90,7 @@ impl Tree {
 
     /// Makes zeroes of the bytes from `start` to `end`, as far as the disk has them.
     fn clear(&self, ino: u64, start: u64, end: u64) -> Result<()> {
-        self.with_disk(ino, |disk| {
+        self.change_disk(ino, start, end.saturating_sub(start), |disk| {
             let end = end.min(disk.size());
             if start < end { disk.discard(start, end - start) } else { Ok(()) }
         })?;
@@ -101,12 +101,12 @@ impl Tree {
     /// The kernel's pages of the file may be old: it is told, and will not keep them at the next open(2).
     fn pages_changed(&self, ino: u64) {
         if let Ok(node) = self.node(ino)
-            && let What::Image(image) = &node.what
+            && let Some((_, view)) = node.image()
         {
-            image.pages_changed();
+            view.old_pages.store(true, Ordering::Relaxed);
         }
         if let Some(tell) = self.old_pages.get() {
-            tell(ino);
+            tell(ino, false);
         }
     }
 }

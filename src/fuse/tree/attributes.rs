@@ -43,6 +43,13 @@ impl Tree {
                 None => Ok(self.plain_attributes(ROOT, Kind::Folder, 0, 0o755 & !self.look.dmask)),
             },
             What::Folder(place) => self.folder_attributes(node.ino, place),
+            What::Part(whole, view) => {
+                let disk = self.attributes_of(whole)?;
+                let size = view.part.as_ref().map_or(0, |part| part.size);
+                // How much of it is stored is not counted; none would tell tar that it is all zeroes.
+                let blocks = disk.blocks.min(size.div_ceil(512)).max(1);
+                Ok(Attributes { ino: node.ino, size, blocks, ..disk })
+            }
             What::Image(image) => {
                 let (facts, meta) = image.look(&self.images)?;
                 let mut files: Vec<_> = facts.extents().collect();
@@ -145,9 +152,9 @@ impl Tree {
     /// The extended attributes of a flat file. The text that stands for a broken image only says which.
     pub fn xattrs(&self, ino: u64) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let node = self.node(ino)?;
-        let image = match &node.what {
-            What::Image(image) => image,
-            What::Problem(place, _) => return Ok(vec![(IMAGE, path_of(place))]),
+        let (image, view) = match (&node.what, node.image()) {
+            (_, Some(image)) => image,
+            (What::Problem(place, _), _) => return Ok(vec![(IMAGE, path_of(place))]),
             _ => return Ok(Vec::new()),
         };
         let (facts, _) = image.look(&self.images)?;
@@ -160,6 +167,9 @@ impl Tree {
             ("user.flatdisk.sector-size", text(&info.logical_sector_size.to_string())),
             (IMAGE, path_of(&image.place)),
         ];
+        if let Some(part) = view.part.as_ref().and_then(|part| serde_json::to_vec(part).ok()) {
+            xattrs.push(("user.flatdisk.partition", part));
+        }
         if let Some(parent) = &info.parent {
             xattrs.push(("user.flatdisk.parent", text(parent)));
         }
@@ -196,7 +206,7 @@ impl Tree {
         let node = self.node(ino)?;
         let place = match &node.what {
             What::Folder(place) => Some(place.clone()),
-            What::Image(image) => Some(image.place.clone()),
+            What::Image(_) | What::Part(..) => node.image().map(|(image, _)| image.place.clone()),
             What::Problem(place, _) => Some(place.clone()),
             What::Root | What::Link(_) => self
                 .mirror

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::{Handle, Opened, Pinned, READER, READS_TOO, Tree, WRITER, Wanted, What, not_permitted};
 use crate::disk::Disk;
+use crate::disk::window::Window;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::Facts;
 use crate::fuse::image::{ImageFile, stale};
@@ -27,21 +28,26 @@ impl Tree {
         let node = self.node(ino)?;
         let Wanted { write, read, truncate } = wanted;
         match &node.what {
-            What::Image(_) if truncate && (!write || self.look.writeback) => Err(not_permitted(
-                "the size is the virtual disk's; open without truncating (conv=notrunc, qemu-img -n)",
-            )),
-            What::Image(image) => {
+            What::Image(_) | What::Part(..) if truncate && (!write || self.look.writeback) => {
+                Err(not_permitted(
+                    "the size is the virtual disk's; open without truncating (conv=notrunc, qemu-img -n)",
+                ))
+            }
+            What::Image(_) | What::Part(..) => {
+                let (image, view) = node.image().ok_or_else(stale)?;
                 let permit = |facts: &Facts| self.permit_write(image, facts);
-                let keep_cache = image.open(&self.images, write, permit)?;
+                let keep_cache = image.open(&self.images, view, write, permit)?;
+                // What the kernel writes by itself it tells nobody.
+                let direct = truncate || view.part.is_some() && image.lent();
                 if !write {
-                    return Ok(Opened { handle: READER, keep_cache, direct: false });
+                    return Ok(Opened { handle: READER, keep_cache, direct });
                 }
                 let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
                 let handle = number | WRITER | if read { READS_TOO } else { 0 };
                 if truncate {
                     self.anew.begin(handle);
                 }
-                Ok(Opened { handle, keep_cache, direct: truncate })
+                Ok(Opened { handle, keep_cache, direct })
             }
             What::Problem(place, _) if !write => {
                 let text = self.problem_text(place)?.into_bytes();
@@ -117,7 +123,7 @@ impl Tree {
         };
         let mut known: HashSet<PathBuf> = folders.iter().map(Place::path).collect();
         let mut shown: VecDeque<Place> = self.mirror.clone().into_iter().collect();
-        for Pinned { place, folder } in self.pinned.read().clone().into_values() {
+        for Pinned { place, folder, .. } in self.pinned.read().clone().into_values() {
             match place.stat() {
                 Ok(_) if folder => shown.push_back(place),
                 Ok(meta) if wanted(&place, source::identity(&meta)) => return Some(place),
@@ -157,7 +163,10 @@ impl Tree {
     pub fn read(&self, ino: u64, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let node = self.node(ino)?;
         match &node.what {
-            What::Image(image) => image.read(&self.images, offset, buf),
+            What::Image(_) | What::Part(..) => {
+                let (image, view) = node.image().ok_or_else(stale)?;
+                image.read(&self.images, view, offset, buf)
+            }
             What::Problem(..) => {
                 let text = match self.handles.lock().get(&handle) {
                     Some(Handle::Text(text)) => text.clone(),
@@ -174,7 +183,7 @@ impl Tree {
 
     /// Writes as much of `data` as lies inside the disk; no space at its end, as on a block device.
     pub fn write(&self, ino: u64, offset: u64, data: &[u8]) -> Result<usize> {
-        self.with_disk(ino, |disk| {
+        self.change_disk(ino, offset, data.len() as u64, |disk| {
             let room = disk.size().saturating_sub(offset).min(data.len() as u64) as usize;
             if room == 0 && !data.is_empty() {
                 return Err(Error::new(ErrorKind::NoSpace, "the end of the disk"));
@@ -183,12 +192,35 @@ impl Tree {
         })
     }
 
-    /// Runs `act` on an image's open disk.
-    pub(super) fn with_disk<R>(&self, ino: u64, act: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
-        match &self.node(ino)?.what {
-            What::Image(image) => image.with_disk(&self.images, act),
-            _ => Err(Error::invalid("not an image")),
+    /// Runs `act` on what a flat file shows of its image's open disk.
+    pub(super) fn with_disk<R>(
+        &self,
+        ino: u64,
+        act: impl FnOnce(&Window<&Disk>) -> Result<R>,
+    ) -> Result<R> {
+        let node = self.node(ino)?;
+        let (image, view) = node.image().ok_or_else(|| Error::invalid("not an image"))?;
+        image.with_view(&self.images, view, act)
+    }
+
+    /// [`Self::with_disk`] for what changes `len` bytes at `offset`: other files that show these have the
+    /// kernel drop its pages of them, before anybody learns that it is done.
+    pub(super) fn change_disk<R>(
+        &self,
+        ino: u64,
+        offset: u64,
+        len: u64,
+        act: impl FnOnce(&Window<&Disk>) -> Result<R>,
+    ) -> Result<R> {
+        let node = self.node(ino)?;
+        let (image, view) = node.image().ok_or_else(|| Error::invalid("not an image"))?;
+        let done = image.with_view(&self.images, view, act);
+        let start = view.range(u64::MAX).start.saturating_add(offset);
+        // Also where it failed: some of it may be done. No lock is held.
+        for old in image.views.outdated(view, &(start..start.saturating_add(len))) {
+            self.old_pages.get().into_iter().for_each(|tell| tell(old, true));
         }
+        done
     }
 
     /// close(2) of a file: whoever wrote learns whether that worked.
@@ -198,10 +230,7 @@ impl Tree {
 
     /// Makes all writes durable.
     pub fn sync(&self, ino: u64) -> Result<()> {
-        match &self.node(ino)?.what {
-            What::Image(image) => image.flush(),
-            _ => Ok(()),
-        }
+        self.node(ino)?.image().map_or(Ok(()), |(image, _)| image.flush())
     }
 
     /// Ends the use of a file.
@@ -213,13 +242,19 @@ impl Tree {
         }
         self.anew.end(handle);
         let node = self.node(ino)?;
-        let What::Image(image) = &node.what else { return Ok(()) };
-        let released = image.release(&self.images, write);
+        let Some((image, view)) = node.image() else { return Ok(()) };
+        let released = image.release(&self.images, view, write);
         if let Err(e) = &released {
             self.failures.note(e);
         }
-        if node.lookups.load(Ordering::Relaxed) == 0 {
-            self.forget(ino, 0);
+        let whole = match &node.what {
+            What::Part(whole, _) => Some(whole),
+            _ => None,
+        };
+        for node in [&node].into_iter().chain(whole) {
+            if node.lookups.load(Ordering::Relaxed) == 0 {
+                self.forget(node.ino, 0);
+            }
         }
         released
     }
@@ -228,14 +263,14 @@ impl Tree {
     pub fn allocate(&self, ino: u64, offset: u64, len: u64, mode: i32) -> Result<()> {
         let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
         let what = mode & !libc::FALLOC_FL_KEEP_SIZE;
-        self.with_disk(ino, |disk| {
+        self.change_disk(ino, offset, len, |disk| {
             let end = offset.checked_add(len).ok_or_else(|| Error::invalid("range too large"))?;
             if end > disk.size() && !keep_size {
                 return Err(not_permitted("the size is the virtual disk's"));
             }
             let inside = end.min(disk.size()).saturating_sub(offset);
             match what {
-                0 if disk.read_only().is_some() => {
+                0 if disk.disk().read_only().is_some() => {
                     Err(Error::new(ErrorKind::ReadOnly, "read-only"))
                 }
                 0 => Ok(()),

@@ -7,7 +7,8 @@
 //! is mirrored in the root itself. In a mirrored directory only folders and possible images show, by
 //! their names alone, so that listing ten thousand images opens none. In a folder of at most
 //! [`EXAMINED`] images each is looked at when the folder is listed, and one that does not open
-//! shows as `name.error.txt`; in larger ones that happens when a name is looked up.
+//! shows as `name.error.txt`; in larger ones that happens when a name is looked up. The same holds for the
+//! files of partitions, where these are to show.
 //!
 //! # Inode numbers
 //!
@@ -19,6 +20,7 @@ mod anew;
 mod attributes;
 mod files;
 mod names;
+mod partitions;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -43,6 +45,7 @@ pub use upkeep::ImageUsage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::{FactsCache, Opener};
 use crate::fuse::image::{ImageFile, stale};
+use crate::fuse::parts::{Part, View};
 use crate::fuse::source::{Listing, Place, Source};
 use crate::fuse::under_way::UnderWay;
 use crate::storage::FileIdentity;
@@ -83,6 +86,8 @@ pub struct Look {
     pub owner: (u32, u32),
     /// The kernel may hold writes back, so holes are not known here.
     pub writeback: bool,
+    /// Every partition shows as a file beside its disk.
+    pub partitions: bool,
 }
 
 /// The kinds of nodes.
@@ -181,9 +186,31 @@ enum What {
     Root,
     Folder(Place),
     Image(Box<ImageFile>),
+    /// A partition; the node of its disk stays for as long.
+    Part(Arc<Node>, Arc<View>),
     /// An image that does not open.
     Problem(Place, FileIdentity),
     Link(PathBuf),
+}
+
+impl Node {
+    /// The image behind a flat file, and which part of its disk the file shows.
+    fn image(&self) -> Option<(&ImageFile, &View)> {
+        match &self.what {
+            What::Image(image) => Some((image, &image.views.whole)),
+            What::Part(whole, view) => Some((whole.image()?.0, view)),
+            _ => None,
+        }
+    }
+
+    /// Whether somebody uses it, so that it stays when the kernel has forgotten it.
+    fn needed(&self) -> bool {
+        match &self.what {
+            What::Image(image) => image.needed(),
+            What::Part(_, view) => view.users() > 0,
+            _ => false,
+        }
+    }
 }
 
 impl What {
@@ -192,6 +219,11 @@ impl What {
             (Self::Folder(a), Found::Folder(b, _)) => a.is(b),
             (Self::Image(a), Found::Image(b, identity)) => a.identity == *identity && a.place.is(b),
             (Self::Problem(a, seen), Found::Problem(b, identity)) => seen == identity && a.is(b),
+            (Self::Part(whole, view), Found::Part(place, identity, part)) => {
+                let image = whole.image().map(|(image, _)| image);
+                let same = |image: &ImageFile| image.identity == *identity && image.place.is(place);
+                image.is_some_and(same) && view.part.as_ref() == Some(part)
+            }
             _ => false,
         }
     }
@@ -203,6 +235,7 @@ enum Found {
     Folder(Place, FileIdentity),
     Image(Place, FileIdentity),
     Problem(Place, FileIdentity),
+    Part(Place, FileIdentity, Part),
 }
 
 impl Found {
@@ -211,9 +244,14 @@ impl Found {
             Self::Folder(place, identity) => (0u8, place, identity),
             Self::Image(place, identity) => (1, place, identity),
             Self::Problem(place, identity) => (2, place, identity),
+            Self::Part(place, identity, _) => (4, place, identity),
         };
         let mut hasher = DefaultHasher::new();
         (tag, place.path().as_os_str().as_bytes(), &place.users, identity).hash(&mut hasher);
+        // A partition in another place is another file, of which the kernel keeps other pages.
+        if let Self::Part(_, _, part) = self {
+            (part.number, part.range()).hash(&mut hasher);
+        }
         // Room for the numbers below, and for signed arithmetic of programs.
         (hasher.finish() >> 1).max(ROOT + 1)
     }
@@ -224,7 +262,12 @@ impl Found {
 struct Pinned {
     place: Place,
     folder: bool,
+    /// The partitions of the image show, too.
+    partitions: bool,
 }
+
+/// Tells the kernel that its pages of a file are old, and waits for it to drop them or not.
+type OldPages = dyn Fn(u64, bool) + Send + Sync;
 
 /// See the module's documentation.
 pub struct Tree {
@@ -238,8 +281,7 @@ pub struct Tree {
     handles: Mutex<HashMap<u64, Handle>>,
     next_handle: AtomicU64,
     anew: Anew,
-    /// Tells the kernel that its pages of a file are old.
-    old_pages: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
+    old_pages: OnceLock<Box<OldPages>>,
     failures: Arc<Failures>,
     /// Held by whoever asks the host for its space.
     measuring: Arc<Mutex<()>>,
@@ -253,6 +295,9 @@ impl Tree {
     /// A tree over `sources`, each an image or a directory.
     pub fn new(sources: &[PathBuf], opener: Box<dyn Opener>, look: Look) -> Result<Self> {
         let images = Arc::new(FactsCache::new(opener, look.nonpersistent.clone()));
+        if look.partitions {
+            images.want_partitions();
+        }
         let mut tree = Self {
             look,
             images,
@@ -285,8 +330,9 @@ impl Tree {
         Ok(tree)
     }
 
-    /// Has the kernel told by `tell` when its pages of a file are old. `tell` must not wait for the kernel.
-    pub fn on_old_pages(&self, tell: impl Fn(u64) + Send + Sync + 'static) {
+    /// Has the kernel told by `tell` when its pages of a file are old. Without being asked to, `tell` must
+    /// not wait for the kernel.
+    pub fn on_old_pages(&self, tell: impl Fn(u64, bool) + Send + Sync + 'static) {
         // A tree is mounted once.
         let _ = self.old_pages.set(Box::new(tell));
     }
@@ -304,19 +350,34 @@ impl Tree {
 
     /// The node for what was found, made if need be, with one more reference.
     fn enter(&self, found: Found) -> Arc<Node> {
-        let mut ino = found.ino();
-        let mut nodes = self.nodes.write();
-        while let Some(node) = nodes.get(&ino) {
-            if node.what.is(&found) {
-                node.lookups.fetch_add(1, Ordering::Relaxed);
-                return node.clone();
+        let whole = match &found {
+            Found::Part(place, identity, _) => {
+                Some(self.enter(Found::Image(place.clone(), *identity)))
             }
-            ino += 1;
+            _ => None,
+        };
+        let mut nodes = self.nodes.write();
+        let (known, ino) = place_in(&nodes, &found);
+        if let Some(node) = known {
+            node.lookups.fetch_add(1, Ordering::Relaxed);
+            drop(nodes);
+            // It has a reference of its own to the node of its disk.
+            whole.iter().for_each(|whole| self.forget(whole.ino, 1));
+            return node;
         }
-        let what = match found {
-            Found::Folder(place, _) => What::Folder(place),
-            Found::Image(place, identity) => What::Image(Box::new(ImageFile::new(place, identity))),
-            Found::Problem(place, identity) => What::Problem(place, identity),
+        let what = match (found, whole) {
+            (Found::Folder(place, _), _) => What::Folder(place),
+            (Found::Image(place, identity), _) => {
+                let image = ImageFile::new(place, identity, ino);
+                if self.look.partitions {
+                    image.divide();
+                }
+                What::Image(Box::new(image))
+            }
+            (Found::Part(.., part), Some(whole)) => What::part(whole, ino, part),
+            (Found::Part(place, identity, _), None) | (Found::Problem(place, identity), _) => {
+                What::Problem(place, identity)
+            }
         };
         let node = Arc::new(Node { ino, what, lookups: AtomicU64::new(1) });
         nodes.insert(ino, node.clone());
@@ -333,9 +394,20 @@ impl Tree {
         let left = node.lookups.load(Ordering::Relaxed).saturating_sub(count);
         node.lookups.store(left, Ordering::Relaxed);
         // A release may still be under way; the node goes with the last one.
-        if left == 0 && !matches!(&node.what, What::Image(image) if image.needed()) {
-            nodes.remove(&ino);
+        if left > 0 || node.needed() {
+            return;
         }
+        let gone = nodes.remove(&ino);
+        drop(nodes);
+        if let Some(What::Part(whole, view)) = gone.as_ref().map(|node| &node.what) {
+            whole.image().into_iter().for_each(|(image, _)| image.views.remove(view));
+            self.forget(whole.ino, 1);
+        }
+    }
+
+    /// The node of what was found, if there is one.
+    fn known(&self, found: &Found) -> Option<Arc<Node>> {
+        place_in(&self.nodes.read(), found).0
     }
 
     fn new_handle(&self, handle: Handle) -> u64 {
@@ -349,6 +421,18 @@ impl Tree {
         let images = nodes.values().filter(|node| matches!(node.what, What::Image(_)));
         images.cloned().collect()
     }
+}
+
+/// The node of what was found among `nodes`, or the number for a new one.
+fn place_in(nodes: &HashMap<u64, Arc<Node>>, found: &Found) -> (Option<Arc<Node>>, u64) {
+    let mut ino = found.ino();
+    while let Some(node) = nodes.get(&ino) {
+        if node.what.is(found) {
+            return (Some(node.clone()), ino);
+        }
+        ino += 1;
+    }
+    (None, ino)
 }
 
 fn not_found() -> Error {

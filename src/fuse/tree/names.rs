@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::partitions::add_parts;
 use super::{
     Attributes, DirEntry, EXAMINED, Found, Handle, Kind, MAX_LISTINGS, Node, PROBLEM_SUFFIX,
     Pinned, ROOT, Tree, What, not_a_folder, not_found,
@@ -37,12 +38,12 @@ impl Tree {
         let name = absolute.file_name().or(real.file_name()).unwrap_or(OsStr::new("root"));
         let (shown, pinned) = if meta.is_dir() {
             let place = Place::top(Source::open(&real)?);
-            (name.to_owned(), Pinned { place, folder: true })
+            (name.to_owned(), Pinned { place, folder: true, partitions: false })
         } else {
             let place = place_of(&real)?;
             // Named by the user, so that it is no image is an error of the whole mount.
             self.images.examine(&place)?;
-            (self.shown(name), Pinned { place, folder: false })
+            (self.shown(name), Pinned { place, folder: false, partitions: false })
         };
         self.refuse_own(&real)?;
         if let Some(other) = self.pinned.get_mut().insert(shown.clone(), pinned) {
@@ -58,7 +59,7 @@ impl Tree {
     }
 
     /// The name under which an image called `name` shows.
-    fn shown(&self, name: &OsStr) -> OsString {
+    pub(super) fn shown(&self, name: &OsStr) -> OsString {
         [name, &self.look.suffix].into_iter().collect()
     }
 
@@ -110,6 +111,12 @@ impl Tree {
         if listing.folders.contains_key(name) {
             return found(folder.elsewhere(folder.relative.join(name)), Found::Folder);
         }
+        if self.look.partitions
+            && let Some((base, number)) = self.part_name(name)
+            && let Some(entry) = listing.images.get(base)
+        {
+            return self.find_part(folder.image(entry), number);
+        }
         Err(not_found())
     }
 
@@ -122,7 +129,7 @@ impl Tree {
             });
             (exact, base)
         };
-        if let Some(Pinned { place, folder }) = pinned {
+        if let Some(Pinned { place, folder, .. }) = pinned {
             if folder {
                 return found(place, Found::Folder).map(Some);
             }
@@ -130,10 +137,13 @@ impl Tree {
                 return found(place, Found::Image).map(Some);
             }
         }
-        if let Some((_, Pinned { place, folder: false })) = base
+        if let Some((_, Pinned { place, folder: false, .. })) = base
             && self.images.examine(&place).is_err()
         {
             return found(place, Found::Problem).map(Some);
+        }
+        if let Some((place, number)) = self.pinned_part(name) {
+            return self.find_part(place, number).map(Some);
         }
         Ok(None)
     }
@@ -145,25 +155,27 @@ impl Tree {
             DirEntry { ino, kind: Kind::Folder, name: ".".into() },
             DirEntry { ino: ROOT, kind: Kind::Folder, name: "..".into() },
         ];
+        let mut parts = Vec::new();
         match &node.what {
             What::Root => {
-                self.pinned_entries(&mut entries)?;
+                self.pinned_entries(&mut entries, &mut parts)?;
                 if let Some(place) = &self.mirror {
-                    self.mirrored_entries(place, &mut entries)?;
+                    self.mirrored_entries(place, &mut entries, &mut parts)?;
                 }
             }
-            What::Folder(place) => self.mirrored_entries(place, &mut entries)?,
+            What::Folder(place) => self.mirrored_entries(place, &mut entries, &mut parts)?,
             _ => return Err(not_a_folder()),
         }
+        add_parts(&mut entries, parts);
         Ok(self.new_handle(Handle::Folder(entries.into())))
     }
 
-    fn pinned_entries(&self, entries: &mut Vec<DirEntry>) -> Result<()> {
+    fn pinned_entries(&self, entries: &mut Vec<DirEntry>, parts: &mut Vec<DirEntry>) -> Result<()> {
         let pinned = self.pinned.read().clone();
         let images = pinned.values().filter(|pinned| !pinned.folder);
         let facts = self.facts_of(images.map(|pinned| pinned.place.clone()).collect());
         let mut facts = facts.into_iter();
-        for (shown, Pinned { place, folder }) in pinned {
+        for (shown, Pinned { place, folder, partitions }) in pinned {
             let facts = if folder { None } else { facts.next().flatten() };
             if !folder && facts.is_none() {
                 // It does not answer now: only its name is known.
@@ -175,6 +187,10 @@ impl Tree {
             let (found, name) = if folder {
                 (Found::Folder(place, identity(&meta)), shown)
             } else if facts.is_some_and(|facts| facts.is_ok()) {
+                if partitions || self.look.partitions {
+                    let base = strip_suffix(&shown, &self.look.suffix).unwrap_or(&shown).to_owned();
+                    self.part_entries(&place, identity(&meta), &base, parts);
+                }
                 (Found::Image(place, identity(&meta)), shown)
             } else {
                 let base = strip_suffix(&shown, &self.look.suffix).unwrap_or(&shown);
@@ -187,7 +203,12 @@ impl Tree {
         Ok(())
     }
 
-    fn mirrored_entries(&self, folder: &Place, entries: &mut Vec<DirEntry>) -> Result<()> {
+    fn mirrored_entries(
+        &self,
+        folder: &Place,
+        entries: &mut Vec<DirEntry>,
+        part_entries: &mut Vec<DirEntry>,
+    ) -> Result<()> {
         let listing = self.listing(folder)?;
         let places = || {
             let images = listing.images.iter();
@@ -209,6 +230,9 @@ impl Tree {
                 let name = [name, OsStr::new(PROBLEM_SUFFIX)].into_iter().collect();
                 (Found::Problem(place, identity), name)
             } else {
+                if self.look.partitions {
+                    self.part_entries(&place, identity, name, part_entries);
+                }
                 (Found::Image(place, identity), self.shown(name))
             };
             entries.push(DirEntry { ino: found.ino(), kind: Kind::File, name });
@@ -262,7 +286,7 @@ impl Tree {
         if pinned.contains_key(&shown) {
             return Err(exists());
         }
-        pinned.insert(shown.clone(), Pinned { place, folder: false });
+        pinned.insert(shown.clone(), Pinned { place, folder: false, partitions: false });
         Ok(shown)
     }
 
@@ -299,7 +323,7 @@ impl Tree {
             || Error::new(ErrorKind::ReadOnly, "only images opened by name can be closed");
         let (ino, place) = match &found {
             Found::Image(place, _) | Found::Problem(place, _) => (found.ino(), place.path()),
-            Found::Folder(..) => return Err(read_only()),
+            Found::Folder(..) | Found::Part(..) => return Err(read_only()),
         };
         if parent.ino != ROOT {
             return Err(read_only());
@@ -332,11 +356,11 @@ fn place_of(real: &Path) -> Result<Place> {
     }
 }
 
-fn found(place: Place, make: fn(Place, FileIdentity) -> Found) -> Result<Found> {
+pub(super) fn found(place: Place, make: fn(Place, FileIdentity) -> Found) -> Result<Found> {
     let meta = place.stat().map_err(|e| Error::io("stat", &e).in_file(&place.path()))?;
     Ok(make(place, identity(&meta)))
 }
 
-fn strip_suffix<'a>(name: &'a OsStr, suffix: &OsStr) -> Option<&'a OsStr> {
+pub(super) fn strip_suffix<'a>(name: &'a OsStr, suffix: &OsStr) -> Option<&'a OsStr> {
     name.as_bytes().strip_suffix(suffix.as_bytes()).map(OsStr::from_bytes)
 }

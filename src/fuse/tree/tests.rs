@@ -226,6 +226,7 @@ fn look() -> Look {
         mountpoint: "/nowhere".into(),
         owner: (0, 0),
         writeback: false,
+        partitions: false,
     }
 }
 
@@ -487,7 +488,7 @@ fn what_a_program_that_writes_anew_skips_is_zero() {
     let a = s.find("a.vhd.img").ino;
     let told = Arc::new(Mutex::new(Vec::new()));
     let tell = told.clone();
-    s.tree.on_old_pages(move |ino| tell.lock().push(ino));
+    s.tree.on_old_pages(move |ino, _| tell.lock().push(ino));
     let old = s.tree.open(a, true, false).unwrap().handle;
     let write = |handle, offset, data: &[u8]| {
         s.tree.reach(a, handle, offset, data.len() as u64).unwrap();
