@@ -128,7 +128,7 @@ fn sync_before(recording: &Recording, at: usize) -> usize {
 /// Places of the changes of one file, whose name a sync does not cover.
 fn changes(trace: &Trace<'_>, range: std::ops::Range<usize>, file: usize) -> BTreeSet<Place> {
     let ops = trace.recording.ops();
-    let other = |change: &Change| matches!(change, Change::Sync | Change::Remove);
+    let other = |change: &Change| matches!(change, Change::Sync | Change::Remove(_));
     let own = |at: &usize| ops[*at].file == file && !other(&ops[*at].change);
     range.filter(own).map(|at| trace.places[at].clone()).collect()
 }

@@ -104,26 +104,31 @@ pub fn tree(args: &TreeArgs) -> Result<u8> {
         heads.map(|(index, _)| index).collect::<Vec<_>>()
     };
     for index in heads(false).into_iter().chain(heads(true)) {
-        print_branch(&members, index, &mut shown)?;
+        print_branch(&members, index, &mut shown, &described)?;
     }
     // Whatever is left stands on itself.
     for index in 0..members.len() {
         if !shown[index] {
-            print_branch(&members, index, &mut shown)?;
+            print_branch(&members, index, &mut shown, &described)?;
         }
     }
     Ok(0)
 }
 
-/// Prints an image and all that stands on it.
-fn print_branch(members: &[Member], head: usize, shown: &mut [bool]) -> Result<()> {
+/// Prints an image and all that stands on it, each as `describe` says.
+pub(super) fn print_branch(
+    members: &[Member],
+    head: usize,
+    shown: &mut [bool],
+    describe: &dyn Fn(&Member) -> String,
+) -> Result<()> {
     // Image, what the line begins with, and what lines of its children do.
     let mut open = vec![(head, String::new(), String::new())];
     while let Some((index, first, rest)) = open.pop() {
         if std::mem::replace(&mut shown[index], true) {
             continue;
         }
-        print_line(&format!("{first}{}", described(&members[index])))?;
+        print_line(&format!("{first}{}", describe(&members[index])))?;
         let children = members.iter().enumerate().filter(|(_, m)| m.stand == Stand::On(index));
         let children: Vec<usize> = children.map(|(child, _)| child).collect();
         for (place, child) in children.iter().enumerate().rev() {

@@ -11,6 +11,7 @@ pub mod chain;
 pub mod compact;
 pub mod convert;
 pub mod files;
+mod holders;
 pub mod images;
 pub mod inspect;
 pub mod install;
@@ -23,8 +24,10 @@ mod overview;
 pub mod pages;
 mod process;
 pub mod progress;
+pub mod rename;
 pub mod running;
 pub mod size;
+pub mod snapshot;
 pub mod source;
 pub mod spec;
 mod structures;
@@ -163,6 +166,15 @@ enum Command {
     /// What its parents hold is copied into it, and the link goes. The child shows the same all the
     /// time; interrupted or killed, it is still a child, and a second run goes on.
     Flatten(lifecycle::FlattenArgs),
+    /// Keep an image as it is, and go on in a child.
+    ///
+    /// The image gets another name, and a new child of it, which stores what is written from then on,
+    /// takes its name. All formats, whatever the size of the disk.
+    Snapshot(snapshot::SnapshotArgs),
+    /// Give an image another name, with all its files.
+    Rename(rename::RenameArgs),
+    /// Remove an image, with all its files.
+    Delete(rename::DeleteArgs),
     /// Show which images of a folder stand on which.
     Tree(lifecycle::TreeArgs),
     /// Mount an image for the desktop, and open its folder.
@@ -280,6 +292,9 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Commit(args) => chain::commit(args),
         Command::Rebase(args) => chain::rebase(args),
         Command::Flatten(args) => lifecycle::flatten(args),
+        Command::Snapshot(args) => snapshot::snapshot(args),
+        Command::Rename(args) => rename::rename(args),
+        Command::Delete(args) => rename::delete(args),
         Command::Tree(args) => lifecycle::tree(args),
         Command::Browse(args) => return browse::browse(args),
         Command::InstallHelpers(args) => install::install(args),

@@ -40,6 +40,7 @@ use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::progress::Progress;
+use crate::storage::staged::is_unfinished;
 use crate::storage::{self, Access, FileIdentity, Host};
 
 /// Bytes copied or compared at a time.
@@ -373,7 +374,8 @@ pub fn children(
     let mut found = Vec::new();
     for folder in folders {
         for path in host.list(folder)? {
-            if by_extension(&path).is_none() {
+            // What is not finished is nobody's.
+            if by_extension(&path).is_none() || path.file_name().is_some_and(is_unfinished) {
                 continue;
             }
             // What cannot be opened is nobody's child.

@@ -10,6 +10,8 @@ pub mod flatten;
 #[doc(hidden)]
 pub mod folders;
 mod foreign;
+pub mod lifecycle;
+mod naming;
 #[doc(hidden)]
 pub mod open;
 mod parents;
@@ -25,6 +27,7 @@ pub mod references;
 pub mod repair;
 pub mod report;
 pub mod resize;
+pub mod snapshot;
 pub mod structures;
 pub mod tree;
 #[doc(hidden)]
@@ -168,6 +171,19 @@ pub trait Format: Sync {
         Ok(Vec::new())
     }
 
+    /// What takes part when the image in `file` gets the name of `new`, a path in the same directory. Opens
+    /// no other file.
+    fn naming(&self, _file: &Arc<dyn Storage>, _new: &Path) -> Result<Naming> {
+        Ok(Naming::default())
+    }
+
+    /// Makes the image in `file`, open for writing, call itself `new` where its own name is inside it
+    /// ([`Naming::inside`]). Durable on return; a crash before leaves the old name or the new one, which
+    /// makes no difference to what the disk holds.
+    fn call_itself(&self, _file: Arc<dyn Storage>, _ctx: &OpenContext, _new: &Path) -> Result<()> {
+        Ok(())
+    }
+
     /// Points the child in `file`, open for writing, at another parent, or at the same one by another
     /// identity. Durable on return; a crash before leaves a child with the old link or the new one.
     /// The child's own identity stays.
@@ -215,6 +231,17 @@ pub trait Format: Sync {
     /// Plans how to put right what a check finds wrong, as far as that can be rebuilt. Writes
     /// nothing itself. Repairs that depend on others are planned when those were carried out.
     fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()>;
+}
+
+/// What takes part when an image gets another name.
+#[derive(Debug, Clone, Default)]
+pub struct Naming {
+    /// The image's own other files: the name that each has, and the one that it is to get.
+    pub parts: Vec<(PathBuf, PathBuf)>,
+    /// What the image's named file says from then on, if it is a text that names the others.
+    pub text: Option<Vec<u8>>,
+    /// The named file has its own name inside it.
+    pub inside: bool,
 }
 
 /// What a format driver answers for one opened file.

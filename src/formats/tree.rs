@@ -8,6 +8,7 @@ use super::chain::{file_identity, leads_to};
 use super::open::open_alone;
 use super::{Id, Identity, ImageInfo, OpenOptions, ParentLink, by_extension, open};
 use crate::error::Result;
+use crate::storage::staged::is_unfinished;
 use crate::storage::{Access, Host};
 
 /// What an image stands on.
@@ -49,7 +50,7 @@ pub fn members(host: &Arc<dyn Host>, dir: &Path, options: &OpenOptions) -> Resul
     paths.sort();
     let mut found: Vec<(Member, Identity, Option<ParentLink>)> = Vec::new();
     for path in paths {
-        if by_extension(&path).is_none() {
+        if by_extension(&path).is_none() || path.file_name().is_some_and(is_unfinished) {
             continue;
         }
         let Ok(opened) = open_alone(host, &path, &peek) else { continue };

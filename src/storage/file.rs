@@ -413,6 +413,23 @@ impl Host for HostFs {
         }
     }
 
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        std::fs::hard_link(from, to).map_err(|e| {
+            match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
+                Errno::EPERM | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EMLINK => {
+                    let what =
+                        "the file cannot have a second name (a hard link) on its file system";
+                    Error::new(ErrorKind::Unsupported, what).in_file(from)
+                }
+                _ => Error::io("link", &e).in_file(to),
+            }
+        })
+    }
+
+    fn dress(&self, path: &Path, like: &Path) -> Result<()> {
+        replace::dress(path, like)
+    }
+
     fn sync_dir(&self, dir: &Path) -> Result<()> {
         let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
         File::open(dir)

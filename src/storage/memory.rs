@@ -66,7 +66,7 @@ impl Clone for Chunk {
 /// One file in memory. Cloning the `Arc` shares it.
 #[derive(Debug)]
 pub struct MemoryFile {
-    contents: RwLock<Contents>,
+    contents: Arc<RwLock<Contents>>,
     path: PathBuf,
     inode: u64,
 }
@@ -82,10 +82,16 @@ impl MemoryFile {
     pub(super) fn with_contents(path: impl Into<PathBuf>, contents: Contents) -> Arc<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Arc::new(Self {
-            contents: RwLock::new(contents),
+            contents: Arc::new(RwLock::new(contents)),
             path: path.into(),
             inode: NEXT.fetch_add(1, Ordering::Relaxed),
         })
+    }
+
+    /// The same file under another name.
+    pub(super) fn named(&self, path: impl Into<PathBuf>) -> Arc<Self> {
+        let (contents, inode) = (self.contents.clone(), self.inode);
+        Arc::new(Self { contents, path: path.into(), inode })
     }
 
     /// A file of its own with the same name and bytes; costs little until one of the two changes.
@@ -290,7 +296,12 @@ impl MemoryHost {
     /// A host of its own with the same files; see [`MemoryFile::fork`].
     pub fn fork(&self) -> Arc<Self> {
         let files = self.files.lock();
-        let forked = files.iter().map(|(path, file)| (path.clone(), file.fork())).collect();
+        let mut first: BTreeMap<u64, Arc<MemoryFile>> = BTreeMap::new();
+        let mut forked = BTreeMap::new();
+        for (path, file) in &*files {
+            let fork = first.entry(file.inode).or_insert_with(|| file.fork());
+            forked.insert(path.clone(), fork.named(path));
+        }
         Arc::new(Self { files: Mutex::new(forked) })
     }
 
@@ -337,6 +348,28 @@ impl Host for MemoryHost {
 
     fn remove(&self, path: &Path) -> Result<()> {
         self.files.lock().remove(path);
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+        if !replace && self.file(to).is_some() {
+            return Err(Error::new(ErrorKind::Exists, "the file exists").in_file(to));
+        }
+        let file = self.files.lock().remove(from);
+        let file =
+            file.ok_or_else(|| Error::new(ErrorKind::NotFound, "no such file").in_file(from))?;
+        self.insert(file.named(to));
+        Ok(())
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        if self.file(to).is_some() {
+            return Err(Error::new(ErrorKind::Exists, "the file exists").in_file(to));
+        }
+        let file = self.file(from);
+        let file =
+            file.ok_or_else(|| Error::new(ErrorKind::NotFound, "no such file").in_file(from))?;
+        self.insert(file.named(to));
         Ok(())
     }
 

@@ -254,6 +254,19 @@ pub trait Host: Send + Sync + fmt::Debug {
         Err(Error::new(ErrorKind::Denied, "names of files do not change here").in_file(to))
     }
 
+    /// Gives a file another name in the same directory, beside the one that it has; a file that has that
+    /// name is an error. Durable after [`Self::sync_dir`].
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        let _ = from;
+        Err(Error::new(ErrorKind::Denied, "files get no second names here").in_file(to))
+    }
+
+    /// Gives the new file at `path` the owner, mode and extended attributes of the one at `like`.
+    fn dress(&self, path: &Path, like: &Path) -> Result<()> {
+        let _ = (path, like);
+        Ok(())
+    }
+
     /// Makes the creation, renaming and removal of files in `dir` durable.
     fn sync_dir(&self, dir: &Path) -> Result<()>;
 

@@ -119,8 +119,12 @@ pub enum Change {
     Sync,
     /// Gives the file, until now empty and unknown, its name.
     Create,
-    /// Takes the file's name away.
-    Remove,
+    /// Gives the file this name, beside those that it has.
+    Link(PathBuf),
+    /// Gives the file the second name in place of the first, in one step; whatever had that loses it.
+    Rename(PathBuf, PathBuf),
+    /// Takes this name away from the file.
+    Remove(PathBuf),
     /// Gives the file its name and contents in one durable step.
     Replace,
     /// Makes creations and removals in a directory durable.
@@ -139,8 +143,8 @@ pub(super) struct Seen {
 #[derive(Debug, Clone, Default)]
 pub struct Recording {
     pub(super) seen: Vec<Seen>,
-    /// How many of `seen` were there at the start.
-    pub(super) at_start: usize,
+    /// The names that were there at the start.
+    pub(super) at_start: BTreeMap<PathBuf, FileId>,
     pub(super) ops: Vec<Op>,
     /// Syncs that make nothing durable, by position.
     pub(super) ignored: BTreeSet<usize>,
@@ -201,6 +205,18 @@ impl Log {
         self.live.len() - 1
     }
 
+    fn named(&self, path: &Path) -> Result<FileId> {
+        let file = self.names.get(path).copied();
+        file.ok_or_else(|| Error::new(ErrorKind::NotFound, "no such file").in_file(path))
+    }
+
+    fn refuse_existing(&self, path: &Path) -> Result<()> {
+        match self.names.contains_key(path) {
+            true => Err(Error::new(ErrorKind::Exists, "the file exists").in_file(path)),
+            false => Ok(()),
+        }
+    }
+
     fn push(&mut self, file: FileId, change: Change) {
         let origin = if self.tracing { Caller::stack() } else { Vec::new() };
         self.recording.ops.push(Op { file, change, origin });
@@ -217,10 +233,15 @@ impl RecordingHost {
     /// A recorder that begins with copies of `host`'s files, all of them durable.
     pub fn over(host: &MemoryHost) -> Arc<Self> {
         let mut log = Log::default();
-        for file in host.files() {
-            log.add(file.fork());
+        for file in host.fork().files() {
+            let known = |other: &Arc<MemoryFile>| other.identity().ok() == file.identity().ok();
+            match log.live.iter().position(known) {
+                None => drop(log.add(file)),
+                Some(first) => drop(log.names.insert(file.path().to_owned(), first)),
+            }
         }
-        log.recording.at_start = log.live.len();
+        log.recording.at_start =
+            log.names.iter().map(|(path, file)| (path.clone(), *file)).collect();
         Arc::new(Self { log: Arc::new(Mutex::new(log)) })
     }
 
@@ -248,21 +269,19 @@ impl RecordingHost {
     pub fn now(&self) -> Arc<MemoryHost> {
         let log = self.log.lock();
         let host = MemoryHost::new();
-        for &file in log.names.values() {
-            host.insert(log.live[file].fork());
+        for (path, &file) in &log.names {
+            host.insert(log.live[file].named(path));
         }
-        host
+        host.fork()
     }
 }
 
 impl Host for RecordingHost {
     fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
         let log = self.log.lock();
-        let Some(&file) = log.names.get(path) else {
-            return Err(Error::new(ErrorKind::NotFound, "no such file").in_file(path));
-        };
+        let file = log.named(path)?;
         Ok(Arc::new(RecordedFile {
-            live: log.live[file].clone(),
+            live: log.live[file].named(path),
             file,
             log: self.log.clone(),
             writable: access == Access::Write,
@@ -276,9 +295,7 @@ impl Host for RecordingHost {
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
         {
             let mut log = self.log.lock();
-            if log.names.contains_key(path) {
-                return Err(Error::new(ErrorKind::Exists, "the file exists").in_file(path));
-            }
+            log.refuse_existing(path)?;
             let file = log.add(MemoryFile::new(path, &[]));
             log.push(file, Change::Create);
         }
@@ -297,7 +314,28 @@ impl Host for RecordingHost {
         let Some(file) = log.names.remove(path) else {
             return Err(Error::new(ErrorKind::NotFound, "no such file").in_file(path));
         };
-        log.push(file, Change::Remove);
+        log.push(file, Change::Remove(path.to_owned()));
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+        let mut log = self.log.lock();
+        let file = log.named(from)?;
+        if !replace {
+            log.refuse_existing(to)?;
+        }
+        log.names.remove(from);
+        log.names.insert(to.to_owned(), file);
+        log.push(file, Change::Rename(from.to_owned(), to.to_owned()));
+        Ok(())
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        let mut log = self.log.lock();
+        let file = log.named(from)?;
+        log.refuse_existing(to)?;
+        log.names.insert(to.to_owned(), file);
+        log.push(file, Change::Link(to.to_owned()));
         Ok(())
     }
 

@@ -33,6 +33,16 @@ pub fn replace(path: &Path, contents: &[u8]) -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// Makes the file at `path` like the one at `like` in everything but its contents.
+pub fn dress(path: &Path, like: &Path) -> Result<()> {
+    let open = |path: &Path| File::open(path).map_err(|e| Error::io("open", &e).in_file(path));
+    keep(&open(like)?, &open(path)?).map_err(|e| {
+        Error::io("the file's owner, mode and attributes cannot be kept", &e)
+            .in_file(like)
+            .hint("do it as the file's owner, or as root")
+    })
+}
+
 /// Makes `new` like `old`. The mode comes after the owner, whose change takes bits of it away.
 fn keep(old: &File, new: &File) -> io::Result<()> {
     let (was, is) = (old.metadata()?, new.metadata()?);

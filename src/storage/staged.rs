@@ -222,6 +222,10 @@ impl Host for Staged {
         self.below.remove(&made.remove(index).temporary)
     }
 
+    fn dress(&self, path: &Path, like: &Path) -> Result<()> {
+        self.below.dress(&self.now(path), like)
+    }
+
     fn sync_dir(&self, dir: &Path) -> Result<()> {
         self.below.sync_dir(dir)
     }

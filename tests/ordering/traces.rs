@@ -96,7 +96,7 @@ impl Place {
         }
         match own {
             None => {
-                let names = matches!(op.change, Change::Remove | Change::SyncDir(_));
+                let names = matches!(op.change, Change::Remove(_) | Change::SyncDir(_));
                 Self { name: if names { "names" } else { "payload" }.to_owned(), line: 0 }
             }
             Some(own) => Self {
@@ -372,7 +372,7 @@ fn stages(recording: &Recording) -> Vec<Stage> {
     for (at, op) in recording.ops().iter().enumerate() {
         let outermost = op.origin.iter().rposition(|caller| caller.file == CHAIN).unwrap();
         let called = match op.change {
-            Change::Remove => "remove",
+            Change::Remove(_) => "remove",
             Change::SyncDir(_) => "sync_dir",
             _ => &*op.origin[outermost - 1].function,
         };

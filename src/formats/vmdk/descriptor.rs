@@ -473,6 +473,28 @@ impl Descriptor {
         self.changed(changes)
     }
 
+    /// The text with other names of files: of extents, by their index, and of the record of changes.
+    pub fn with_names(&self, extents: &[(usize, String)], record: Option<&str>) -> Result<Vec<u8>> {
+        let encode = |name: &str| {
+            let what = "the descriptor's encoding cannot hold the name";
+            self.charset.encode(name).ok_or_else(|| Error::invalid(what))
+        };
+        let mut changes = Vec::new();
+        for (index, name) in extents {
+            let Some(extent) = self.extents.get(*index) else { continue };
+            let line = self.line_range(extent.line);
+            let quotes = self.text[line.clone()].iter().enumerate().filter(|(_, b)| **b == b'"');
+            let quotes: Vec<_> = quotes.map(|(at, _)| line.start + at).take(2).collect();
+            if let [open, close] = quotes[..] {
+                changes.push((open + 1..close, encode(name)?));
+            }
+        }
+        if let (Some(name), Some(setting)) = (record, self.setting("changeTrackPath")) {
+            changes.push((setting.at.clone(), encode(name)?));
+        }
+        Ok(self.changed(changes))
+    }
+
     /// The text for extents of other sizes, in sectors: the first ones keep their lines, further lines
     /// follow the last of them, and those of the other extents go. `settings` are values to replace
     /// where there are such keys.

@@ -52,6 +52,7 @@ mod hosted;
 mod layout;
 mod link;
 mod map;
+mod naming;
 mod relink;
 mod repair;
 mod resize;
@@ -70,10 +71,9 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::compact::Part;
-use super::places::directory_of;
 use super::plan::Steps;
 use super::{
-    CreateSpec, Footprint, Format, Identity, Image, ImageInfo, Label, Listing, NewLink,
+    CreateSpec, Footprint, Format, Identity, Image, ImageInfo, Label, Listing, Naming, NewLink,
     OpenContext, Opened, Plan, Probe, Report, references,
 };
 use crate::disk::map::Geometry;
@@ -157,7 +157,15 @@ impl Format for Vmdk {
         let link = Link::open(file, ctx)?;
         let written = link.files.iter().filter(|file| !file.protected());
         let files = written.map(|file| file.path().to_owned());
-        Ok(files.filter(|path| is_part_of(&image, path)).collect())
+        Ok(files.filter(|path| naming::is_part_of(&image, path)).collect())
+    }
+
+    fn naming(&self, file: &Arc<dyn Storage>, new: &Path) -> Result<Naming> {
+        naming::naming(file, new)
+    }
+
+    fn call_itself(&self, file: Arc<dyn Storage>, ctx: &OpenContext, new: &Path) -> Result<()> {
+        naming::call_itself(&file, ctx, new)
     }
 
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
@@ -210,21 +218,6 @@ impl Format for Vmdk {
     fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()> {
         repair::repair(file, ctx, plan)
     }
-}
-
-/// Whether `path` has the name that an extent of the disk with the descriptor at `image` gets when it is
-/// made: the same but for `-s001`, `-flat` and the like, in the same directory.
-fn is_part_of(image: &Path, path: &Path) -> bool {
-    let (Some(stem), Some(name)) = (image.file_stem(), path.file_stem()) else { return false };
-    let (Some(stem), Some(name)) = (stem.to_str(), name.to_str()) else { return false };
-    let Some((whole, role)) = name.rsplit_once('-') else { return false };
-    let numbered = role.strip_prefix(['s', 'f', 'S', 'F']).is_some_and(|number| {
-        number.len() >= 3 && number.bytes().all(|byte| byte.is_ascii_digit())
-    });
-    let named = ["flat", "delta", "sesparse"].iter().any(|word| role.eq_ignore_ascii_case(word));
-    let vmdk = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("vmdk"));
-    let beside = path.parent() == Some(&*directory_of(image));
-    beside && vmdk && (numbered || named) && whole.to_lowercase() == stem.to_lowercase()
 }
 
 /// Whether a file is one extent of a disk, and no disk by itself.

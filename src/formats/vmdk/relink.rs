@@ -20,25 +20,29 @@ pub fn relink(file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> 
         return Err(Error::invalid("the parent of a VMDK must be a VMDK"));
     };
     let hint = hint(file.path(), link.parent)?;
-    rewrite(&file, ctx, |descriptor| descriptor.with_parent(cid, &hint))
+    rewrite(&file, ctx, |descriptor| child(descriptor)?.with_parent(cid, &hint))
 }
 
 /// Takes the parent away from the child in `file`.
 pub fn unlink(file: &Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
-    rewrite(file, ctx, |descriptor| Ok(descriptor.without_parent()))
+    rewrite(file, ctx, |descriptor| Ok(child(descriptor)?.without_parent()))
 }
 
-/// Puts another text in the place of a child's descriptor, in one durable step.
-fn rewrite(
+fn child(descriptor: &Descriptor) -> Result<&Descriptor> {
+    match descriptor.parent_cid()? {
+        Some(_) => Ok(descriptor),
+        None => Err(Error::invalid("the image is no child: it has no parent")),
+    }
+}
+
+/// Puts another text in the place of a descriptor, in one durable step.
+pub fn rewrite(
     file: &Arc<dyn Storage>,
     ctx: &OpenContext,
     change: impl FnOnce(&Descriptor) -> Result<Vec<u8>>,
 ) -> Result<()> {
     let found = find_descriptor(file)?.file;
     let descriptor = &found.descriptor;
-    if descriptor.parent_cid()?.is_none() {
-        return Err(Error::invalid("the image is no child: it has no parent"));
-    }
     if let Some(what) = descriptor.broken.first() {
         return Err(Error::corrupt(format!("not written: {what}")));
     }
@@ -46,6 +50,9 @@ fn rewrite(
         return Err(Error::corrupt("not written: the descriptor sets a key twice"));
     }
     let text = change(descriptor)?;
+    if text == descriptor.text() {
+        return Ok(());
+    }
     if found.at == 0 {
         return ctx.host().replace(file.path(), &text);
     }
