@@ -115,7 +115,11 @@ pub fn map(args: &MapArgs) -> Result<u8> {
 }
 
 /// Which ancestor of the first of `images` the file `ancestor` is: 1 for the parent.
-fn generation(host: &Arc<dyn Host>, images: &[&Image], ancestor: &Path) -> Result<usize> {
+pub(super) fn generation(
+    host: &Arc<dyn Host>,
+    images: &[&Image],
+    ancestor: &Path,
+) -> Result<usize> {
     let wanted = chain::file_identity(host, ancestor)?;
     for (index, image) in images.iter().enumerate().skip(1) {
         if chain::file_identity(host, &image.path)? == wanted {

@@ -10,6 +10,7 @@ pub mod bytes;
 pub mod chain;
 pub mod compact;
 pub mod convert;
+pub mod delta;
 pub mod files;
 mod holders;
 pub mod images;
@@ -177,6 +178,13 @@ enum Command {
     Delete(rename::DeleteArgs),
     /// Show which images of a folder stand on which.
     Tree(lifecycle::TreeArgs),
+    /// Write what changed after an ancestor, for backup.
+    ///
+    /// The delta names both images by their identities, and its parts have checksums. `apply` puts it onto a
+    /// copy of the ancestor, which is the image then, so that the next delta fits it.
+    Delta(delta::DeltaArgs),
+    /// Put what `delta` wrote onto a copy of the ancestor.
+    Apply(delta::ApplyArgs),
     /// Mount an image for the desktop, and open its folder.
     Browse(browse::BrowseArgs),
     /// Install the program, its mount helpers, man pages, completions, units and desktop files.
@@ -296,6 +304,8 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Rename(args) => rename::rename(args),
         Command::Delete(args) => rename::delete(args),
         Command::Tree(args) => lifecycle::tree(args),
+        Command::Delta(args) => delta::delta(args),
+        Command::Apply(args) => delta::apply(args),
         Command::Browse(args) => return browse::browse(args),
         Command::InstallHelpers(args) => install::install(args),
         Command::Completions(args) => pages::completions(args),

@@ -21,6 +21,7 @@
 
 pub mod compare;
 pub mod convert;
+pub mod delta;
 #[doc(hidden)]
 pub mod digest;
 pub mod in_place;

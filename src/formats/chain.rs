@@ -48,7 +48,7 @@ pub(super) const CHUNK: u64 = 1 << 20;
 /// Bytes of the disk looked up at a time.
 const STEP: u64 = 64 << 20;
 /// Bytes written between flushes, which keep the changed tables in memory few.
-pub(super) const FLUSH_EVERY: u64 = 1 << 30;
+pub(crate) const FLUSH_EVERY: u64 = 1 << 30;
 /// Alignment of what is compared; no disk has larger sectors.
 const SECTOR: u64 = 4096;
 
@@ -497,7 +497,7 @@ fn next_data(a: &Disk, b: &Disk, from: u64) -> Result<Option<u64>> {
 }
 
 /// Reads a disk, with zeroes past its end.
-pub(super) fn read(disk: &Disk, at: u64, buf: &mut [u8]) -> Result<()> {
+pub(crate) fn read(disk: &Disk, at: u64, buf: &mut [u8]) -> Result<()> {
     let inside = disk.size().saturating_sub(at).min(buf.len() as u64) as usize;
     let (below, past) = buf.split_at_mut(inside);
     past.fill(0);

@@ -68,7 +68,7 @@ pub fn resize(
 
 /// Changes the disk of an image from one size to another. `options` name the identity that the image
 /// then has, where that goes with the size.
-pub(super) fn change(
+pub(crate) fn change(
     host: &Arc<dyn Host>,
     path: &Path,
     options: &OpenOptions,
