@@ -19,6 +19,7 @@ pub mod install;
 mod layout;
 pub mod lifecycle;
 pub mod log_sink;
+pub mod meta;
 pub mod mount;
 pub mod output;
 mod overview;
@@ -172,6 +173,10 @@ enum Command {
     /// The image gets another name, and a new child of it, which stores what is written from then on,
     /// takes its name. All formats, whatever the size of the disk.
     Snapshot(snapshot::SnapshotArgs),
+    /// Show and set what an image says about itself: ids, creator, hardware.
+    ///
+    /// All that is set at once comes in one step, whatever interrupts it. What the disk holds stays.
+    Meta(meta::MetaArgs),
     /// Give an image another name, with all its files.
     Rename(rename::RenameArgs),
     /// Remove an image, with all its files.
@@ -301,6 +306,7 @@ fn run_command(command: &Command, json: bool) -> u8 {
         Command::Rebase(args) => chain::rebase(args),
         Command::Flatten(args) => lifecycle::flatten(args),
         Command::Snapshot(args) => snapshot::snapshot(args),
+        Command::Meta(args) => meta::meta(args),
         Command::Rename(args) => rename::rename(args),
         Command::Delete(args) => rename::delete(args),
         Command::Tree(args) => lifecycle::tree(args),

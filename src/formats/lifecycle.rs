@@ -104,7 +104,7 @@ fn refuse_taken(host: &Arc<dyn Host>, old: &Path, new: &Path, options: &OpenOpti
 }
 
 /// The images beside the one at `path` that stand on it, and how they name it.
-fn children_of(
+pub(super) fn children_of(
     host: &Arc<dyn Host>,
     path: &Path,
     options: &OpenOptions,
@@ -185,7 +185,7 @@ pub fn delete(
         _ => {}
     }
     let parts = match format.naming(&file, path) {
-        Ok(naming) => naming.parts,
+        Ok(naming) => [naming.parts, naming.notes].concat(),
         Err(_) if force => Vec::new(),
         Err(e) => return Err(e.in_file(path)),
     };

@@ -11,6 +11,7 @@ pub mod flatten;
 pub mod folders;
 mod foreign;
 pub mod lifecycle;
+pub mod meta;
 mod naming;
 #[doc(hidden)]
 pub mod open;
@@ -49,6 +50,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Host, Storage};
 use compact::Part;
 pub use folders::Label;
+use meta::{Changes, Entry};
 use open::open_alone;
 pub use open::{Image, OpenContext, OpenOptions, Spelling, open};
 use plan::Steps;
@@ -184,6 +186,13 @@ pub trait Format: Sync {
         Ok(())
     }
 
+    /// What the image in `file` says about itself, and what of it can be set.
+    fn meta(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Entry>>;
+
+    /// Changes what the image in `file`, open for writing, says about itself: keys that [`Self::meta`] has as
+    /// such that can be set. All of it, durably, or nothing; values that cannot be are refused before that.
+    fn set_meta(&self, file: Arc<dyn Storage>, ctx: &OpenContext, changes: &Changes) -> Result<()>;
+
     /// Points the child in `file`, open for writing, at another parent, or at the same one by another
     /// identity. Durable on return; a crash before leaves a child with the old link or the new one.
     /// The child's own identity stays.
@@ -238,6 +247,8 @@ pub trait Format: Sync {
 pub struct Naming {
     /// The image's own other files: the name that each has, and the one that it is to get.
     pub parts: Vec<(PathBuf, PathBuf)>,
+    /// Files that go with it where they are there, such as notes of what has changed.
+    pub notes: Vec<(PathBuf, PathBuf)>,
     /// What the image's named file says from then on, if it is a text that names the others.
     pub text: Option<Vec<u8>>,
     /// The named file has its own name inside it.

@@ -61,7 +61,10 @@ impl<'a> Renaming<'a> {
         let format = recognise(&*file)?;
         let ctx = OpenContext::new(host, &*file, &options);
         let opened = Some(format.open(file.clone(), &ctx).in_file(old)?);
-        let naming = format.naming(&file, new).in_file(old)?;
+        let mut naming = format.naming(&file, new).in_file(old)?;
+        let notes = naming.notes.drain(..);
+        let there = notes.filter(|(note, _)| host.open(note, Access::Peek).is_ok());
+        naming.parts.extend(there.collect::<Vec<_>>());
         let (old, new) = (old.to_owned(), new.to_owned());
         Ok(Self { host, format, file, ctx, _opened: opened, old, new, naming, made: Vec::new() })
     }
@@ -156,11 +159,13 @@ impl<'a> Renaming<'a> {
 
     /// Steps 4 and 5.
     pub(super) fn leave(&self) -> Result<()> {
-        let Some(text) = &self.naming.text else { return Ok(()) };
-        self.host.replace(&self.old, text)?;
+        if let Some(text) = &self.naming.text {
+            self.host.replace(&self.old, text)?;
+        }
         // The old text may have been replaced before, by a program that was killed then.
         let renamed = self.host.open(&self.new, Access::Peek)?;
-        for (new, old) in self.format.naming(&renamed, &self.old)?.parts {
+        let back = self.format.naming(&renamed, &self.old)?;
+        for (new, old) in back.parts.into_iter().chain(back.notes) {
             if self.same_file(&old, &new) {
                 self.host.remove(&old)?;
             }

@@ -123,7 +123,8 @@ pub fn revert(
             let format = recognise(&*file)?;
             let ctx = super::OpenContext::new(host, &*file, &opening(options, Access::Write, None));
             let opened = format.open(file.clone(), &ctx)?;
-            left = format.naming(&file, path)?.parts;
+            let naming = format.naming(&file, path)?;
+            left = [naming.parts, naming.notes].concat();
             locked = Some((file, opened));
         }
         // What a killed program left.

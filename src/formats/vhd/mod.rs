@@ -61,6 +61,7 @@ mod info;
 mod layout;
 mod locators;
 mod lost;
+mod meta;
 mod relink;
 mod repair;
 mod resize;
@@ -78,6 +79,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::compact::Part;
+use super::meta::{Changes, Entry};
 use super::plan::Steps;
 use super::{
     CreateSpec, Footprint, Format, Identity, Image, Listing, NewLink, OpenContext, Opened,
@@ -144,6 +146,14 @@ impl Format for Vhd {
         spec: &CreateSpec,
     ) -> Result<()> {
         create::create_child(host, path, parent, spec.block_size.or(parent.info.block_size))
+    }
+
+    fn meta(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Entry>> {
+        meta::list(&*file, ctx.force)
+    }
+
+    fn set_meta(&self, file: Arc<dyn Storage>, _: &OpenContext, changes: &Changes) -> Result<()> {
+        meta::set(&*file, changes)
     }
 
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {

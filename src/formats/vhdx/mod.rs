@@ -66,6 +66,7 @@ mod locator;
 mod log;
 mod logged;
 mod lost;
+mod meta;
 mod metadata;
 mod open;
 mod overlay;
@@ -82,14 +83,15 @@ mod structures;
 mod tests;
 mod writes;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::compact::Part;
+use super::meta::{Changes, Entry};
 use super::plan::Steps;
 use super::{
-    CreateSpec, Footprint, Format, Image, Listing, NewLink, OpenContext, Opened, Plan, Probe,
-    Report,
+    CreateSpec, Footprint, Format, Image, Listing, Naming, NewLink, OpenContext, Opened, Plan,
+    Probe, Report,
 };
 use crate::error::Result;
 use crate::storage::{Host, Storage};
@@ -136,6 +138,27 @@ impl Format for Vhdx {
         spec: &CreateSpec,
     ) -> Result<()> {
         create::create_child(host, path, parent, spec)
+    }
+
+    fn meta(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Entry>> {
+        meta::list(file, ctx.force)
+    }
+
+    fn set_meta(&self, file: Arc<dyn Storage>, ctx: &OpenContext, changes: &Changes) -> Result<()> {
+        meta::set(file, ctx, changes)
+    }
+
+    fn naming(&self, file: &Arc<dyn Storage>, new: &Path) -> Result<Naming> {
+        // What Hyper-V notes of changes, beside the image.
+        let note = |end: &str| {
+            let [old, new] = [file.path(), new].map(|path| {
+                let mut path = path.as_os_str().to_owned();
+                path.push(end);
+                PathBuf::from(path)
+            });
+            (old, new)
+        };
+        Ok(Naming { notes: [".rct", ".mrt"].map(note).to_vec(), ..Naming::default() })
     }
 
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {

@@ -32,7 +32,8 @@ pub const SUBFORMATS: [&str; 10] = [
     "streamOptimized",
 ];
 
-const ADAPTERS: [&str; 4] = ["ide", "buslogic", "lsilogic", "legacyESX"];
+/// Adapters that a disk can be for.
+pub const ADAPTERS: [&str; 4] = ["ide", "buslogic", "lsilogic", "legacyESX"];
 const DEFAULT_ADAPTER: &str = "lsilogic";
 const DEFAULT_HW_VERSION: u32 = 10;
 
@@ -412,7 +413,7 @@ fn hardware(spec: &CreateSpec, sectors: u64) -> Result<Vec<(String, String)>> {
 
 /// A new number for a disk. VMware's own begin like this: a network address authority, and VMware's
 /// place in it.
-fn new_uuid() -> String {
+pub fn new_uuid() -> String {
     let mut uuid = format!("60 00 C2 9{:x}", fastrand::u8(..16));
     for index in 4..16 {
         uuid.push(if index == 8 { '-' } else { ' ' });

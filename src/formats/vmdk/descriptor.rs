@@ -473,6 +473,25 @@ impl Descriptor {
         self.changed(changes)
     }
 
+    /// The text with other values; keys that are not there follow behind everything.
+    pub fn with_settings(&self, settings: &[(&str, String)]) -> Result<Vec<u8>> {
+        let (mut changes, mut more) = (Vec::new(), Vec::new());
+        for (key, value) in settings {
+            let what = "the descriptor's encoding cannot hold the value";
+            let value = self.charset.encode(value).ok_or_else(|| Error::invalid(what))?;
+            match self.setting(key) {
+                Some(setting) => changes.push((setting.at.clone(), value)),
+                None => more.push([key.as_bytes(), b" = \"", &value, b"\"\n"].concat()),
+            }
+        }
+        let mut text = self.changed(changes);
+        if !more.is_empty() && !text.ends_with(b"\n") {
+            text.push(b'\n');
+        }
+        text.extend(more.concat());
+        Ok(text)
+    }
+
     /// The text with other names of files: of extents, by their index, and of the record of changes.
     pub fn with_names(&self, extents: &[(usize, String)], record: Option<&str>) -> Result<Vec<u8>> {
         let encode = |name: &str| {

@@ -52,6 +52,7 @@ mod hosted;
 mod layout;
 mod link;
 mod map;
+mod meta;
 mod naming;
 mod relink;
 mod repair;
@@ -71,6 +72,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::compact::Part;
+use super::meta::{Changes, Entry};
 use super::plan::Steps;
 use super::{
     CreateSpec, Footprint, Format, Identity, Image, ImageInfo, Label, Listing, Naming, NewLink,
@@ -166,6 +168,14 @@ impl Format for Vmdk {
 
     fn call_itself(&self, file: Arc<dyn Storage>, ctx: &OpenContext, new: &Path) -> Result<()> {
         naming::call_itself(&file, ctx, new)
+    }
+
+    fn meta(&self, file: Arc<dyn Storage>, _: &OpenContext) -> Result<Vec<Entry>> {
+        meta::list(&file)
+    }
+
+    fn set_meta(&self, file: Arc<dyn Storage>, ctx: &OpenContext, changes: &Changes) -> Result<()> {
+        meta::set(&file, ctx, changes)
     }
 
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {

@@ -44,6 +44,11 @@ fn is_record(ending: &str) -> bool {
     ending.to_ascii_lowercase().starts_with("-ctk.")
 }
 
+/// Whether `path` is the disk's record of changes.
+fn is_note(image: &Path, path: &Path) -> bool {
+    ending(image, path).is_some_and(|ending| is_record(&ending))
+}
+
 /// What takes part when the disk with the descriptor in `file` gets the name of `new`.
 pub fn naming(file: &Arc<dyn Storage>, new: &Path) -> Result<Naming> {
     let found = find_descriptor(file)?.file;
@@ -52,7 +57,8 @@ pub fn naming(file: &Arc<dyn Storage>, new: &Path) -> Result<Naming> {
     // What is compressed is written once.
     let inside = embedded && Header::read(&**file, 0)?.flags & FLAG_COMPRESSED == 0;
     let text = if embedded { None } else { Some(names.text(&found.descriptor)?) };
-    Ok(Naming { parts: names.parts, text, inside })
+    let (notes, parts) = names.parts.into_iter().partition(|(path, _)| is_note(file.path(), path));
+    Ok(Naming { parts, notes, text, inside })
 }
 
 /// Makes the disk whose descriptor is embedded in `file` call itself `new`.
