@@ -584,9 +584,16 @@ fn partitions_have_nodes_where_nobody_else_makes_them() {
             [ "$(printf '%d:%d' 0x$(stat -c %t ${device}p$n) 0x$(stat -c %T ${device}p$n))" = \
               "$(cat /sys/block/${device#/dev/}/${device#/dev/}p$n/dev)" ]
         done
-        "$FLATDISK" detach "${device}p2"
+        # The table changes: partitions come, go and get other sizes.
+        printf 'label: dos\nsize=10M\nsize=20M\nsize=5M\n' | sfdisk -q --no-reread --no-tell-kernel "$device"
+        "$FLATDISK" attach --rescan "$device" | grep -q "${device}p3: 5 MiB"
+        [ -b "${device}p3" ]; [ "$(cat /sys/block/${device#/dev/}/${device#/dev/}p1/size)" = 20480 ]
+        printf 'label: dos\nsize=10M\n' | sfdisk -q --no-reread --no-tell-kernel "$device"
+        "$FLATDISK" attach --json --rescan "$IMAGE" | grep -q '"number": 1'
+        [ ! -e "${device}p2" ]; [ ! -e "${device}p3" ]
+        "$FLATDISK" detach "${device}p1"
         trap - EXIT
-        for n in 1 2; do [ ! -e "${device}p$n" ]; done
+        for n in 1 2 3; do [ ! -e "${device}p$n" ]; done
     "#;
     let scratch = scratch();
     live::succeed_in_namespace(script, &[("IMAGE", &image.path), ("T", &scratch.path())]);

@@ -41,8 +41,11 @@ Exit status:
   32  not unmounted")]
 pub struct UmountArgs {
     /// The mount point.
-    #[arg(required = true, value_name = "DIR")]
+    #[arg(required_unless_present = "all", value_name = "DIR")]
     mountpoints: Vec<PathBuf>,
+    /// Every mount of this user, but those that `attach` made.
+    #[arg(long, conflicts_with = "mountpoints")]
+    all: bool,
     /// Detach the mount now, even if it is in use, and do not wait for its users.
     #[arg(long, short)]
     lazy: bool,
@@ -147,7 +150,18 @@ pub struct CloseArgs {
 
 /// `flatdisk umount`.
 pub fn umount(args: &UmountArgs) -> u8 {
-    let statuses = args.mountpoints.iter().map(|dir| umount_one(dir, args.lazy, args.timeout));
+    let mountpoints = match args.all {
+        true => own_mounts(),
+        false => Ok(args.mountpoints.clone()),
+    };
+    let mountpoints = match mountpoints {
+        Ok(mountpoints) => mountpoints,
+        Err(e) => {
+            complain(e);
+            return MOUNT_FAILURE;
+        }
+    };
+    let statuses = mountpoints.iter().map(|dir| umount_one(dir, args.lazy, args.timeout));
     statuses.fold(0, |all, one| all | one)
 }
 
@@ -184,6 +198,17 @@ pub fn umount_helper(args: &UmountHelperArgs) -> u8 {
         return USAGE;
     }
     umount_one(&args.mountpoint, args.lazy, TIMEOUT)
+}
+
+/// Where this user has mounted something, uppermost first; detach takes away what attach made.
+fn own_mounts() -> Result<Vec<PathBuf>> {
+    let private = attach::private_dir()?;
+    let own = |mount: &MountEntry| {
+        let user = mount.user.unwrap_or(0) == geteuid().as_raw();
+        mount.is_ours() && user && !mount.target.starts_with(&private)
+    };
+    let mounts = mounts::mount_table()?.into_iter().rev().filter(own);
+    Ok(mounts.map(|mount| mount.target).collect())
 }
 
 fn umount_one(dir: &Path, lazy: bool, timeout: u64) -> u8 {

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::fuse::mounts;
-use crate::fuse::tree::IMAGE;
+use crate::fuse::tree::{IMAGE, PARTITION};
 
 /// The image that `path` stands for: that of a flat file if it lies in a live mount of flatdisk, and
 /// itself otherwise, also if it does not exist or does not answer. Anybody can give a file the attribute,
@@ -23,7 +23,11 @@ pub fn image_of(path: &Path) -> Result<PathBuf> {
         return Ok(path.to_owned());
     }
     let failed = |e: Errno| Error::io("asking for the image", &e.into()).in_file(path);
-    Ok(attribute(path).map_err(failed)?.unwrap_or_else(|| path.to_owned()))
+    // A partition is a disk of its own, and a raw one.
+    if attribute(path, PARTITION).map_err(failed)?.is_some() {
+        return Ok(path.to_owned());
+    }
+    Ok(attribute(path, IMAGE).map_err(failed)?.unwrap_or_else(|| path.to_owned()))
 }
 
 /// [`image_of`] each of `paths`.
@@ -36,11 +40,11 @@ fn lies_in_our_mount(device: u64) -> Result<bool> {
     Ok(mounts.any(|mount| mount.is_ours() && mount.number() == Some(device)))
 }
 
-/// The value of [`IMAGE`], if the file has it.
-fn attribute(path: &Path) -> std::result::Result<Option<PathBuf>, Errno> {
+/// The value of an extended attribute, if the file has it.
+fn attribute(path: &Path, name: &str) -> std::result::Result<Option<PathBuf>, Errno> {
     // No path is longer.
     let mut value = vec![0; libc::PATH_MAX as usize];
-    match rustix::fs::getxattr(path, IMAGE, value.as_mut_slice()) {
+    match rustix::fs::getxattr(path, name, value.as_mut_slice()) {
         Ok(len) => {
             value.truncate(len);
             Ok(Some(OsString::from_vec(value).into()))

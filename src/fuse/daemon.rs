@@ -364,14 +364,18 @@ fn check_mountpoint(path: &Path) -> Result<PathBuf> {
 }
 
 /// Users other than root may let others in only if the administrator allows it.
+/// Whether users other than root may let others, root among them, into their mounts.
+pub fn users_may_allow_others() -> bool {
+    fs::read_to_string("/etc/fuse.conf")
+        .is_ok_and(|conf| conf.lines().any(|line| line.trim() == "user_allow_other"))
+}
+
 fn check_allowed(options: &MountOptions) -> Result<()> {
     let others = matches!(options.allowed, Some(Allowed::Other | Allowed::Root));
     if geteuid().is_root() || !others {
         return Ok(());
     }
-    let allowed = fs::read_to_string("/etc/fuse.conf")
-        .is_ok_and(|conf| conf.lines().any(|line| line.trim() == "user_allow_other"));
-    if allowed {
+    if users_may_allow_others() {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Denied, "allow_other and allow_root are not allowed to users here")

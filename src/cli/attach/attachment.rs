@@ -1,31 +1,37 @@
 //! Attaching and detaching one image, step by step.
 //!
 //! ```text
-//! attach:  record -> daemon -> flat file -> loop device -> nodes -> mount
-//! detach:  umount -> loop device gone -> nodes -> flat unmount, daemon gone -> record
+//! attach:         record -> daemon -> flat file -> loop device -> nodes -> mount
+//! attach --fuse:  record -> daemon -> flat file -> mount by a program
+//! detach:         umount -> loop device gone -> nodes -> flat unmount, daemon gone -> record
 //! ```
 //!
 //! An attach that fails takes apart what it built by the same steps as detach, and so does a detach
 //! after an attach that was killed: each step looks for what it undoes and does nothing if that is not
 //! there.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::unistd::geteuid;
+
 use super::file_system::{self, How};
 use super::loop_device::{Binding, LoopDevice};
-use super::slot::{LockedSlot, Record};
+use super::programs;
+use super::slot::{LockedSlot, Record, Slot};
 use crate::cli::mount::DAEMON;
 use crate::cli::output::complain;
 use crate::cli::running;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Connection, Request};
+use crate::fuse::daemon::users_may_allow_others;
 use crate::fuse::mounts;
 use crate::names::printable;
 
@@ -44,8 +50,12 @@ const POLL: Duration = Duration::from_millis(10);
 pub struct Wanted<'a> {
     /// Options for the flat mount, as of `flatdisk mount`.
     pub options: &'a [OsString],
+    /// What they make the flat file's name end with.
+    pub suffix: OsString,
     /// The file system to mount: where, which partition, how.
     pub file_system: Option<(PathBuf, Option<u32>, How<'a>)>,
+    /// Whether a program mounts it, without a loop device.
+    pub by_program: bool,
 }
 
 /// An image being attached or detached.
@@ -60,10 +70,14 @@ impl Attachment {
         Self { slot, record }
     }
 
-    /// Attaches the image and returns the device's node. If that fails, nothing is left behind.
-    pub fn build(mut self, wanted: &Wanted<'_>) -> Result<PathBuf> {
-        match self.try_build(wanted) {
-            Ok(device) => Ok(device.node()),
+    /// Attaches the image. If that fails, nothing is left behind.
+    pub fn build(mut self, wanted: &Wanted<'_>) -> Result<(Slot, Record)> {
+        let built = match wanted.by_program {
+            true => self.mount_by_program(wanted),
+            false => self.try_build(wanted),
+        };
+        match built {
+            Ok(()) => Ok((self.slot.unlock(), self.record)),
             Err(e) => {
                 let image = self.record.image.clone();
                 if let Err(left) = self.take_apart() {
@@ -77,10 +91,10 @@ impl Attachment {
         }
     }
 
-    fn try_build(&mut self, wanted: &Wanted<'_>) -> Result<LoopDevice> {
+    fn try_build(&mut self, wanted: &Wanted<'_>) -> Result<()> {
         self.slot.save(&self.record)?;
-        self.start_daemon(wanted.options)?;
-        let flat = self.open_flat()?;
+        self.start_daemon(wanted)?;
+        let flat = self.open_flat(&self.flat_file("", &wanted.suffix))?;
         let binding =
             Binding { sector_size: self.sector_size()?, read_only: self.record.read_only };
         let device = self.bind(&flat, binding)?;
@@ -97,20 +111,66 @@ impl Attachment {
             file_system::mount(&node, dir, &How { read_only, ..*how })?;
         }
         self.record.complete = true;
+        self.slot.save(&self.record)
+    }
+
+    fn mount_by_program(&mut self, wanted: &Wanted<'_>) -> Result<()> {
+        let Some((dir, number, how)) = &wanted.file_system else {
+            return Err(Error::invalid("a directory to mount on is needed"));
+        };
+        if programs::mounted(dir)?.is_some() {
+            let what = "a file system of a program is mounted there already";
+            return Err(Error::new(ErrorKind::Busy, what).in_file(dir));
+        }
         self.slot.save(&self.record)?;
-        Ok(device)
+        self.start_daemon(wanted)?;
+        let whole = self.flat_file("", &wanted.suffix);
+        let mode = fs::metadata(&whole).map_err(|e| Error::io("open the flat file", &e))?.mode();
+        if !self.record.read_only && mode & 0o222 == 0 {
+            self.note_read_only();
+        }
+        let part = |number| self.flat_file(&format!(".p{number}"), &wanted.suffix);
+        let fs_type = how.fs_type.and_then(OsStr::to_str);
+        let choice = programs::choose(&whole, part, *number, fs_type)?;
+        self.record.program = Some(choice.program().to_owned());
+        self.record.mountpoint = Some(dir.clone());
+        self.slot.save(&self.record)?;
+        let read_only = how.read_only || self.record.read_only;
+        let mounted = choice.mount(dir, &How { read_only, ..*how })?;
+        self.record.program_mount = Some(mounted.device);
+        self.record.complete = true;
+        self.slot.save(&self.record)
+    }
+
+    /// The flat file of the image, or with `.pN` as `part` of a partition.
+    fn flat_file(&self, part: &str, suffix: &OsStr) -> PathBuf {
+        let name = self.record.image.file_name().unwrap_or_default();
+        let name: OsString = [name, OsStr::new(part), suffix].into_iter().collect();
+        self.slot.mount_dir().join(name)
+    }
+
+    fn note_read_only(&mut self) {
+        let image = self.record.image.display();
+        complain(format_args!("{image}: cannot be written, attaching it read-only"));
+        self.record.read_only = true;
     }
 
     /// Starts `flatdisk mount` for the image, which returns when the mount is live.
-    fn start_daemon(&self, options: &[OsString]) -> Result<()> {
+    fn start_daemon(&self, wanted: &Wanted<'_>) -> Result<()> {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("flatdisk").arg("mount").env_remove(DAEMON).stdin(Stdio::null());
-        let words = [("ro", self.record.read_only), ("nonpersistent", self.record.nonpersistent)];
+        let words = [
+            ("ro", self.record.read_only),
+            ("nonpersistent", self.record.nonpersistent),
+            ("partitions", wanted.by_program),
+            // Some of the programs run as root.
+            ("allow_root", wanted.by_program && !geteuid().is_root() && users_may_allow_others()),
+        ];
         for (word, _) in words.iter().filter(|(_, given)| *given) {
             command.args(["-o", word]);
         }
         // Behind the words, since `nonpersistent=DIR` says more than the word alone.
-        for list in options {
+        for list in wanted.options {
             command.arg("-o").arg(list);
         }
         command.arg("--").arg(&self.record.image).arg(self.slot.mount_dir());
@@ -129,27 +189,19 @@ impl Attachment {
         Err(Error::new(ErrorKind::Failed, said.strip_prefix(&image).unwrap_or(said).to_owned()))
     }
 
-    /// Opens the one file in the flat mount: for writing if that is possible.
-    fn open_flat(&mut self) -> Result<File> {
-        let dir = self.slot.mount_dir();
+    /// Opens the flat file `path`: for writing if that is possible.
+    fn open_flat(&mut self, path: &Path) -> Result<File> {
         let failed = |e: io::Error| Error::io("open the flat file", &e);
-        let entry = fs::read_dir(&dir).map_err(failed)?.next();
-        let entry = entry.ok_or_else(|| Error::new(ErrorKind::NotFound, "no flat file"))?;
-        let path = entry.map_err(failed)?.path();
         if !self.record.read_only {
-            match File::options().read(true).write(true).open(&path) {
-                Err(e) if read_only(&e) => {
-                    let image = self.record.image.display();
-                    complain(format_args!("{image}: cannot be written, attaching it read-only"));
-                    self.record.read_only = true;
-                }
+            match File::options().read(true).write(true).open(path) {
+                Err(e) if read_only(&e) => self.note_read_only(),
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                     return Err(failed(e).hint("another program has the image open"));
                 }
                 opened => return opened.map_err(failed),
             }
         }
-        File::open(&path).map_err(failed)
+        File::open(path).map_err(failed)
     }
 
     /// Bytes per sector of the disk, by the daemon that has it open.
@@ -191,14 +243,19 @@ impl Attachment {
         if let Some(device) = self.slot.device(&self.record) {
             self.unbind(device)?;
         }
-        self.remove_nodes();
+        let by_program = self.record.program.is_some();
+        if let (Some(_), Some(dir)) = (self.record.own_mount()?, &self.record.mountpoint) {
+            mounts::unmount(dir, false)?;
+        }
+        remove_nodes(&self.record.nodes);
         let mut failures = Vec::new();
         if self.record.binding_id.is_some() && self.slot.mounted()?.is_none() {
             let elsewhere =
                 "its flat mount is gone already; not waiting for the image to be closed";
             complain(format_args!("{}: {elsewhere}", self.record.image.display()));
         }
-        retry_while_busy(|| {
+        // A program writes what it has in memory before it lets go.
+        retry_while_busy(if by_program { CLOSING } else { PATIENCE }, || {
             while self.slot.mounted()?.is_some() {
                 failures.extend(running::try_umount(&self.slot.mount_dir(), false, CLOSING)?);
             }
@@ -250,15 +307,15 @@ impl Attachment {
         }
         Ok(())
     }
+}
 
-    /// Removes the nodes made by hand; their numbers may mean something else soon.
-    fn remove_nodes(&self) {
-        for node in &self.record.nodes {
-            if let Err(e) = fs::remove_file(node)
-                && e.kind() != io::ErrorKind::NotFound
-            {
-                complain(format_args!("{}: {e}", node.display()));
-            }
+/// Removes nodes made by hand; their numbers may mean something else soon.
+pub fn remove_nodes(nodes: &[PathBuf]) {
+    for node in nodes {
+        if let Err(e) = fs::remove_file(node)
+            && e.kind() != io::ErrorKind::NotFound
+        {
+            complain(format_args!("{}: {e}", node.display()));
         }
     }
 }
@@ -276,11 +333,11 @@ fn in_use(device: LoopDevice, users: &[String]) -> Error {
 }
 
 /// A device lets go of its file a moment after it is unbound.
-fn retry_while_busy(mut step: impl FnMut() -> Result<()>) -> Result<()> {
+fn retry_while_busy(patience: Duration, mut step: impl FnMut() -> Result<()>) -> Result<()> {
     let begun = Instant::now();
     loop {
         match step() {
-            Err(e) if e.kind() == ErrorKind::Busy && begun.elapsed() < PATIENCE => {
+            Err(e) if e.kind() == ErrorKind::Busy && begun.elapsed() < patience => {
                 thread::sleep(POLL);
             }
             done => return done,

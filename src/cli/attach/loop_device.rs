@@ -61,6 +61,7 @@ const _: () = assert!(size_of::<Config>() == 304);
 
 nix::ioctl_none_bad!(loop_ctl_get_free, 0x4C82);
 nix::ioctl_none_bad!(loop_clr_fd, 0x4C01);
+nix::ioctl_none_bad!(reread_partitions, 0x125F);
 nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, Config);
 
 /// A loop device, bound to a file or not.
@@ -199,6 +200,29 @@ impl LoopDevice {
             let mut partx = Command::new("partx");
             partx.arg("--add").arg("--").arg(self.node());
             let _ = partx.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        }
+    }
+
+    /// Has the kernel read the partition table again. Partitions in use stay as they are.
+    pub fn rescan(self) -> Result<()> {
+        let node = self.node();
+        self.backing_file().ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, "no file is bound to the loop device").in_file(&node)
+        })?;
+        let device = File::open(&node).map_err(|e| Error::io("open", &e).in_file(&node))?;
+        // SAFETY: takes no argument; the descriptor is open. It fails where one partition is in use.
+        let read = unsafe { reread_partitions(device.as_raw_fd()) };
+        let mut partx = Command::new("partx");
+        partx.arg("--update").arg("--").arg(&node).stdin(Stdio::null()).stdout(Stdio::null());
+        let updated = partx.stderr(Stdio::null()).status();
+        match (read, updated) {
+            // partx(8) fails where there is no table any more.
+            (Ok(_), _) => Ok(()),
+            (_, Ok(status)) if status.success() => Ok(()),
+            (Err(e), Ok(_)) => Err(Error::io("reading the partition table", &e.into())
+                .in_file(&node)
+                .hint("a partition that is in use cannot go or change")),
+            (_, Err(e)) => Err(Error::io("running partx", &e).in_file(&node)),
         }
     }
 

@@ -5,11 +5,13 @@
 //! slot         what is recorded of an attached image, and what has become of it
 //! loop_device  the kernel's loop devices
 //! file_system  mounting what is on the device
+//! programs     mounting without a device, by file systems that are programs
 //! ```
 
 mod attachment;
 mod file_system;
 mod loop_device;
+mod programs;
 mod slot;
 
 use std::ffi::OsString;
@@ -27,13 +29,13 @@ use crate::fuse::options::MountOptions;
 use attachment::{Attachment, Wanted, directory};
 use file_system::How;
 use loop_device::LoopDevice;
-use slot::{Record, Slot, State};
+use slot::{Record, Slot, State, slots_dir};
 
 /// Arguments of `flatdisk attach`.
 #[derive(Debug, Args)]
 pub struct AttachArgs {
     /// The image.
-    #[arg(required_unless_present = "list")]
+    #[arg(required_unless_present_any = ["list", "rescan"])]
     image: Option<PathBuf>,
     /// Let nothing be written, and open the image read-only.
     #[arg(long, short)]
@@ -47,6 +49,10 @@ pub struct AttachArgs {
     /// Which partition to mount [default: the only one with a file system].
     #[arg(long, value_name = "NUMBER", requires = "mount")]
     partition: Option<u32>,
+    /// Mount by a program (fuse2fs, ntfs-3g, squashfuse and the like), without a loop device: for users
+    /// who are not root, and for kernels without the driver.
+    #[arg(long, requires = "mount")]
+    fuse: bool,
     /// Type of the file system to mount [default: mount(8) finds out].
     #[arg(long, short = 't', value_name = "TYPE", requires = "mount")]
     fs_type: Option<OsString>,
@@ -59,6 +65,10 @@ pub struct AttachArgs {
     /// List the attached images.
     #[arg(long, short, conflicts_with = "image")]
     list: bool,
+    /// Read the partition table of a loop device again, and make its partitions' nodes where nobody else
+    /// does.
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["image", "list"])]
+    rescan: Option<PathBuf>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -67,8 +77,11 @@ pub struct AttachArgs {
 #[derive(Debug, Args)]
 pub struct DetachArgs {
     /// The loop device, the image, or the directory that attach mounted on.
-    #[arg(required = true, value_name = "DEVICE|IMAGE|DIR")]
+    #[arg(required_unless_present = "all", value_name = "DEVICE|IMAGE|DIR")]
     targets: Vec<PathBuf>,
+    /// Everything that this user attached.
+    #[arg(long, conflicts_with = "targets")]
+    all: bool,
 }
 
 /// An attached image, as `attach --list --json` and `status --json` show it.
@@ -85,6 +98,8 @@ pub struct AttachmentStatus {
     read_only: bool,
     /// Whether what is written vanishes.
     nonpersistent: bool,
+    /// The program that mounted it, where no loop device is in use.
+    program: Option<String>,
     /// Where attach mounted a file system of the disk.
     #[serde(serialize_with = "crate::names::some::serialize")]
     mountpoint: Option<PathBuf>,
@@ -102,8 +117,13 @@ struct PartitionStatus {
 
 /// `flatdisk attach`.
 pub fn attach(args: &AttachArgs) -> Result<u8> {
+    if let Some(device) = &args.rescan {
+        return rescan(device, args.output);
+    }
     let Some(image) = &args.image else { return list(args.output) };
-    require_root(image)?;
+    if !args.fuse {
+        require_root(image)?;
+    }
     let failed = |e: std::io::Error| Error::io("open", &e).in_file(image);
     let image = std::fs::canonicalize(image).map_err(failed)?;
     let mut options = MountOptions::default();
@@ -116,6 +136,8 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
     let file_system = args.mount.as_deref().map(directory).transpose()?;
     let wanted = Wanted {
         options: &args.options,
+        suffix: options.suffix,
+        by_program: args.fuse,
         file_system: file_system.map(|dir| (dir, args.partition, how)),
     };
     let record = Record {
@@ -124,6 +146,8 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
         binding_id: None,
         nodes: Vec::new(),
         mountpoint: None,
+        program: None,
+        program_mount: None,
         read_only: args.read_only || options.read_only,
         nonpersistent: args.nonpersistent || options.nonpersistent.is_some(),
         complete: false,
@@ -134,8 +158,44 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
     if device.is_some() || slot.mounted()?.is_some() {
         return Err(taken(&image, device));
     }
-    let device = Attachment::new(slot, record).build(&wanted)?;
-    print_line(&device.display().to_string())?;
+    let attached = Attachment::new(slot, record).build(&wanted)?;
+    if args.output.json() {
+        print_json(&status_of(attached))?;
+        return Ok(0);
+    }
+    let (_, record) = attached;
+    let place = record.device.or(record.mountpoint).unwrap_or_default();
+    print_line(&place.display().to_string())?;
+    Ok(0)
+}
+
+/// `attach --rescan`.
+fn rescan(target: &Path, output: OutputArgs) -> Result<u8> {
+    require_root(target)?;
+    let path = mounts::absolute(target)?;
+    let slot = find(&path).ok().map(|slot| slot.lock().map_err(|e| e.in_file(target)));
+    let slot = slot.transpose()?;
+    let recorded = slot.as_ref().and_then(|slot| Some((slot, slot.record()?)));
+    let device = recorded.as_ref().and_then(|(slot, record)| slot.device(record));
+    let device = device.or(LoopDevice::of_node(&path)).ok_or_else(|| not_attached(target))?;
+    device.rescan()?;
+    if let Some((slot, mut record)) = recorded {
+        let known: Vec<_> =
+            device.partitions().into_iter().map(|partition| partition.node).collect();
+        let (kept, gone) = record.nodes.into_iter().partition(|node| known.contains(node));
+        record.nodes = kept;
+        record.nodes.extend(device.missing_nodes());
+        attachment::remove_nodes(&gone);
+        slot.save(&record)?;
+    }
+    device.make_nodes()?;
+    let partitions = partitions_of(device);
+    if output.json() {
+        print_json(&serde_json::json!({ "device": device.node(), "partitions": partitions }))?;
+        return Ok(0);
+    }
+    print_line(&device.node().display().to_string())?;
+    partitions.iter().try_for_each(print_partition)?;
     Ok(0)
 }
 
@@ -144,8 +204,9 @@ fn require_root(image: &Path) -> Result<()> {
     if geteuid().is_root() {
         return Ok(());
     }
-    let hint = "other users: `flatdisk mount -o allow_other IMAGE DIR`, then `udisksctl loop-setup \
-                -f DIR/IMAGE.img`; allow_other needs `user_allow_other` in /etc/fuse.conf";
+    let hint = "other users: `flatdisk attach --fuse --mount DIR IMAGE` mounts without a device; or \
+                `flatdisk mount -o allow_other IMAGE DIR`, then `udisksctl loop-setup -f DIR/IMAGE.img` \
+                (allow_other needs `user_allow_other` in /etc/fuse.conf)";
     Err(Error::new(ErrorKind::Denied, "only root can attach loop devices")
         .in_file(image)
         .hint(hint))
@@ -161,7 +222,11 @@ fn taken(image: &Path, device: Option<LoopDevice>) -> Error {
 /// `flatdisk detach`.
 pub fn detach(args: &DetachArgs) -> Result<u8> {
     let mut status = 0;
-    for target in &args.targets {
+    let targets = match args.all {
+        true => Slot::all()?.into_iter().map(|(_, record)| record.image).collect(),
+        false => args.targets.clone(),
+    };
+    for target in &targets {
         status |= detach_one(target).unwrap_or_else(|e| {
             complain(e);
             1
@@ -215,30 +280,37 @@ fn find(target: &Path) -> Result<Slot> {
     found.ok_or_else(|| not_attached(target))
 }
 
-/// The attached images; only root has any.
+/// Where the mounts are that attach makes for itself.
+pub fn private_dir() -> Result<PathBuf> {
+    slots_dir()
+}
+
+/// The images that this user attached.
 pub fn attachments() -> Result<Vec<AttachmentStatus>> {
-    if !geteuid().is_root() {
-        return Ok(Vec::new());
+    Ok(Slot::all()?.into_iter().map(status_of).collect())
+}
+
+fn status_of((slot, record): (Slot, Record)) -> AttachmentStatus {
+    let device = slot.device(&record);
+    AttachmentStatus {
+        state: slot.state(&record),
+        device: device.map(LoopDevice::node),
+        image: record.image,
+        read_only: record.read_only,
+        nonpersistent: record.nonpersistent,
+        program: record.program,
+        mountpoint: record.mountpoint,
+        partitions: device.map(partitions_of).unwrap_or_default(),
     }
-    let status = |(slot, record): (Slot, Record)| {
-        let device = slot.device(&record);
-        let partitions = device.map(LoopDevice::partitions).unwrap_or_default();
-        let partitions = partitions.into_iter().map(|partition| PartitionStatus {
-            number: partition.number,
-            device: partition.node,
-            size: partition.size,
-        });
-        AttachmentStatus {
-            state: slot.state(&record),
-            device: device.map(LoopDevice::node),
-            image: record.image,
-            read_only: record.read_only,
-            nonpersistent: record.nonpersistent,
-            mountpoint: record.mountpoint,
-            partitions: partitions.collect(),
-        }
-    };
-    Ok(Slot::all()?.into_iter().map(status).collect())
+}
+
+fn partitions_of(device: LoopDevice) -> Vec<PartitionStatus> {
+    let partitions = device.partitions().into_iter().map(|partition| PartitionStatus {
+        number: partition.number,
+        device: partition.node,
+        size: partition.size,
+    });
+    partitions.collect()
 }
 
 fn list(output: OutputArgs) -> Result<u8> {
@@ -260,7 +332,11 @@ fn list(output: OutputArgs) -> Result<u8> {
 
 /// Prints an attached image for people.
 pub fn print(attachment: &AttachmentStatus) -> Result<()> {
-    let device = attachment.device.as_deref().unwrap_or(Path::new("no device")).display();
+    let device = match (&attachment.device, &attachment.program) {
+        (Some(device), _) => device.display().to_string(),
+        (None, Some(program)) => program.clone(),
+        (None, None) => "no device".to_owned(),
+    };
     let mut line = format!("{device}: {}", attachment.image.display());
     if let Some(dir) = &attachment.mountpoint {
         line += &format!(", mounted on {}", dir.display());
@@ -272,12 +348,15 @@ pub fn print(attachment: &AttachmentStatus) -> Result<()> {
         (attachment.state == State::Incomplete, "incomplete: `flatdisk detach` cleans up"),
         (attachment.state == State::DaemonDied, "daemon died: `flatdisk detach` cleans up"),
         (attachment.state == State::DeviceGone, "device gone: `flatdisk detach` cleans up"),
+        (attachment.state == State::MountGone, "unmounted: `flatdisk detach` cleans up"),
     ];
     for (_, note) in notes.iter().filter(|(true_here, _)| *true_here) {
         line += &format!(", {note}");
     }
     print_line(&line)?;
-    attachment.partitions.iter().try_for_each(|partition| {
-        print_line(&format!("  {}: {}", partition.device.display(), iec(partition.size)))
-    })
+    attachment.partitions.iter().try_for_each(print_partition)
+}
+
+fn print_partition(partition: &PartitionStatus) -> Result<()> {
+    print_line(&format!("  {}: {}", partition.device.display(), iec(partition.size)))
 }

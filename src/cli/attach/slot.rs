@@ -18,6 +18,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::loop_device::LoopDevice;
+use super::programs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::runtime_dir;
 use crate::fuse::mounts::{self, MountEntry};
@@ -42,12 +43,32 @@ pub struct Record {
     /// Where a file system of the disk is mounted.
     #[serde(with = "crate::names::some")]
     pub mountpoint: Option<PathBuf>,
+    /// The program that mounts it, in place of the kernel from a loop device.
+    #[serde(default)]
+    pub program: Option<String>,
+    /// Device number of the file system that it mounted, once it has.
+    #[serde(default)]
+    pub program_mount: Option<String>,
     /// Whether the device refuses writes.
     pub read_only: bool,
     /// Whether what is written vanishes.
     pub nonpersistent: bool,
     /// Whether every step was done.
     pub complete: bool,
+}
+
+impl Record {
+    /// The file system that a program mounted for it, if that is still mounted.
+    pub fn own_mount(&self) -> Result<Option<MountEntry>> {
+        let Some(dir) = self.mountpoint.as_ref().filter(|_| self.program.is_some()) else {
+            return Ok(None);
+        };
+        // Not recorded yet, it is what came to be mounted where nothing of the kind was.
+        let own = |mount: &MountEntry| {
+            self.program_mount.as_ref().is_none_or(|device| *device == mount.device)
+        };
+        Ok(programs::mounted(dir)?.filter(own))
+    }
 }
 
 /// What has become of an attached image.
@@ -64,6 +85,8 @@ pub enum State {
     DaemonDied,
     /// Somebody else detached the loop device.
     DeviceGone,
+    /// Somebody else unmounted what a program had mounted.
+    MountGone,
 }
 
 /// An image's directory.
@@ -87,7 +110,7 @@ impl std::ops::Deref for LockedSlot {
 }
 
 /// Where all slots are.
-fn slots_dir() -> Result<PathBuf> {
+pub fn slots_dir() -> Result<PathBuf> {
     Ok(runtime_dir()?.join("attached"))
 }
 
@@ -148,6 +171,11 @@ impl Slot {
             State::DaemonDied
         } else if !record.complete {
             State::Incomplete
+        } else if record.program.is_some() {
+            match record.own_mount() {
+                Ok(Some(_)) => State::Attached,
+                _ => State::MountGone,
+            }
         } else if self.device(record).is_none() {
             State::DeviceGone
         } else {
@@ -191,6 +219,12 @@ impl Slot {
 }
 
 impl LockedSlot {
+    /// Lets others change it again.
+    pub fn unlock(self) -> Slot {
+        drop(self.lock);
+        self.slot
+    }
+
     /// Records what is about to be done.
     pub fn save(&self, record: &Record) -> Result<()> {
         let (path, new) = (self.dir.join(RECORD), self.dir.join("record.new"));

@@ -26,6 +26,9 @@ const XATTR_PREFIX: &[u8] = b"user.flatdisk.";
 /// The attribute that names a file's image.
 pub const IMAGE: &str = "user.flatdisk.image";
 
+/// The attribute that tells which partition of the image a file is.
+pub const PARTITION: &str = "user.flatdisk.partition";
+
 fn path_of(place: &Place) -> Vec<u8> {
     place.path().into_os_string().into_vec()
 }
@@ -168,7 +171,7 @@ impl Tree {
             (IMAGE, path_of(&image.place)),
         ];
         if let Some(part) = view.part.as_ref().and_then(|part| serde_json::to_vec(part).ok()) {
-            xattrs.push(("user.flatdisk.partition", part));
+            xattrs.push((PARTITION, part));
         }
         if let Some(parent) = &info.parent {
             xattrs.push(("user.flatdisk.parent", text(parent)));

@@ -35,7 +35,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
-pub use attributes::IMAGE;
+pub use attributes::{IMAGE, PARTITION};
 use nix::sys::statvfs::Statvfs;
 use parking_lot::{Mutex, RwLock};
 
