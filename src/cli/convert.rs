@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::formats::{self, Image, Preallocation};
 use crate::progress::Progress;
 use crate::storage::file::HostFs;
-use crate::storage::{Access, Host, device};
+use crate::storage::{Access, Host, archive, device};
 
 /// Exit status when parts of the source could not be read.
 const SALVAGED: u8 = 2;
@@ -271,6 +271,10 @@ fn target(args: &ConvertArgs, options: &mut Options<'_>) -> Result<Target> {
     }
     if device::is_device(&args.target) {
         return Ok(Target::Raw);
+    }
+    if archive::has_name(&args.target) {
+        let what = "an OVA is made of a stream-optimised VMDK";
+        return Err(Error::invalid(what).in_file(&args.target).hint("--for esx makes one"));
     }
     Target::by_extension(&args.target).ok_or_else(|| {
         let what = "the extension says no format";

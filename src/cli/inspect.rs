@@ -9,9 +9,11 @@ use serde_json::Value;
 use super::chain::ChainArgs;
 use super::layout::Layout;
 use super::output::{Failure, OutputArgs, iec, print_json, print_line, report};
-use super::source::image_of;
+use super::progress::ProgressArgs;
+use super::source::{file_of, images_of};
 use super::structures::{StructuresAnswer, StructuresEntry};
 use crate::error::{Error, ErrorKind, Result};
+use crate::formats::ova;
 use crate::formats::plan::Change;
 use crate::formats::profile::azure_objections;
 use crate::formats::{self, Finding, ImageInfo, Repair, Report, Scope, Severity, open};
@@ -83,13 +85,21 @@ pub fn info(args: &InfoArgs) -> Result<u8> {
     let mut entries = Vec::new();
     let mut failures = Vec::new();
     let mut missing = Vec::new();
+    let mut images = Vec::new();
     for image in &args.images {
+        match images_of(std::slice::from_ref(image)) {
+            Ok(found) => images.extend(found),
+            Err(e) if args.images.len() == 1 => return Err(e),
+            Err(e) => failures.push(e),
+        }
+    }
+    for image in &images {
         match entries_of(args, image) {
             Ok((found, lacks)) => {
                 entries.extend(found);
                 missing.extend(lacks);
             }
-            Err(e) if args.images.len() == 1 => return Err(e),
+            Err(e) if images.len() == 1 && args.images.len() == 1 => return Err(e),
             Err(e) => failures.push(e),
         }
     }
@@ -121,11 +131,11 @@ fn structures(args: &InfoArgs) -> Result<u8> {
     let options = args.parents.options(Access::Peek)?;
     let mut entries = Vec::new();
     let mut failures = Vec::new();
-    for image in &args.images {
-        let path = image_of(image)?;
-        match StructuresEntry::of(&path, &options, args.limit) {
+    let images = images_of(&args.images)?;
+    for path in &images {
+        match StructuresEntry::of(path, &options, args.limit) {
             Ok(entry) => entries.push(entry),
-            Err(e) if args.images.len() == 1 => return Err(e),
+            Err(e) if images.len() == 1 => return Err(e),
             Err(e) => failures.push(e),
         }
     }
@@ -141,14 +151,13 @@ fn structures(args: &InfoArgs) -> Result<u8> {
 
 /// What there is to say about one of the images, and its parents if those are wanted; and which of them
 /// is missing.
-fn entries_of(args: &InfoArgs, image: &Path) -> Result<(Vec<ImageEntry>, Option<Error>)> {
+fn entries_of(args: &InfoArgs, path: &Path) -> Result<(Vec<ImageEntry>, Option<Error>)> {
     let host = HostFs::shared();
-    let path = image_of(image)?;
     let options = args.parents.options_or_force(Access::Peek, args.force)?;
     let mut entries = Vec::new();
     let mut missing = None;
     if args.chain || args.parents.named() {
-        let (image, lacks) = open::open_found(&host, &path, &options)?;
+        let (image, lacks) = open::open_found(&host, path, &options)?;
         missing = lacks;
         for image in image.chain() {
             entries.push(ImageEntry {
@@ -161,7 +170,7 @@ fn entries_of(args: &InfoArgs, image: &Path) -> Result<(Vec<ImageEntry>, Option<
         }
     } else {
         // A child is described even when its parent is not to be found.
-        let opened = open::open_alone(&host, &path, &options)?;
+        let opened = open::open_alone(&host, path, &options)?;
         let mut allocated = 0;
         for file in opened.map.files() {
             allocated += file
@@ -169,7 +178,7 @@ fn entries_of(args: &InfoArgs, image: &Path) -> Result<(Vec<ImageEntry>, Option<
                 .map_err(|e| Error::io("asking for the size", &e).in_file(file.path()))?;
         }
         entries.push(ImageEntry {
-            filename: path,
+            filename: path.to_owned(),
             info: opened.info,
             allocated,
             read_only: opened.read_only,
@@ -288,6 +297,8 @@ pub struct CheckArgs {
     #[command(flatten)]
     parents: ChainArgs,
     #[command(flatten)]
+    progress: ProgressArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -334,7 +345,7 @@ const NOT_COMPLETED: u8 = 1;
 /// afterwards, and of several the worst: 0 clean, 1 not completed, 2 errors, 3 only leaks.
 pub fn check(args: &CheckArgs) -> Result<u8> {
     if let [image] = &args.images[..] {
-        let path = image_of(image)?;
+        let path = file_of(image)?;
         let checked = check_one(args, &path)?;
         if args.output.json() {
             print_json(&checked.answer(args))?;
@@ -346,7 +357,7 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
     let mut answers = Vec::new();
     let mut worst = 0;
     for image in &args.images {
-        let checked = image_of(image).and_then(|path| Ok((check_one(args, &path)?, path)));
+        let checked = file_of(image).and_then(|path| Ok((check_one(args, &path)?, path)));
         let status = checked.as_ref().map_or(NOT_COMPLETED, |(c, _)| c.report.exit_status());
         worst =
             [NOT_COMPLETED, 2, 3].into_iter().find(|s| [worst, status].contains(s)).unwrap_or(0);
@@ -423,6 +434,10 @@ fn check_one(args: &CheckArgs, path: &Path) -> Result<Checked> {
 
 fn checked(args: &CheckArgs, path: &Path) -> Result<Report> {
     let host = HostFs::shared();
+    if ova::is_ova(&*host, path) {
+        let bar = args.progress.start("checking", args.output.json())?;
+        return ova::check(&host, path, &args.parents.options(Access::Read)?, &bar);
+    }
     let mut report = formats::check(&host, path, &args.parents.options(Access::Read)?)?;
     if let Some(Taker::Azure) = args.taker {
         let file = host.open(path, Access::Peek)?;

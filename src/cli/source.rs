@@ -3,22 +3,34 @@
 //! Whoever looks into a mount sees flat files and hardly remembers where the images lie. A flat file of
 //! a live mount therefore stands for its image, wherever a command takes one.
 
-use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::formats::ova;
 use crate::fuse::mounts;
 use crate::fuse::tree::{IMAGE, PARTITION};
+use crate::storage::file::HostFs;
+use crate::storage::{Access, Host};
 
-/// The image that `path` stands for: that of a flat file if it lies in a live mount of flatdisk, and
-/// itself otherwise, also if it does not exist or does not answer. Anybody can give a file the attribute,
-/// so that it counts only in a mount of ours.
+/// The image that `path` stands for: the file that [`file_of`] finds, or the only disk of an archive.
 pub fn image_of(path: &Path) -> Result<PathBuf> {
-    let Ok(meta) = std::fs::metadata(path) else { return Ok(path.to_owned()) };
+    let file = file_of(path)?;
+    let host = HostFs::shared();
+    if ova::is_ova(&*host, &file) { ova::only_disk(&host, &file) } else { Ok(file) }
+}
+
+/// The image or archive that `path` stands for: that of a flat file if it lies in a live mount of flatdisk;
+/// a disk in an archive for `ARCHIVE:DISK`; and itself otherwise, also if it does not exist or does not
+/// answer. Anybody can give a file the attribute, so that it counts only in a mount of ours.
+pub fn file_of(path: &Path) -> Result<PathBuf> {
+    let Ok(meta) = std::fs::metadata(path) else {
+        return Ok(in_archive(path).unwrap_or_else(|| path.to_owned()));
+    };
     if !meta.is_file() || !lies_in_our_mount(meta.dev())? {
         return Ok(path.to_owned());
     }
@@ -30,9 +42,36 @@ pub fn image_of(path: &Path) -> Result<PathBuf> {
     Ok(attribute(path, IMAGE).map_err(failed)?.unwrap_or_else(|| path.to_owned()))
 }
 
-/// [`image_of`] each of `paths`.
+/// The images that each of `paths` stands for: of an archive all its disks.
 pub fn images_of(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    paths.iter().map(|path| image_of(path)).collect()
+    let host = HostFs::shared();
+    let mut images = Vec::new();
+    for path in paths {
+        let file = file_of(path)?;
+        if ova::is_ova(&*host, &file) {
+            images.extend(ova::disks(&host, &file)?);
+        } else {
+            images.push(file);
+        }
+    }
+    Ok(images)
+}
+
+/// The path of a disk that is named `ARCHIVE:DISK`.
+fn in_archive(path: &Path) -> Option<PathBuf> {
+    let bytes = path.as_os_str().as_bytes();
+    let colons = (1..bytes.len()).filter(|at| bytes[*at] == b':');
+    let mut parts = colons.map(|at| (bytes[..at].as_ref(), bytes[at + 1..].as_ref()));
+    parts.find_map(|(archive, disk)| {
+        let [archive, disk] = [archive, disk].map(|part: &[u8]| Path::new(OsStr::from_bytes(part)));
+        let found = !disk.as_os_str().is_empty() && disk.is_relative();
+        (found && ova::is_ova(&HostFs, archive)).then(|| archive.join(disk))
+    })
+}
+
+/// Whether there is an image or archive that `path` stands for.
+pub fn exists(path: &Path) -> bool {
+    path.is_file() || in_archive(path).is_some_and(|disk| HostFs.open(&disk, Access::Peek).is_ok())
 }
 
 fn lies_in_our_mount(device: u64) -> Result<bool> {

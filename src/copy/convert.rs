@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use super::Sharing;
 use super::compare::compare_with;
+use super::ova;
 use super::pipeline::{self, Copying};
 use super::sink::{DeltaSink, DiskSink, PipeSink};
 use super::source::Source;
@@ -30,6 +31,7 @@ use crate::formats::{
     self, CreateSpec, Format, Identity, Image, OpenOptions, preallocate, raw, vhd, vmdk,
 };
 use crate::progress::Progress;
+use crate::storage::archive::{self, Archive};
 use crate::storage::device::DeviceFile;
 use crate::storage::staged::Staged;
 use crate::storage::{Access, Appender, FileIdentity, Host, SHARED_BLOCK, Storage, file};
@@ -145,6 +147,11 @@ pub fn convert(
 ) -> Result<Converted> {
     let spec = specification(from, target, options)?;
     refuse_level(target, &spec, options)?;
+    let stream = matches!(target, Target::Image(format) if is_stream(format, &spec));
+    if archive::has_name(path) && !stream {
+        let what = "an OVA is made of a stream-optimised VMDK";
+        return Err(Error::invalid(what).in_file(path).hint("--for esx makes one"));
+    }
     refuse_source(host, from, path)?;
     let old = if options.replace { own_extents(host, path) } else { Vec::new() };
     let staged = Staged::new(host.clone(), path, options.replace)?;
@@ -364,7 +371,7 @@ fn specification(from: &From<'_>, target: Target, options: &Options<'_>) -> Resu
 fn refuse_source(host: &Arc<dyn Host>, from: &From<'_>, path: &Path) -> Result<()> {
     let Ok(target) = file_identity(host, path) else { return Ok(()) };
     let own = source_files(host, from)?;
-    if !own.contains(&target) {
+    if !own.iter().any(|file| file.of_host() == target.of_host()) {
         return Ok(());
     }
     Err(Error::invalid("the target is the source, or a part of it").in_file(path))
@@ -498,6 +505,10 @@ impl Work<'_> {
             return Err(Error::invalid("a stream-optimised disk has no parent"));
         }
         let level = level(self.options)?;
+        if archive::has_name(self.path) {
+            let Self { host, from, path, spec, options, progress, .. } = self;
+            return Ok((ova::write(host, from, path, spec, options, level, *progress)?, 0));
+        }
         let file = self.host.create(self.path)?;
         let writer = vmdk::begin_stream(Appender::new(&*file), self.path, &self.spec)?;
         let sink = StreamSink::new(writer, level);
@@ -546,6 +557,10 @@ impl Work<'_> {
     fn verify(&self) -> Result<()> {
         let disk = match self.target {
             Target::Raw => Arc::new(raw::open(self.host.open(self.path, Access::Read)?)?),
+            Target::Image(_) if archive::has_name(self.path) => {
+                let made = Archive::open(self.host.open(self.path, Access::Read)?)?;
+                formats::ova::open_only(&made, &OpenOptions::new(Access::Read))?.disk
+            }
             Target::Image(_) => self.open(Access::Read)?.disk,
         };
         verify(self.from, &disk, self.how(), self.path, self.progress)

@@ -26,6 +26,7 @@ pub mod delta;
 pub mod digest;
 pub mod in_place;
 pub mod measure;
+mod ova;
 #[doc(hidden)]
 pub mod pipeline;
 #[doc(hidden)]

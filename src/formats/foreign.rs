@@ -8,6 +8,7 @@ use std::path::Path;
 use super::Probe;
 use crate::error::{Error, ErrorKind};
 use crate::storage::Storage;
+use crate::storage::archive::tar;
 
 const FLAT: &str = "it is flat as it is: `losetup -Pf --show` makes it a device";
 const QEMU: &str = "`qemu-img convert` or `qemu-nbd` reads it";
@@ -121,9 +122,17 @@ fn describe(file: &dyn Storage, probe: &Probe) -> Option<(String, String)> {
         return Some(owned((signature.what, signature.hint)));
     }
     if has(file, probe, 257, b"ustar") {
-        let ova = has_extension(path, &["ova"]) || first_member(probe).ends_with(b".ovf");
+        if has_extension(path, &["ova"]) {
+            return Some(match tar::index(file) {
+                Ok(_) => owned(("an OVA archive", "its disks are ARCHIVE:DISK; `info` lists them")),
+                Err(e) => (format!("a damaged OVA archive: {}", e.what()), AGAIN.to_owned()),
+            });
+        }
+        let ova = first_member(probe).ends_with(b".ovf");
         let what = if ova { "an OVA archive" } else { "a tar archive" };
-        return Some(owned((what, "unpack it first: `tar -xf` does")));
+        let hint =
+            if ova { "named .ova, it is read in place" } else { "unpack it first: `tar -xf` does" };
+        return Some(owned((what, hint)));
     }
     if probe.len >= 512 && has(file, probe, probe.len - 512, b"koly") {
         return Some(owned((

@@ -15,6 +15,7 @@ pub mod meta;
 mod naming;
 #[doc(hidden)]
 pub mod open;
+pub mod ova;
 mod parents;
 #[doc(hidden)]
 pub mod places;
@@ -74,6 +75,16 @@ pub struct Probe {
 }
 
 impl Probe {
+    /// Bytes of [`Self::head`].
+    pub const HEAD: u64 = 4096;
+    /// Bytes of [`Self::tail`].
+    pub const TAIL: u64 = 2048;
+
+    /// Whether any format claims the file, intact or not.
+    pub fn claimed(&self) -> bool {
+        FORMATS.into_iter().any(|format| format.probe(self))
+    }
+
     /// Reads what probing needs.
     ///
     /// # Errors
@@ -82,13 +93,13 @@ impl Probe {
     pub fn read(file: &dyn Storage) -> Result<Self> {
         let failed = |e| Error::io("read", &e).in_file(file.path());
         let len = file.len().map_err(failed)?;
-        let mut head = vec![0; len.min(4096) as usize];
+        let mut head = vec![0; len.min(Self::HEAD) as usize];
         file.read_at(0, &mut head).map_err(failed)?;
-        let mut tail = vec![0; len.min(2048) as usize];
+        let mut tail = vec![0; len.min(Self::TAIL) as usize];
         file.read_at(len - tail.len() as u64, &mut tail).map_err(failed)?;
         if tail.iter().all(|byte| *byte == 0) {
             let end = end_of_data(file, len)?;
-            tail.truncate(end.min(2048) as usize);
+            tail.truncate(end.min(Self::TAIL) as usize);
             file.read_at(end - tail.len() as u64, &mut tail).map_err(failed)?;
         }
         Ok(Self { head, tail, len })

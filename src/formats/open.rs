@@ -313,8 +313,17 @@ pub fn open_found(
 /// Opens the image at `path` without looking for its parents.
 pub fn open_alone(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Opened> {
     let file = host.open(path, options.access)?;
-    let opened = recognise(&*file)?.open(file.clone(), &OpenContext::new(host, &*file, options));
-    opened.map_err(|e| options.spelled(e.in_file(path)))
+    let context = OpenContext::new(host, &*file, options);
+    let archived = archived(&*file);
+    match recognise(&*file)?.open(file, &context) {
+        Ok(opened) => Ok(Opened { read_only: archived.or(opened.read_only), ..opened }),
+        Err(e) => Err(options.spelled(e.in_file(path))),
+    }
+}
+
+/// Why an image in an archive is not written.
+fn archived(file: &dyn Storage) -> Option<String> {
+    file.archive().map(|_| "it lies in an archive".to_owned())
 }
 
 /// One image of a chain.
@@ -340,11 +349,12 @@ impl Link {
         let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
         let modified = file.modified();
         let format = recognise(&*file)?;
+        let read_only = archived(&*file);
         let context = OpenContext::new(host, &*file, options);
         let opened = format.open(file, &context);
         let opened = opened.map_err(|e| options.spelled(e.in_file(path)))?;
         let (path, host) = (path.to_owned(), context.host);
-        Ok(Self { path, host, file: identity, opened, modified, read_only: None })
+        Ok(Self { path, host, file: identity, opened, modified, read_only })
     }
 
     /// A parent that is a raw disk, whatever a guest wrote to it.

@@ -102,6 +102,23 @@ impl Report {
         }
     }
 
+    /// Adds what was found in one of several images, at `path`. What of its disk cannot be read is not told
+    /// apart from the others' and left out.
+    pub fn include(&mut self, path: &std::path::Path, other: Self) {
+        self.errors += other.errors;
+        self.leaks += other.leaks;
+        self.notices += other.notices;
+        self.leaked_bytes += other.leaked_bytes;
+        self.blocks += other.blocks;
+        self.allocated_blocks += other.allocated_blocks;
+        let room = Self::MAX_FINDINGS.saturating_sub(self.findings.len());
+        let found = other.findings.into_iter().take(room);
+        self.findings.extend(found.map(|finding| Finding {
+            file: finding.file.or_else(|| Some(path.to_owned())),
+            ..finding
+        }));
+    }
+
     /// Adds a part of the disk that cannot be read, behind those added before; says whether there is
     /// room for more.
     pub fn lose(&mut self, start: u64, length: u64) -> bool {

@@ -54,6 +54,8 @@ pub struct Facts {
     pub damage: Vec<DiskRange>,
     /// Its partitions, where somebody wants to know.
     pub parts: Option<Arc<[Part]>>,
+    /// Bytes that it takes of an archive, if it lies in one.
+    pub archived: Option<u64>,
     /// The way to all of the files.
     reach: Reach,
     /// What else than the image's first file the disk's bytes come from.
@@ -75,6 +77,7 @@ impl Facts {
     /// The facts in an open image, to whose files `reach` is the way.
     pub fn of(image: &Image, reach: Reach) -> Self {
         let ancestors = std::iter::successors(image.parent.as_deref(), |i| i.parent.as_deref());
+        let archived = image.files.first().is_some_and(|(_, file)| *file != file.of_host());
         let parents: Vec<_> = ancestors.flat_map(|parent| parent.files.clone()).collect();
         let own = image.files.iter().skip(1).map(|file| (file, true));
         let members = own.chain(parents.iter().map(|file| (file, false)));
@@ -98,6 +101,7 @@ impl Facts {
             },
             damage: image.damage.clone(),
             parts: None,
+            archived: archived.then(|| image.disk.allocated().unwrap_or_default()),
             reach,
         }
     }
@@ -118,7 +122,7 @@ impl Facts {
     pub fn extents(&self) -> impl Iterator<Item = Metadata> {
         self.members.iter().filter(|member| member.own).filter_map(|member| {
             let meta = self.reach.stat(&member.path).ok()?;
-            (identity(&meta) == member.identity).then_some(meta)
+            (member.identity == identity(&meta)).then_some(meta)
         })
     }
 
@@ -183,7 +187,7 @@ fn look(
     known: FileIdentity,
     beside: &Path,
 ) -> Option<(Metadata, Vec<Permissions>)> {
-    reach.look(path, beside).ok().filter(|(meta, _)| identity(meta) == known)
+    reach.look(path, beside).ok().filter(|(meta, _)| identity(meta) == known.of_host())
 }
 
 /// Opens images: the host's, or a test's.

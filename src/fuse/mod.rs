@@ -16,6 +16,8 @@
 //! image       one flat file: closed, open to read, open to write
 //! parts       partitions as files, and who writes which part of a disk
 //! facts       what is known of images that are not open
+//! listing     what a directory or an archive shows
+//! remembered  what was read of files, until they change
 //! source      the directories behind it, confined
 //! errno       error kind -> errno
 //! ```
@@ -35,11 +37,13 @@ mod filesystem;
 mod handed;
 pub mod image;
 mod lanes;
+pub mod listing;
 pub mod mounts;
 pub mod options;
 mod parts;
 mod passthrough;
 mod privileges;
+mod remembered;
 pub mod source;
 pub mod tree;
 mod under_way;

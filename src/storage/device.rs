@@ -117,6 +117,6 @@ impl Storage for DeviceFile {
 
     fn identity(&self) -> io::Result<FileIdentity> {
         let meta = self.file.metadata()?;
-        Ok(FileIdentity { device: meta.rdev(), inode: 0 })
+        Ok(FileIdentity { device: meta.rdev(), inode: 0, part: 0 })
     }
 }

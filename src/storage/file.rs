@@ -33,6 +33,7 @@ use nix::fcntl::{
 use nix::sys::stat::{Mode, fstat};
 use nix::unistd::{Whence, geteuid, lseek64};
 
+use super::archive;
 use super::reach::{Reach, Root, vmware_lock_of};
 use super::{Access, Entry, FileIdentity, Host, Namer, Storage, replace, share};
 use crate::error::{Error, ErrorKind, Result};
@@ -315,7 +316,7 @@ impl Storage for HostFile {
 
     fn identity(&self) -> io::Result<FileIdentity> {
         let meta = self.file.metadata()?;
-        Ok(FileIdentity { device: meta.dev(), inode: meta.ino() })
+        Ok(FileIdentity { device: meta.dev(), inode: meta.ino(), part: 0 })
     }
 
     fn modified(&self) -> Option<SystemTime> {
@@ -357,18 +358,28 @@ pub(super) fn not_opened(e: &io::Error) -> Error {
     }
 }
 
+/// Opens a file of the host itself.
+fn open_file(path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
+    let failed = |e: io::Error| not_opened(&e).in_file(path);
+    let Some(name) = path.file_name() else {
+        return Err(failed(Errno::EISDIR.into()));
+    };
+    let root = Root::open(&directory_of(path)).map_err(failed)?;
+    let dir = root.descriptor();
+    let file = openat(dir, name, flags(access), Mode::empty()).map_err(|e| failed(e.into()))?;
+    let locked = || vmware_lock_of(&root, Path::new(name), &[]);
+    let file = HostFile::new(File::from(file), path, access, Some(dir.clone()), locked)?;
+    Ok(Arc::new(file))
+}
+
 impl Host for HostFs {
     fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        let failed = |e: io::Error| not_opened(&e).in_file(path);
-        let Some(name) = path.file_name() else {
-            return Err(failed(Errno::EISDIR.into()));
-        };
-        let root = Root::open(&directory_of(path)).map_err(failed)?;
-        let dir = root.descriptor();
-        let file = openat(dir, name, flags(access), Mode::empty()).map_err(|e| failed(e.into()))?;
-        let locked = || vmware_lock_of(&root, Path::new(name), &[]);
-        let file = HostFile::new(File::from(file), path, access, Some(dir.clone()), locked)?;
-        Ok(Arc::new(file))
+        match open_file(path, access) {
+            Err(e) if e.errno() == Some(libc::ENOTDIR) => {
+                archive::open_member(path, access, open_file).unwrap_or(Err(e))
+            }
+            opened => opened,
+        }
     }
 
     fn open_beneath(&self, root: &Path, name: &Path, access: Access) -> Result<Arc<dyn Storage>> {
@@ -439,7 +450,12 @@ impl Host for HostFs {
 
     fn list(&self, dir: &Path) -> Result<Vec<PathBuf>> {
         let failed = |e: io::Error| Error::io("list", &e).in_file(dir);
-        let entries = std::fs::read_dir(dir).map_err(failed)?;
+        let entries = match std::fs::read_dir(dir) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOTDIR) => {
+                return archive::list_at(dir, open_file).unwrap_or(Err(failed(e)));
+            }
+            entries => entries.map_err(failed)?,
+        };
         entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect()
     }
 

@@ -267,7 +267,7 @@ impl Storage for MemoryFile {
     }
 
     fn identity(&self) -> io::Result<FileIdentity> {
-        Ok(FileIdentity { device: 0, inode: self.inode })
+        Ok(FileIdentity { device: 0, inode: self.inode, part: 0 })
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! [`Storage`] is one host file; [`Host`] is where files come from. Everything above works on these
 //! two traits only, so that the same drivers run on real files ([`mod@file`]), in memory ([`memory`]),
+//! in an [`archive`],
 //! on a recorder ([`recording`]) whose every crash can be built ([`crash`]), on storage that fails on
 //! demand ([`faulty`]), and on a [`draft`] that changes nothing. How far the names in an image reach on
 //! the host is told in [`reach`].
@@ -14,6 +15,7 @@
 //!   each torn at 512-byte sectors, may survive a crash, in any order.
 //! - A failed `sync` is final: the caller must not take a later success as covering its writes.
 
+pub mod archive;
 #[doc(hidden)]
 #[doc(hidden)]
 pub mod crash;
@@ -53,6 +55,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::error::{Error, ErrorKind, Result};
+use archive::Archive;
 
 /// Bytes in whose multiples [`Storage::share_from`] shares.
 pub const SHARED_BLOCK: u64 = 4096;
@@ -138,6 +141,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
+    /// The archive that the file lies in, if it lies in one.
+    fn archive(&self) -> Option<&Arc<Archive>> {
+        None
+    }
+
     /// The open host file itself, where there is one, for the kernel to use without us: from then on
     /// the file may change at any time.
     fn host_file(&self) -> Option<&std::fs::File> {
@@ -178,6 +186,16 @@ pub struct FileIdentity {
     pub device: u64,
     /// Inode number.
     pub inode: u64,
+    /// Which file in that one, by its first byte; 0 for the host's file itself.
+    pub part: u64,
+}
+
+impl FileIdentity {
+    /// That of the host's file that it is, or lies in.
+    #[must_use]
+    pub fn of_host(self) -> Self {
+        Self { part: 0, ..self }
+    }
 }
 
 /// Who names the files that are named in a file: see [`Host::named_in`].

@@ -30,6 +30,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2
 use nix::sys::stat::{Mode, SFlag, fstat, fstatat, makedev};
 use parking_lot::Mutex;
 
+use super::archive::{self, Inside};
 use super::file::{HostFile, HostFs, SAFE_OPEN, directory_of, flags, not_opened};
 use super::permissions::{self, Permissions, Wish};
 use super::user::{self, PATH};
@@ -229,7 +230,20 @@ fn device(fd: &OwnedFd) -> io::Result<u64> {
 
 fn identity(fd: &OwnedFd) -> io::Result<FileIdentity> {
     let stat = fstat(fd)?;
-    Ok(FileIdentity { device: stat.st_dev, inode: stat.st_ino })
+    Ok(FileIdentity { device: stat.st_dev, inode: stat.st_ino, part: 0 })
+}
+
+/// What `ask` says of the file at `path`, or of the archive in which that lies.
+pub fn or_of_archive<T>(path: &Path, ask: impl Fn(&Path) -> io::Result<T>) -> io::Result<T> {
+    let not_there = |answer: &io::Result<T>| {
+        answer.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::ENOTDIR))
+    };
+    let answer = ask(path);
+    if !not_there(&answer) {
+        return answer;
+    }
+    let mut archives = archive::parts(path).map(|(archive, _)| ask(archive));
+    archives.find(|answer| !not_there(answer)).unwrap_or(answer)
 }
 
 /// Whether VMware has locked the file `name`: a directory beside it is not empty.
@@ -270,16 +284,25 @@ impl Reach {
         self.seen.lock().iter().cloned().collect()
     }
 
-    /// The metadata of a file or directory, with our own rights.
+    /// The metadata of a file or directory, with our own rights; for a file in an archive that of the archive.
     pub fn stat(&self, path: &Path) -> io::Result<Metadata> {
+        or_of_archive(path, |path| self.stat_one(path))
+    }
+
+    fn stat_one(&self, path: &Path) -> io::Result<Metadata> {
         let name = path.file_name().ok_or(Errno::EISDIR)?;
         let (root, way) = self.locate(&directory_of(path))?;
         File::from(root.as_place().open(&way.join(name), PATH)?).metadata()
     }
 
     /// The metadata of a file or directory, and what must be permitted to have it: its own permissions,
-    /// and those of the directories on the way to it that are not on the way to the file `beside`.
+    /// and those of the directories on the way to it that are not on the way to the file `beside`. For a
+    /// file in an archive they are those of the archive.
     pub fn look(&self, path: &Path, beside: &Path) -> io::Result<(Metadata, Vec<Permissions>)> {
+        or_of_archive(path, |path| self.look_at(path, beside))
+    }
+
+    fn look_at(&self, path: &Path, beside: &Path) -> io::Result<(Metadata, Vec<Permissions>)> {
         let name = path.file_name().ok_or(Errno::EISDIR)?;
         let (root, way) = self.locate(&directory_of(path))?;
         let mut here = root.path.to_path_buf();
@@ -338,9 +361,15 @@ impl Reach {
 
 impl Host for Reach {
     fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-        match path.file_name() {
+        let open = |path: &Path, access| match path.file_name() {
             Some(name) => self.open_beneath(&directory_of(path), Path::new(name), access),
             None => Err(not_opened(&Errno::EISDIR.into()).in_file(path)),
+        };
+        match open(path, access) {
+            Err(e) if e.errno() == Some(libc::ENOTDIR) => {
+                archive::open_member(path, access, open).unwrap_or(Err(e))
+            }
+            opened => opened,
         }
     }
 
@@ -356,6 +385,9 @@ impl Host for Reach {
     }
 
     fn named_in(&self, file: &dyn Storage) -> Option<Arc<dyn Host>> {
+        if let Some(archive) = file.archive() {
+            return Some(Arc::new(Inside(archive.clone())));
+        }
         let namer = file.namer()?;
         let mut reach = self.clone();
         if !user::is_own(namer.uid) && !reach.users.contains(&namer.uid) {

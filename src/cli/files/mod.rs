@@ -86,7 +86,7 @@ impl Target {
             let (before, path) = bytes.split_at(end);
             let made = |image: &[u8], partition| -> Option<Result<Self>> {
                 let image = Path::new(OsStr::from_bytes(image));
-                image.is_file().then(|| {
+                source::exists(image).then(|| {
                     let image = source::image_of(image)?;
                     Ok(Self { image, partition, path: path.to_vec() })
                 })

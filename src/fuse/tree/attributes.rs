@@ -68,7 +68,8 @@ impl Tree {
                 files.push(meta.clone());
                 let mut attributes = self.attributes_from(node.ino, Kind::File, &meta, mode);
                 attributes.size = facts.size;
-                attributes.blocks = files.iter().map(Metadata::blocks).sum();
+                let blocks = || files.iter().map(Metadata::blocks).sum();
+                attributes.blocks = facts.archived.map_or_else(blocks, |bytes| bytes.div_ceil(512));
                 // A descriptor keeps its time while its extents change.
                 let changed = files.iter().filter_map(|meta| meta.modified().ok()).max();
                 attributes.mtime = changed.unwrap_or(attributes.mtime);
@@ -95,8 +96,12 @@ impl Tree {
         let meta = place.stat().map_err(|e| Error::io("stat", &e).in_file(&place.path()))?;
         // Only the root takes new names.
         let (cleared, set) = if ino == ROOT { (0o022, 0o200) } else { (0o222, 0) };
-        let permissions = place.permissions().map_err(|e| Error::io("stat", &e))?;
-        let mode = ((permissions.mode & !cleared) | set) & !self.look.dmask;
+        let mut permissions = place.permissions().map_err(|e| Error::io("stat", &e))?.mode;
+        // An archive is searched by whoever may read it.
+        if meta.is_file() {
+            permissions |= (permissions & 0o444) >> 2;
+        }
+        let mode = ((permissions & !cleared) | set) & !self.look.dmask;
         Ok(self.attributes_from(ino, Kind::Folder, &meta, mode))
     }
 

@@ -116,9 +116,11 @@ impl Tree {
     ) -> Option<Place> {
         let in_folder = |folder: &Place| {
             let listing = self.listing(folder).ok();
-            let images = listing.iter().flat_map(|listing| listing.images.values());
-            let images = images.map(|entry| (folder.image(entry), entry.identity));
-            let found = images.into_iter().find(|(place, identity)| wanted(place, *identity));
+            let others = listing.iter().flat_map(|listing| self.others(folder, listing));
+            let images = listing.iter().flat_map(|listing| listing.images.values().cloned());
+            let images = images.chain(others.map(|(_, entry)| entry));
+            let mut images = images.map(|entry| (folder.image(&entry), entry.identity));
+            let found = images.find(|(place, identity)| wanted(place, *identity));
             (found.map(|(place, _)| place), listing)
         };
         let mut known: HashSet<PathBuf> = folders.iter().map(Place::path).collect();

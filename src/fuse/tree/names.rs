@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::partitions::add_parts;
 use super::{
@@ -15,9 +16,15 @@ use super::{
     Pinned, ROOT, Tree, What, not_a_folder, not_found,
 };
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::crew::Crew;
 use crate::fuse::image::stale;
-use crate::fuse::source::{Listing, Place, Source, identity, normalise};
-use crate::storage::FileIdentity;
+use crate::fuse::listing::{ImageEntry, Listing};
+use crate::fuse::source::{Place, Source, identity, normalise};
+use crate::storage::{FileIdentity, archive};
+
+/// How long files may take to say whether they are images: together, and each of very many.
+const GLANCE: Duration = Duration::from_secs(1);
+const PER_FILE: Duration = Duration::from_millis(1);
 
 impl Tree {
     /// Refuses a source directory that the mount would cover.
@@ -38,6 +45,10 @@ impl Tree {
         let name = absolute.file_name().or(real.file_name()).unwrap_or(OsStr::new("root"));
         let (shown, pinned) = if meta.is_dir() {
             let place = Place::top(Source::open(&real)?);
+            (name.to_owned(), Pinned { place, folder: true, partitions: false })
+        } else if archive::has_name(&real) {
+            let place = place_of(&real)?;
+            place.archive()?;
             (name.to_owned(), Pinned { place, folder: true, partitions: false })
         } else {
             let place = place_of(&real)?;
@@ -73,7 +84,7 @@ impl Tree {
         {
             return Ok(listing.clone());
         }
-        let listing = Arc::new(folder.list(&self.look.mountpoint).map_err(failed)?);
+        let listing = Arc::new(folder.list(&self.look.mountpoint)?);
         let mut listings = self.listings.lock();
         if listings.len() >= MAX_LISTINGS {
             listings.clear();
@@ -92,32 +103,45 @@ impl Tree {
             _ => return Err(not_a_folder()),
         };
         let listing = self.listing(folder)?;
-        if let Some(base) = strip_suffix(name, &self.look.suffix)
-            && let Some(entry) = listing.images.get(base)
+        let beneath = |name: &OsStr| folder.elsewhere(folder.relative.join(name));
+        if let Some(place) = strip_suffix(name, &self.look.suffix)
+            .and_then(|base| image_called(folder, &listing, base))
+            && self.images.examine(&place).is_ok()
         {
-            let place = folder.image(entry);
-            if self.images.examine(&place).is_ok() {
-                return found(place, Found::Image);
-            }
+            return found(place, Found::Image);
         }
-        if let Some(base) = strip_suffix(name, PROBLEM_SUFFIX.as_ref())
-            && let Some(entry) = listing.images.get(base)
-        {
-            let place = folder.image(entry);
-            if self.images.examine(&place).is_err() {
+        if let Some(base) = strip_suffix(name, PROBLEM_SUFFIX.as_ref()) {
+            if let Some(place) = image_called(folder, &listing, base)
+                && self.images.examine(&place).is_err()
+            {
                 return found(place, Found::Problem);
             }
+            if listing.archives.contains_key(base) && self.listing(&beneath(base)).is_err() {
+                return found(beneath(base), Found::Problem);
+            }
         }
-        if listing.folders.contains_key(name) {
-            return found(folder.elsewhere(folder.relative.join(name)), Found::Folder);
+        let archive = listing.archives.contains_key(name);
+        if listing.folders.contains_key(name) || archive && self.listing(&beneath(name)).is_ok() {
+            return found(beneath(name), Found::Folder);
         }
         if self.look.partitions
             && let Some((base, number)) = self.part_name(name)
-            && let Some(entry) = listing.images.get(base)
+            && let Some(place) = image_called(folder, &listing, base)
         {
-            return self.find_part(folder.image(entry), number);
+            return self.find_part(place, number);
         }
         Err(not_found())
+    }
+
+    /// The files of a listing that are images although their names do not say so. What does not answer now
+    /// is none.
+    pub(super) fn others(&self, folder: &Place, listing: &Listing) -> Vec<(OsString, ImageEntry)> {
+        let things: Vec<_> = listing.others.iter().map(|(n, e)| (n.clone(), e.clone())).collect();
+        let place = folder.clone();
+        let crew = Crew::start(things, move |(_, entry)| place.image(entry).is_image());
+        crew.wait(GLANCE.max(PER_FILE * u32::try_from(listing.others.len()).unwrap_or(u32::MAX)));
+        let looked = crew.end().into_iter();
+        looked.filter_map(|(other, image)| image.unwrap_or(false).then_some(other)).collect()
     }
 
     fn find_pinned(&self, name: &OsStr) -> Result<Option<Found>> {
@@ -179,7 +203,7 @@ impl Tree {
             let facts = if folder { None } else { facts.next().flatten() };
             if !folder && facts.is_none() {
                 // It does not answer now: only its name is known.
-                let found = Found::Image(place, FileIdentity { device: 0, inode: 0 });
+                let found = Found::Image(place, FileIdentity { device: 0, inode: 0, part: 0 });
                 entries.push(DirEntry { ino: found.ino(), kind: Kind::File, name: shown });
                 continue;
             }
@@ -210,13 +234,15 @@ impl Tree {
         part_entries: &mut Vec<DirEntry>,
     ) -> Result<()> {
         let listing = self.listing(folder)?;
+        let others = self.others(folder, &listing);
         let places = || {
-            let images = listing.images.iter();
+            let others = others.iter().map(|(name, entry)| (name, entry));
+            let images = listing.images.iter().chain(others);
             images.map(|(name, e)| (name, folder.image(e), e.identity))
         };
         // Parts of images that only the image itself names.
         let mut parts = HashSet::new();
-        if listing.images.len() <= EXAMINED {
+        if listing.images.len() + others.len() <= EXAMINED {
             let looked = self.facts_of(places().map(|(_, place, _)| place).collect());
             for facts in looked.into_iter().flatten().flatten() {
                 parts.extend(facts.files[1..].iter().cloned());
@@ -237,8 +263,16 @@ impl Tree {
             };
             entries.push(DirEntry { ino: found.ino(), kind: Kind::File, name });
         }
-        for (name, identity) in &listing.folders {
+        let looked_at = listing.archives.len() <= EXAMINED;
+        for (name, identity) in listing.folders.iter().chain(&listing.archives) {
             let place = folder.elsewhere(folder.relative.join(name));
+            let archive = looked_at && listing.archives.contains_key(name);
+            if archive && self.listing(&place).is_err() {
+                let ino = Found::Problem(place, *identity).ino();
+                let name = [name, OsStr::new(PROBLEM_SUFFIX)].into_iter().collect();
+                entries.push(DirEntry { ino, kind: Kind::File, name });
+                continue;
+            }
             let ino = Found::Folder(place, *identity).ino();
             entries.push(DirEntry { ino, kind: Kind::Folder, name: name.clone() });
         }
@@ -346,6 +380,18 @@ impl Tree {
         pinned.remove(&key);
         Ok(())
     }
+}
+
+/// The image of a folder that has this name: one that looks like one by its name, or by its contents.
+fn image_called(folder: &Place, listing: &Listing, name: &OsStr) -> Option<Place> {
+    if let Some(entry) = listing.images.get(name) {
+        return Some(folder.image(entry));
+    }
+    if !listing.others.contains_key(name) && !listing.incomplete {
+        return None;
+    }
+    let place = folder.elsewhere(folder.relative.join(name));
+    place.is_image().then_some(place)
 }
 
 /// The place of a file by its real path.
