@@ -72,7 +72,7 @@ pub fn disks(host: &Arc<dyn Host>, path: &Path) -> Result<Vec<PathBuf>> {
     let mut parts = HashSet::new();
     for disk in &found {
         if let Ok(opened) = open_alone(host, disk, &OpenOptions::new(Access::Peek)) {
-            let files = opened.map.files().into_iter().map(|file| file.path().to_owned());
+            let files = opened.map.files().iter().map(|file| file.path().to_owned());
             parts.extend(files.filter(|file| file != disk));
         }
     }
