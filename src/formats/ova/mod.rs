@@ -51,6 +51,9 @@ pub fn names_packed_disk(name: &Path) -> bool {
 
 /// The paths of the disks in the archive at `path`, in its order, whether they open or not. Files that are
 /// only parts of others are none.
+///
+/// # Errors
+/// The archive cannot be read, or is none.
 pub fn disks(host: &Arc<dyn Host>, path: &Path) -> Result<Vec<PathBuf>> {
     let archive = Archive::open(host.open(path, Access::Peek)?)?;
     let mut looked = 0;
@@ -81,6 +84,9 @@ pub fn disks(host: &Arc<dyn Host>, path: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The only disk in the archive at `path`.
+///
+/// # Errors
+/// There is none ([`ErrorKind::NotThisFormat`]), or more than one ([`ErrorKind::InvalidInput`]).
 pub fn only_disk(host: &Arc<dyn Host>, path: &Path) -> Result<PathBuf> {
     let mut disks = disks(host, path)?;
     match (disks.pop(), disks.len()) {
@@ -102,6 +108,9 @@ pub fn only_disk(host: &Arc<dyn Host>, path: &Path) -> Result<PathBuf> {
 }
 
 /// Opens the only disk of an archive, by its name.
+///
+/// # Errors
+/// Those of [`super::open()`], and [`ErrorKind::NotThisFormat`] where there is none.
 pub fn open_only(archive: &Arc<Archive>, options: &OpenOptions) -> Result<Image> {
     let host: Arc<dyn Host> = Arc::new(Inside(archive.clone()));
     let members = archive.members();
@@ -115,6 +124,9 @@ pub fn open_only(archive: &Arc<Archive>, options: &OpenOptions) -> Result<Image>
 }
 
 /// Checks the archive at `path`: its order, its manifest, and all disks in it.
+///
+/// # Errors
+/// Checking could not go on; damage is in the report.
 pub fn check(
     host: &Arc<dyn Host>,
     path: &Path,

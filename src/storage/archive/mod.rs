@@ -141,6 +141,9 @@ impl Archive {
     }
 
     /// The file of the archive called `name`.
+    ///
+    /// # Errors
+    /// There is none ([`ErrorKind::NotFound`]), or it cannot be read in place ([`ErrorKind::Unsupported`]).
     pub fn member(self: &Arc<Self>, name: &Path) -> Result<Arc<MemberFile>> {
         let path = self.file.path().join(name);
         let found = self.members.iter().rposition(|member| member.name == name);

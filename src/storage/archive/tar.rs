@@ -51,6 +51,9 @@ pub fn is_header(block: &[u8]) -> bool {
 }
 
 /// The members of the archive in `file`, in its order. Directories and links are left out.
+///
+/// # Errors
+/// The archive is damaged ([`crate::ErrorKind::Corrupt`]) or has more members than are looked at.
 pub fn index(file: &dyn Storage) -> Result<Vec<Member>> {
     let failed = |e: std::io::Error| Error::io("read", &e).in_file(file.path());
     let damaged = |at: u64, what: String| Error::corrupt(what).in_file(file.path()).at(at);
