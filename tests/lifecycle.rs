@@ -327,7 +327,7 @@ impl Change {
 
 #[test]
 fn killed_at_any_moment_the_disk_is_there_and_the_same_request_does_the_rest() {
-    let budget = number("FLATDISK_CRASH_STATES", 240) as usize;
+    let budget = number("FLATDISK_CRASH_STATES", 120) as usize;
     let failures: Vec<String> = in_parallel(&kinds(), |base| {
         let mut failures = Vec::new();
         for what in CHANGES {

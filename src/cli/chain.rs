@@ -13,6 +13,7 @@ use super::source::image_of;
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, Result};
 use crate::formats::chain::{self, Merging};
+use crate::formats::levels::{self, Levels};
 use crate::formats::{self, Image, OpenOptions, Spelling};
 use crate::names::Name;
 use crate::storage::file::HostFs;
@@ -193,10 +194,20 @@ impl Printer<'_> {
 #[command(after_long_help = "\
 Examples:
   Keep what was written to a child, in its parent:
-    flatdisk commit child.avhdx")]
+    flatdisk commit child.avhdx
+  Make one image of a chain of many:
+    flatdisk commit --to base.vhdx newest.avhdx
+  Take one out of the middle of a chain:
+    flatdisk commit --relink middle.avhdx")]
 pub struct CommitArgs {
     /// The image to merge into its parent; it is removed.
     child: PathBuf,
+    /// Merge everything into this ancestor: the child and all images between them, which are removed.
+    #[arg(long, value_name = "ANCESTOR", conflicts_with_all = ["keep", "relink"])]
+    to: Option<PathBuf>,
+    /// Let the images that stand on the child stand on its parent.
+    #[arg(long, conflicts_with_all = ["keep", "force"])]
+    relink: bool,
     /// Keep the child: empty, and showing its parent.
     #[arg(long)]
     keep: bool,
@@ -220,7 +231,17 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
     let how = Merging { over_siblings: args.force, keep: args.keep };
     let child = image_of(&args.child)?;
     let bar = args.progress.start("merging", args.quiet)?;
-    let merged = chain::merge(&HostFs::shared(), &child, &options, how, &bar)?;
+    let host = HostFs::shared();
+    let alone = |merged| (merged, vec![child.clone()], Vec::new());
+    let several = |done: Levels| (done.merged, done.removed, done.relinked);
+    let (merged, removed, relinked) = match &args.to {
+        Some(to) => {
+            let to = image_of(to)?;
+            levels::merge_to(&host, &child, &to, &options, args.force, &bar).map(several)?
+        }
+        None if args.relink => levels::merge_middle(&host, &child, &options, &bar).map(several)?,
+        None => chain::merge(&host, &child, &options, how, &bar).map(alone)?,
+    };
     drop(bar);
     for sibling in &merged.siblings {
         let parent = merged.parent.display();
@@ -236,10 +257,17 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
             "bytes": merged.bytes,
             "invalid_siblings": merged.siblings.into_iter().map(Name).collect::<Vec<_>>(),
             "left": merged.left.into_iter().map(Name).collect::<Vec<_>>(),
+            "removed": removed.into_iter().filter(|_| !args.keep).map(Name).collect::<Vec<_>>(),
+            "relinked": relinked.into_iter().map(Name).collect::<Vec<_>>(),
         }))?;
     } else if !args.quiet {
-        let (child, parent) = (child.display(), merged.parent.display());
-        print_line(&format!("merged {} of {child} into {parent}", iec(merged.bytes)))?;
+        let parent = merged.parent.display();
+        let names: Vec<_> = removed.iter().map(|image| image.display().to_string()).collect();
+        let names = names.join(", ");
+        print_line(&format!("merged {} of {names} into {parent}", iec(merged.bytes)))?;
+        for image in &relinked {
+            print_line(&format!("{} is a child of {parent} now", image.display()))?;
+        }
     }
     Ok(0)
 }

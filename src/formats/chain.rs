@@ -164,7 +164,7 @@ pub fn merge(
 }
 
 /// The identity that a parent has once it was written.
-fn next_identity(parent: &Image) -> Identity {
+pub(super) fn next_identity(parent: &Image) -> Identity {
     match &parent.identity {
         Identity::VhdxDataWrite(_) => Identity::VhdxDataWrite(vec![Uuid::new_v4()]),
         kept => kept.clone(),
@@ -172,7 +172,7 @@ fn next_identity(parent: &Image) -> Identity {
 }
 
 /// Makes the child at `path` know the identity that its parent is going to have, beside the present one.
-fn announce(
+pub(super) fn announce(
     host: &Arc<dyn Host>,
     path: &Path,
     parent: &Image,
@@ -293,7 +293,7 @@ pub fn file_identity(host: &Arc<dyn Host>, path: &Path) -> Result<FileIdentity> 
     file.identity().map_err(|e| Error::io("stat", &e).in_file(path))
 }
 
-fn relink(
+pub(super) fn relink(
     host: &Arc<dyn Host>,
     path: &Path,
     link: &NewLink<'_>,
@@ -307,7 +307,11 @@ fn relink(
 }
 
 /// The files that go when the image at `path` does.
-fn own_files(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Vec<PathBuf>> {
+pub(super) fn own_files(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Vec<PathBuf>> {
     let file = host.open(path, Access::Peek)?;
     let format: &dyn Format = recognise(&*file)?;
     let context = OpenContext::new(host, &*file, options);
@@ -505,7 +509,7 @@ pub(crate) fn read(disk: &Disk, at: u64, buf: &mut [u8]) -> Result<()> {
 }
 
 /// Writes bytes, unstored where they are zeroes and the format can say that.
-fn put(disk: &Disk, at: u64, bytes: &[u8]) -> Result<()> {
+pub(super) fn put(disk: &Disk, at: u64, bytes: &[u8]) -> Result<()> {
     if bytes.iter().all(|byte| *byte == 0) {
         disk.discard(at, bytes.len() as u64)
     } else {
@@ -529,7 +533,7 @@ fn differences(a: &[u8], b: &[u8]) -> Vec<std::ops::Range<usize>> {
     runs
 }
 
-fn chunks(range: DiskRange) -> impl Iterator<Item = DiskRange> {
+pub(super) fn chunks(range: DiskRange) -> impl Iterator<Item = DiskRange> {
     let end = range.end;
     range.step_by(CHUNK as usize).map(move |start| start..end.min(start + CHUNK))
 }

@@ -14,8 +14,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::chain::{CHUNK, FLUSH_EVERY, no_child, opening, read};
-use super::open::open_alone;
-use super::{Format, OpenContext, OpenOptions, open, recognise};
+use super::open::{open_alone, open_file};
+use super::{Format, OpenContext, OpenOptions, recognise};
 use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -42,7 +42,12 @@ pub fn flatten(
     // The contents do not change, so children of the child go on knowing it.
     let named = options.parent.clone();
     let options = OpenOptions { parent: named, ..with(Access::Write, Some(alone.identity)) };
-    let child = open(host, path, &options)?;
+    // Held until the end, so that nobody changes the image between the two steps.
+    let file = host.open(path, Access::Write)?;
+    let child = match open_file(host, file.clone(), path, &options)? {
+        (child, None) => child,
+        (_, Some(e)) => return Err(e),
+    };
     if let Some(why) = &child.read_only {
         return Err(Error::new(ErrorKind::ReadOnly, why.clone()).in_file(path));
     }
@@ -54,15 +59,7 @@ pub fn flatten(
     let block = child.info.block_size.unwrap_or(CHUNK);
     let copied = copy_all(&child.disk, &parent.disk, block, progress).in_file(path)?;
     child.disk.close()?;
-    // Its lock would keep the file from being opened for the last step.
-    let closed = host.open(path, Access::Peek)?.changed();
     drop(child);
-
-    let file = host.open(path, Access::Write)?;
-    if file.changed() != closed {
-        let what = "the image was changed by another program just now";
-        return Err(Error::new(ErrorKind::Busy, what).in_file(path).hint("run it again"));
-    }
     let format: &dyn Format = recognise(&*file)?;
     let ctx = OpenContext::new(host, &*file, &options);
     format.unlink(file, &ctx).in_file(path)?;

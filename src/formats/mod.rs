@@ -10,6 +10,7 @@ pub mod flatten;
 #[doc(hidden)]
 pub mod folders;
 mod foreign;
+pub mod levels;
 pub mod lifecycle;
 pub mod meta;
 mod naming;

@@ -248,7 +248,16 @@ pub fn open_found(
     path: &Path,
     options: &OpenOptions,
 ) -> Result<(Image, Option<Error>)> {
-    let file = host.open(path, options.access)?;
+    open_file(host, host.open(path, options.access)?, path, options)
+}
+
+/// The same of the image at `path` in `file`, which was opened as `options` say.
+pub(super) fn open_file(
+    host: &Arc<dyn Host>,
+    file: Arc<dyn Storage>,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<(Image, Option<Error>)> {
     let mut missing = None;
     let mut links = vec![Link::open(host, file, path, options)?];
     while let Some(wanted) = links[links.len() - 1].opened.parent.clone() {
