@@ -116,6 +116,38 @@ fn beside_one_that_hangs(held: Kind, test: impl FnOnce(&Mount, &Path, [File; 3])
 }
 
 #[test]
+fn opening_for_writing_gives_up_on_what_may_be_a_child_and_does_not_answer() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    let path = |name: &str| folder.path().join(name);
+    create(&path("a.vhd"), "8M", &[]);
+    create(&path("hung.vhd"), "8M", &["--subformat", "fixed"]);
+    let disk = HangingDisk::new("hung.vhd", fs::read(path("hung.vhd")).unwrap());
+    let log = path("log");
+    let mut command = flatdisk();
+    command.args(["mount", "-f"]).arg(path("a.vhd")).arg(disk.file());
+    let mount = Mount::start(command.stderr(File::create(&log).unwrap()));
+    let flat = mount.flat("a.vhd");
+    let hangs = disk.hold(Kind::Read);
+    let open = || File::options().read(true).write(true).open(&flat);
+    let begun = std::time::Instant::now();
+    let refused = open().unwrap_err();
+    assert!(begun.elapsed() < std::time::Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert_eq!(refused.raw_os_error(), Some(libc::ETIMEDOUT));
+    let said = fs::read_to_string(&log).unwrap();
+    let named =
+        format!("`{}`, which may need it as it is, has not answered", disk.file().display());
+    assert!(said.contains(&named), "{said}");
+    // Readers do not care.
+    File::open(&flat).unwrap();
+    drop(hangs);
+    wait_until("the image can be written again", || open().is_ok());
+    assert!(mount.unmount().success());
+}
+
+#[test]
 fn an_image_whose_flush_hangs_holds_up_nothing_of_the_others() {
     beside_one_that_hangs(Kind::Sync, |mount, hung, files| {
         for file in &files {

@@ -7,10 +7,15 @@ use crate::error::{Error, ErrorKind};
 pub fn errno(error: &Error) -> i32 {
     let host = |allowed: &[i32]| error.errno().filter(|errno| allowed.contains(errno));
     match error.kind() {
-        ErrorKind::Io => {
-            host(&[libc::ESTALE, libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::ENOTDIR])
-                .unwrap_or(libc::EIO)
-        }
+        ErrorKind::Io => host(&[
+            libc::ESTALE,
+            libc::ENOMEM,
+            libc::EMFILE,
+            libc::ENFILE,
+            libc::ENOTDIR,
+            libc::ETIMEDOUT,
+        ])
+        .unwrap_or(libc::EIO),
         ErrorKind::NoSpace => host(&[libc::EDQUOT, libc::EFBIG]).unwrap_or(libc::ENOSPC),
         ErrorKind::Corrupt
         | ErrorKind::ParentMissing

@@ -95,7 +95,7 @@ impl Shell {
     }
 
     /// Serves a request about inode `ino`: here, or, so that somebody reads on, by another thread.
-    fn serve(&self, ino: INodeNo, act: impl FnOnce(&Tree) + Send + 'static) {
+    fn serve(&self, ino: INodeNo, act: impl FnOnce(&Arc<Tree>) + Send + 'static) {
         self.serve_with(ino, &[], |tree, _| act(tree));
     }
 
@@ -104,7 +104,7 @@ impl Shell {
         &self,
         ino: INodeNo,
         data: &[u8],
-        act: impl FnOnce(&Tree, &[u8]) + Send + 'static,
+        act: impl FnOnce(&Arc<Tree>, &[u8]) + Send + 'static,
     ) {
         END.with_borrow_mut(|end| _ = end.get_or_insert_with(|| End(self.ended.clone())));
         if let Some(_serving) = self.lanes.serve() {

@@ -21,6 +21,7 @@ use nix::sys::stat::makedev;
 use nix::sys::statvfs::statvfs;
 use parking_lot::Mutex;
 
+use super::crew::Crew;
 use super::source::normalise;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::reach::Gate;
@@ -31,6 +32,9 @@ pub const FS_TYPE: &str = "fuse.flatdisk";
 
 /// How long a look at a mount may take.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a search through all processes may take.
+const SEARCH: Duration = Duration::from_secs(2);
 
 /// A mount, as `/proc/self/mountinfo` has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,25 +80,33 @@ fn table_in(path: &Path) -> io::Result<Vec<MountEntry>> {
 }
 
 /// Where the file system `device` is mounted, for people: here, or in the mount namespaces of other
-/// processes as far as this user may look into them.
+/// processes as far as this user may look into them, and they let themselves be looked into within
+/// [`SEARCH`].
 pub fn elsewhere(device: &str) -> Result<Option<String>> {
-    let find = |table: Vec<MountEntry>| table.into_iter().find(|entry| entry.device == device);
-    if let Some(entry) = find(mount_table()?) {
+    let here = mount_table()?.into_iter().find(|entry| entry.device == device);
+    if let Some(entry) = here {
         return Ok(Some(format!("on {}", entry.target.display())));
     }
+    // A process that hangs may make whoever looks at it hang.
+    let crew = Crew::start(vec![device.to_owned()], |device| in_other_namespaces(device));
+    crew.wait(SEARCH);
+    Ok(crew.end().into_iter().find_map(|(_, found)| found.flatten()))
+}
+
+fn in_other_namespaces(device: &str) -> Option<String> {
     let mut seen = BTreeSet::from([fs::read_link("/proc/self/ns/mnt").unwrap_or_default()]);
     for process in processes() {
         let namespace = fs::read_link(process.join("ns/mnt"));
         if namespace.is_ok_and(|namespace| seen.insert(namespace))
             && let Ok(table) = table_in(&process.join("mountinfo"))
-            && let Some(entry) = find(table)
+            && let Some(entry) = table.into_iter().find(|entry| entry.device == device)
         {
             let id = process.file_name().unwrap_or_default().display();
             let target = entry.target.display();
-            return Ok(Some(format!("on {target} in the mount namespace of process {id}")));
+            return Some(format!("on {target} in the mount namespace of process {id}"));
         }
     }
-    Ok(None)
+    None
 }
 
 /// Which mounts a daemon enters: not flatdisk's, whose daemon may be itself or wait for it, and not FUSE
@@ -150,8 +162,7 @@ impl Watched {
 
 /// The directories of all processes in `/proc`.
 fn processes() -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).filter(|path| {
+    entries(Path::new("/proc")).map(|entry| entry.path()).filter(|path| {
         let name = path.file_name().and_then(OsStr::to_str);
         name.is_some_and(|name| name.bytes().all(|b| b.is_ascii_digit()))
     })
@@ -262,20 +273,14 @@ fn busy(target: &Path) -> Error {
     Error::new(ErrorKind::Busy, what).in_file(target).hint("or unmount with --lazy")
 }
 
-/// Who has something open below `target`, as far as this user may see: processes and loop devices.
+/// Who has something open below `target`, as far as this user may see, and those who do not hang: processes
+/// and loop devices.
 pub fn users_of(target: &Path) -> Vec<String> {
-    let below = |link: io::Result<PathBuf>| link.is_ok_and(|path| path.starts_with(target));
-    let mut users = BTreeSet::new();
-    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten();
-    for path in processes() {
-        let id = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
-        let uses = ["cwd", "root", "exe"].iter().any(|link| below(fs::read_link(path.join(link))))
-            || entries(&path.join("fd")).any(|fd| below(fs::read_link(fd.path())));
-        if uses && id != std::process::id().to_string() {
-            let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
-            users.insert(format!("{} (process {id})", name.trim()));
-        }
-    }
+    let below = target.to_owned();
+    let crew = Crew::start(processes().collect(), move |path: &PathBuf| user_of(path, &below));
+    crew.wait(SEARCH);
+    let found = crew.end().into_iter().filter_map(|(_, user)| user.flatten());
+    let mut users: BTreeSet<_> = found.collect();
     for device in entries(Path::new("/sys/block")) {
         let Ok(file) = fs::read(device.path().join("loop/backing_file")) else { continue };
         if Path::new(OsStr::from_bytes(file.trim_ascii_end())).starts_with(target) {
@@ -283,6 +288,23 @@ pub fn users_of(target: &Path) -> Vec<String> {
         }
     }
     users.into_iter().collect()
+}
+
+/// The process with this directory in `/proc`, if it has something open below `target`.
+fn user_of(path: &Path, target: &Path) -> Option<String> {
+    let below = |link: io::Result<PathBuf>| link.is_ok_and(|path| path.starts_with(target));
+    let id = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    let uses = ["cwd", "root", "exe"].iter().any(|link| below(fs::read_link(path.join(link))))
+        || entries(&path.join("fd")).any(|fd| below(fs::read_link(fd.path())));
+    let other = uses && id != std::process::id().to_string();
+    other.then(|| {
+        let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        format!("{} (process {id})", name.trim())
+    })
+}
+
+fn entries(dir: &Path) -> impl Iterator<Item = fs::DirEntry> {
+    fs::read_dir(dir).into_iter().flatten().flatten()
 }
 
 #[cfg(test)]

@@ -1,30 +1,26 @@
 //! Open files: reading, writing, and who may.
 
-use std::collections::{HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Handle, Opened, Pinned, READER, READS_TOO, Tree, WRITER, Wanted, What, not_permitted};
+use super::{Handle, Opened, READER, READS_TOO, Tree, WRITER, Wanted, What, not_permitted};
 use crate::disk::Disk;
 use crate::disk::window::Window;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::facts::Facts;
 use crate::fuse::image::{ImageFile, stale};
-use crate::fuse::source::{self, Place};
-use crate::storage::{FileIdentity, Storage};
-
-/// Folders that are searched for children of an image at most.
-const MAX_WALKED: usize = 1 << 14;
+use crate::fuse::source::Place;
+use crate::storage::Storage;
 
 impl Tree {
     /// Opens a file, to read it as well where it is opened to `write`; see [`Self::open_as`].
-    pub fn open(&self, ino: u64, write: bool, truncate: bool) -> Result<Opened> {
+    pub fn open(self: &Arc<Self>, ino: u64, write: bool, truncate: bool) -> Result<Opened> {
         self.open_as(ino, Wanted { write, read: true, truncate })
     }
 
     /// Opens a flat file. It is never truncated, but see [`super::anew`].
-    pub fn open_as(&self, ino: u64, wanted: Wanted) -> Result<Opened> {
+    pub fn open_as(self: &Arc<Self>, ino: u64, wanted: Wanted) -> Result<Opened> {
         let node = self.node(ino)?;
         let Wanted { write, read, truncate } = wanted;
         match &node.what {
@@ -35,7 +31,7 @@ impl Tree {
             }
             What::Image(_) | What::Part(..) => {
                 let (image, view) = node.image().ok_or_else(stale)?;
-                let permit = |facts: &Facts| self.permit_write(image, facts);
+                let permit = |facts: &Facts| self.permit_write(&node, image, facts);
                 let keep_cache = image.open(&self.images, view, write, permit)?;
                 // What the kernel writes by itself it tells nobody.
                 let direct = truncate || view.part.is_some() && image.lent();
@@ -82,75 +78,12 @@ impl Tree {
 
     /// What forbids writing `image`: another one needs it as it is. Not all who may read the one may know
     /// of the other.
-    fn made_from_it(&self, image: &ImageFile, child: &Place) -> Error {
+    pub(super) fn made_from_it(&self, image: &ImageFile, child: &Place) -> Error {
         let refused = not_written(image, &format!("{} is made from it", child.path().display()));
         match self.images.readers_know(&image.place, child) {
             true => refused,
             false => refused.withhold(),
         }
-    }
-
-    /// [`Self::may_write`], after looking at every image that may be a child: all that the mount shows,
-    /// and those beside the image and in the directories above it.
-    fn permit_write(&self, image: &ImageFile, facts: &Facts) -> Result<()> {
-        self.may_write(image, facts)?;
-        if self.look.nonpersistent.is_some() {
-            return Ok(());
-        }
-        let above = image.place.relative.ancestors().skip(1);
-        let above = above.map(|folder| image.place.elsewhere(folder.to_owned())).collect();
-        let child = self.find_image(above, |place, identity| {
-            identity != image.identity && self.images.is_child(place, image.identity, &facts.label)
-        });
-        match child {
-            Some(child) => Err(self.made_from_it(image, &child)),
-            None => self.may_write(image, facts),
-        }
-    }
-
-    /// The first image that is `wanted`, of those in `folders` and of all that the mount shows.
-    fn find_image(
-        &self,
-        folders: Vec<Place>,
-        wanted: impl Fn(&Place, FileIdentity) -> bool,
-    ) -> Option<Place> {
-        let in_folder = |folder: &Place| {
-            let listing = self.listing(folder).ok();
-            let others = listing.iter().flat_map(|listing| self.others(folder, listing));
-            let images = listing.iter().flat_map(|listing| listing.images.values().cloned());
-            let images = images.chain(others.map(|(_, entry)| entry));
-            let mut images = images.map(|entry| (folder.image(&entry), entry.identity));
-            let found = images.find(|(place, identity)| wanted(place, *identity));
-            (found.map(|(place, _)| place), listing)
-        };
-        let mut known: HashSet<PathBuf> = folders.iter().map(Place::path).collect();
-        let mut shown: VecDeque<Place> = self.mirror.clone().into_iter().collect();
-        for Pinned { place, folder, .. } in self.pinned.read().clone().into_values() {
-            match place.stat() {
-                Ok(_) if folder => shown.push_back(place),
-                Ok(meta) if wanted(&place, source::identity(&meta)) => return Some(place),
-                _ => {}
-            }
-        }
-        if let Some(found) = folders.iter().find_map(|folder| in_folder(folder).0) {
-            return Some(found);
-        }
-        while let Some(folder) = shown.pop_front() {
-            let (found, listing) = match known.insert(folder.path()) {
-                true => in_folder(&folder),
-                false => (None, self.listing(&folder).ok()),
-            };
-            if found.is_some() {
-                return found;
-            }
-            if known.len() >= MAX_WALKED {
-                log::warn!("too many folders to look for children in all of them");
-                return None;
-            }
-            let inner = listing.iter().flat_map(|listing| listing.folders.keys());
-            shown.extend(inner.map(|name| folder.elsewhere(folder.relative.join(name))));
-        }
-        None
     }
 
     /// The host file of an open image for the kernel to use; see [`ImageFile::lend`].

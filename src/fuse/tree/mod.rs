@@ -18,6 +18,7 @@
 
 mod anew;
 mod attributes;
+mod children;
 mod files;
 mod names;
 mod partitions;
@@ -51,6 +52,7 @@ use crate::fuse::source::{Place, Source};
 use crate::fuse::under_way::UnderWay;
 use crate::storage::FileIdentity;
 use anew::Anew;
+use children::Searches;
 
 /// Inode number of the root.
 pub const ROOT: u64 = 1;
@@ -284,6 +286,8 @@ pub struct Tree {
     anew: Anew,
     old_pages: OnceLock<Box<OldPages>>,
     failures: Arc<Failures>,
+    /// Searches for children that are under way.
+    searches: Arc<Searches>,
     /// Held by whoever asks the host for its space.
     measuring: Arc<Mutex<()>>,
     /// What the host said last of its space.
@@ -311,6 +315,7 @@ impl Tree {
             anew: Anew::default(),
             old_pages: OnceLock::new(),
             failures: Arc::default(),
+            searches: Arc::default(),
             measuring: Arc::default(),
             space: Mutex::default(),
             under_way: Arc::default(),
