@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Guess: `resize2fs 'disk.raw?offset=N' SIZE` resizes the file system at N and leaves the rest of the disk alone, as e2fsck, debugfs and
-#        mke2fs -E offset=N do.
-# Seen: it cuts the file off at SIZE, counted from the file's beginning: all that lies behind is gone, other partitions and the second GPT
-#       for example, and so is the end of the resized file system itself, by N bytes. It does so when it enlarges, too. (For a file that
-#       holds nothing but the file system, resize2fs makes the file as long as the file system; the offset is forgotten there.)
-#       Through a loop device with that offset nothing is lost.
+# Guess: `resize2fs 'disk.raw?offset=N' SIZE` and `e2image -ra -O N FS disk.raw` work on the place at N and leave the rest of the disk alone,
+#        as e2fsck, debugfs and mke2fs -E offset=N do.
+# Seen: both shorten the file, and all that lies behind is gone, other partitions and the second GPT for example. e2image ends it with the
+#       file system that it copied. resize2fs ends it at SIZE counted from the file's beginning, so the end of the resized file system
+#       itself is lost too, by N bytes, and that also when it enlarges. (For a file that holds nothing but the file system that is
+#       what one wants; the offset is forgotten there.) Through a loop device nothing is lost.
 # With: e2fsprogs 1.47.0-2+b2 (Debian).
 # Needs: Debian's apt-get and dpkg.
 set -euo pipefail
@@ -41,5 +41,10 @@ for size in 20 90; do
   expect "    bytes of the disk, which had $((100 * mib))" $((size * mib)) "$(stat -c %s disk)"
   expect "    bytes of the file system behind the disk's end" $mib $(($(blocks) + mib - $(stat -c %s disk)))
 done
+disk
+truncate -s 30M fs && run mke2fs -q -F -t ext4 fs
+run e2image -ra -O $((10 * mib)) fs disk >/dev/null 2>&1 || { echo "CHANGED: e2image refuses"; exit 1; }
+expect "30 MiB copied to 10 MiB by e2image: bytes of the disk" $((40 * mib)) "$(stat -c %s disk)"
+expect "    the disk's beginning" 'second par' "$(head -c 10 disk)"
 [ "$changed" = 0 ] && echo "as described"
 exit "$changed"
