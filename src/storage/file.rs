@@ -143,8 +143,11 @@ impl HostFile {
     }
 
     fn in_use(&self) -> Error {
-        let how = if self.writable { "for writing" } else { "" };
-        Error::new(ErrorKind::Busy, format!("in use by another program, cannot be opened {how}"))
+        let what = match self.writable {
+            true => "in use by another program, cannot be opened for writing",
+            false => "in use by another program that writes to it, cannot be opened",
+        };
+        Error::new(ErrorKind::Busy, what)
             .in_file(&self.path)
             .hint("flatdisk, qemu or a virtual machine has it open; `lslocks` shows who")
     }
