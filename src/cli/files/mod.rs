@@ -92,11 +92,15 @@ impl Target {
                 })
             };
             let numbered = before.iter().rposition(|byte| *byte == b':').and_then(|colon| {
-                let number = std::str::from_utf8(&before[colon + 1..]).ok()?.parse().ok()?;
+                // `IMAGE:/PATH` is what people type whose disk has no partitions.
+                let number = match std::str::from_utf8(&before[colon + 1..]).ok()? {
+                    "" => None,
+                    number => Some(number.parse().ok()?),
+                };
                 Some((&before[..colon], number))
             });
             let found = made(before, None)
-                .or_else(|| numbered.and_then(|(image, number)| made(image, Some(number))));
+                .or_else(|| numbered.and_then(|(image, number)| made(image, number)));
             if let Some(found) = found {
                 return found;
             }
@@ -253,6 +257,7 @@ mod tests {
         assert_eq!(parse("x.vhd"), some("x.vhd", None, ""));
         assert_eq!(parse("x.vhd/"), some("x.vhd", None, "/"));
         assert_eq!(parse("x.vhd:3/etc/a:4"), some("x.vhd", Some(3), "/etc/a:4"));
+        assert_eq!(parse("x.vhd:/etc"), some("x.vhd", None, "/etc"));
         assert_eq!(parse("x.vhd:3"), some("x.vhd", Some(3), ""));
         assert_eq!(parse("y:2/b"), some("y:2", None, "/b"));
         assert_eq!(parse("y:2:5/b"), some("y:2", Some(5), "/b"));
