@@ -152,6 +152,54 @@ fn failures_are_json_where_json_is_wanted() {
 }
 
 #[test]
+fn wrong_arguments_and_failed_mounts_are_json_where_json_is_wanted() {
+    let dir = scratch();
+    let folder = dir.path().to_str().unwrap();
+    let absent = dir.path().join("absent.vhd");
+    let absent = absent.to_str().unwrap();
+    let failure = |arguments: &[&str], status: i32| {
+        let output = outcome(flatdisk().args(arguments));
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {}", stderr(&output));
+        let failure = parsed(&output);
+        assert!(failure["what"].is_string(), "{failure}");
+        failure
+    };
+    assert_eq!(failure(&["info", "--json", "--nonsense"], 1)["kind"], "invalid_input");
+    assert_eq!(failure(&["check", "-J"], 1)["kind"], "invalid_input");
+    assert_eq!(failure(&["inof", "--output=json"], 1)["kind"], "invalid_input");
+    let failed = failure(&["umount", "--json", folder], 32);
+    assert_eq!((&failed["kind"], failed["file"].as_str()), (&"not_found".into(), Some(folder)));
+    if live::can_mount() {
+        let mount = ["mount", "--json", "-o", "nonsense", absent, folder];
+        assert_eq!(failure(&mount, 1)["kind"], "invalid_input");
+        let failed = failure(&["mount", "--json", absent, folder], 32);
+        assert_eq!((&failed["kind"], failed["file"].as_str()), (&"not_found".into(), Some(absent)));
+        let image = dir.path().join("a.vhd");
+        create(&image, "1M", &[]);
+        let point = scratch();
+        let run =
+            |arguments: &[&str]| parsed(&outcome(flatdisk().args(arguments).arg(point.path())));
+        let _mounting = live::mounting();
+        let mounted = run(&["mount", "--json", image.to_str().unwrap()]);
+        assert_eq!(mounted["mountpoint"].as_str(), point.path().to_str());
+        let unmounted = run(&["umount", "--json"]);
+        assert_eq!(unmounted["mounts"][0]["unmounted"], true);
+    }
+}
+
+#[test]
+fn a_name_that_says_another_format_is_remarked_and_the_image_is_made() {
+    let dir = scratch();
+    let image = dir.path().join("x.vhdx");
+    let output = outcome(flatdisk().args(["create", "-q", "-O", "vhd", "-s1M"]).arg(&image));
+    assert!(output.status.success());
+    let said = stderr(&output);
+    assert!(said.contains("a VHD with the extension of a VHDX") && said.lines().count() == 1);
+    let info = succeed(flatdisk().arg("info").arg(&image));
+    assert!(info.contains("VHD dynamic"), "{info}");
+}
+
+#[test]
 fn several_images_are_looked_at_and_the_worst_counts() {
     let dir = scratch();
     let path = |name: &str| dir.path().join(name);
@@ -235,6 +283,8 @@ fn quiet_commands_print_nothing() {
         &["create", "-q", "--parent", "a.vhdx", "c.vhdx"][..],
         &["rebase", "-q", "c.vhdx", "--parent", "b.vhdx"],
         &["commit", "-q", "c.vhdx"],
+        &["check", "-q", "a.vhdx", "b.vhdx"],
+        &["install-helpers", "-q", "--root", "root", "--prefix", "/usr"],
     ] {
         let output = outcome(flatdisk().current_dir(dir.path()).args(command));
         assert!(output.status.success(), "{command:?}: {}", stderr(&output));

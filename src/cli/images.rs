@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::chain::ParentArgs;
-use super::output::{OutputArgs, iec, parse_size, print_json, print_line};
+use super::output::{OutputArgs, iec, mind_extension, parse_size, print_json, print_line};
 use super::source::image_of;
 use super::spec::SpecArgs;
 use crate::copy::in_place;
@@ -107,6 +107,7 @@ pub fn create(args: &CreateArgs) -> Result<u8> {
         // So that a host without room says so now, and not to the guest.
         spec.preallocation = Preallocation::Falloc;
     }
+    mind_extension(image, format.name());
     formats::create(format, &HostFs, image, &spec)?;
     created(args, image, format, subformat.unwrap_or_default(), spec.size, None)
 }
@@ -184,6 +185,7 @@ fn create_child(
         let what = format!("a child of a {} is differencing", format.name().to_uppercase());
         return Err(Error::invalid(what).in_file(image).hint("leave --subformat away"));
     }
+    mind_extension(image, format.name());
     formats::create_child(format, &HostFs, image, &parent, spec)?;
     let what = format!("child of {}", parent.path.display());
     created(args, image, format, &what, size, Some(&parent))

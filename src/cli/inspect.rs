@@ -17,6 +17,7 @@ use crate::formats::ova;
 use crate::formats::plan::Change;
 use crate::formats::profile::azure_objections;
 use crate::formats::{self, Finding, ImageInfo, Repair, Report, Scope, Severity, open};
+use crate::names::printable;
 use crate::storage::Access;
 use crate::storage::file::HostFs;
 
@@ -296,6 +297,9 @@ pub struct CheckArgs {
     taker: Option<Taker>,
     #[command(flatten)]
     parents: ChainArgs,
+    /// Print nothing about images without errors and leaks.
+    #[arg(long, short)]
+    quiet: bool,
     #[command(flatten)]
     progress: ProgressArgs,
     #[command(flatten)]
@@ -349,7 +353,7 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
         let checked = check_one(args, &path)?;
         if args.output.json() {
             print_json(&checked.answer(args))?;
-        } else {
+        } else if !checked.silent(args) {
             checked.print(args, &path)?;
         }
         return Ok(checked.report.exit_status());
@@ -367,6 +371,7 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
                 answer["filename"] = path.display().to_string().into();
                 answers.push(answer);
             }
+            Ok((checked, _)) if checked.silent(args) => {}
             Ok((checked, path)) => {
                 print_line(&format!("{}:", path.display()))?;
                 checked.print(args, &path)?;
@@ -405,6 +410,11 @@ impl Checked {
         CheckAnswer { report: &self.report, repair }
     }
 
+    /// Whether nothing is to be said of it.
+    fn silent(&self, args: &CheckArgs) -> bool {
+        args.quiet && self.repair.is_none() && self.report.exit_status() == 0
+    }
+
     fn print(&self, args: &CheckArgs, path: &Path) -> Result<()> {
         if let Some(repair) = &self.repair {
             print_repair(args, repair)?;
@@ -435,10 +445,13 @@ fn check_one(args: &CheckArgs, path: &Path) -> Result<Checked> {
 fn checked(args: &CheckArgs, path: &Path) -> Result<Report> {
     let host = HostFs::shared();
     if ova::is_ova(&*host, path) {
-        let bar = args.progress.start("checking", args.output.json())?;
+        let bar = args.progress.start("checking", args.quiet || args.output.json())?;
         return ova::check(&host, path, &args.parents.options(Access::Read)?, &bar);
     }
-    let mut report = formats::check(&host, path, &args.parents.options(Access::Read)?)?;
+    let options = args.parents.options(Access::Read)?;
+    let bar = args.progress.watch(&format!("checking {}", printable(path.display())), args.quiet);
+    let mut report = formats::check(&host, path, &options)?;
+    drop(bar);
     if let Some(Taker::Azure) = args.taker {
         let file = host.open(path, Access::Peek)?;
         let len = file.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
@@ -463,6 +476,7 @@ fn repaired(args: &CheckArgs, path: &Path, scope: RepairScope) -> Result<Repair>
         }
     };
     let options = args.parents.options(Access::Write)?;
+    let _bar = args.progress.watch(&format!("repairing {}", printable(path.display())), args.quiet);
     formats::repair(&HostFs::shared(), path, &options, scope, args.dry_run)
 }
 

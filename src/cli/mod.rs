@@ -42,6 +42,8 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::error::Error;
+
 const HELP: &str = "\
 Examples:
   Show every image of a folder as a flat file:
@@ -235,6 +237,12 @@ fn run_cli(arguments: &[OsString]) -> Result<u8, u8> {
 /// Prints why arguments are wrong, or what they ask for, and returns the exit status.
 fn refuse(error: &clap::Error, arguments: &[OsString]) -> u8 {
     let _ = error.print();
+    if error.use_stderr() && output::asks_for_json(arguments) {
+        let said = error.to_string();
+        let said = said.lines().next().unwrap_or_default();
+        let what = said.strip_prefix("error: ").unwrap_or(said).to_owned();
+        let _ = output::print_json(&output::Failure::from(&Error::invalid(what)));
+    }
     if let Some(advice) = advice(error, arguments) {
         eprintln!("\n  tip: {advice}");
     }

@@ -14,12 +14,15 @@ use std::process::{Command, Stdio};
 
 use clap::{Args, Parser};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::log_sink;
-use super::output::complain;
+use super::output::{self, Failure, OutputArgs, complain, print_json};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::daemon::{MountRequest, Prepared, check_host};
 use crate::fuse::options::MountOptions;
+use crate::names::Name;
 
 /// Exit status for wrong usage, as of mount(8).
 pub const USAGE: u8 = 1;
@@ -75,6 +78,8 @@ pub struct MountArgs {
     verbose: u8,
     #[command(flatten)]
     words: Words,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// The options of a mount as flags. Each stands for the word of its name in `-o`.
@@ -246,15 +251,16 @@ pub fn mount(args: &MountArgs) -> u8 {
         .iter()
         .try_for_each(|list| options.apply(list, false))
         .and_then(|()| args.words.apply(&mut options));
+    let json = args.output.json();
     if let Err(e) = parsed {
-        return report(&e, USAGE);
+        return report(&e, USAGE, json);
     }
     let request = MountRequest {
         sources: args.sources.clone(),
         mountpoint: args.mountpoint.clone(),
         options,
     };
-    if args.foreground { serve(&request, || Ok(())) } else { in_background(&request) }
+    if args.foreground { serve(&request, json) } else { in_background(&request, json) }
 }
 
 /// `mount.flatdisk` and `mount.fuse.flatdisk`.
@@ -266,7 +272,7 @@ pub fn helper(args: &HelperArgs) -> u8 {
         parsed = Err(Error::unsupported("option -N").hint("use nsenter"));
     }
     if let Err(e) = parsed {
-        return report(&e, USAGE);
+        return report(&e, USAGE, false);
     }
     let request = MountRequest {
         sources: vec![args.source.clone()],
@@ -274,37 +280,52 @@ pub fn helper(args: &HelperArgs) -> u8 {
         options,
     };
     if args.fake {
-        return Prepared::new(&request).map_or_else(|e| report(&e, MOUNT_FAILURE), |_| 0);
+        return Prepared::new(&request).map_or_else(|e| report(&e, MOUNT_FAILURE, false), |_| 0);
     }
-    in_background(&request)
+    in_background(&request, false)
 }
 
-fn report(error: &Error, status: u8) -> u8 {
-    complain(error);
+fn report(error: &Error, status: u8, json: bool) -> u8 {
+    output::report(error, json);
     status
 }
 
+/// What a live mount is, for programs.
+fn print_mounted(request: &MountRequest) -> Result<()> {
+    let sources: Vec<_> = request.sources.iter().map(|path| Name::from(&**path)).collect();
+    print_json(&json!({ "mountpoint": Name::from(&*request.mountpoint), "sources": sources }))
+}
+
 /// Mounts and serves in this process.
-fn serve(request: &MountRequest, ready: impl FnOnce() -> Result<()>) -> u8 {
+fn serve(request: &MountRequest, json: bool) -> u8 {
+    let ready = || if json { print_mounted(request) } else { Ok(()) };
     match Prepared::new(request).and_then(|prepared| prepared.serve(ready)) {
         // Each was logged when it happened.
         Ok(failures) if failures.is_empty() => 0,
         Ok(_) => SYSTEM_ERROR,
-        Err(e) => report(&e, MOUNT_FAILURE),
+        Err(e) => report(&e, MOUNT_FAILURE, json),
     }
 }
 
-fn in_background(request: &MountRequest) -> u8 {
+/// A failure of the process in the background, as it tells of it: for people and for programs.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    text: String,
+    failure: serde_json::Value,
+}
+
+fn in_background(request: &MountRequest, json: bool) -> u8 {
     if std::env::var_os(DAEMON).is_some() {
         return serve_detached(request);
     }
     if let Err(e) = check_host() {
-        return report(&e, MOUNT_FAILURE);
+        return report(&e, MOUNT_FAILURE, json);
     }
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_else(|| "flatdisk".into());
-    let failed =
-        |e: std::io::Error| report(&Error::io("starting the background process", &e), SYSTEM_ERROR);
+    let failed = |e: std::io::Error| {
+        report(&Error::io("starting the background process", &e), SYSTEM_ERROR, json)
+    };
     let child = Command::new("/proc/self/exe")
         .arg0(name)
         .args(arguments)
@@ -323,14 +344,23 @@ fn in_background(request: &MountRequest) -> u8 {
         return failed(e);
     }
     match said.trim_end() {
+        READY if json => print_mounted(request).map_or_else(|e| report(&e, 1, false), |()| 0),
         READY => 0,
         "" => {
             let how = child.wait().map(|status| status.to_string()).unwrap_or_default();
             let died = format!("the background process ended before the mount was live: {how}");
-            report(&Error::new(ErrorKind::Failed, died), MOUNT_FAILURE)
+            report(&Error::new(ErrorKind::Failed, died), MOUNT_FAILURE, json)
         }
         error => {
-            complain(error);
+            match serde_json::from_str::<Told>(error) {
+                Ok(told) => {
+                    complain(told.text);
+                    if json {
+                        let _ = print_json(&told.failure);
+                    }
+                }
+                Err(_) => complain(error),
+            }
             MOUNT_FAILURE
         }
     }
@@ -339,7 +369,9 @@ fn in_background(request: &MountRequest) -> u8 {
 /// The background process: serves, and reports to the process that started it.
 fn serve_detached(request: &MountRequest) -> u8 {
     let failed = |e: &Error| {
-        let _ = writeln!(std::io::stdout(), "{e}");
+        let told = Told { text: e.to_string(), failure: json!(Failure::from(e)) };
+        let told = serde_json::to_string(&told).unwrap_or(told.text);
+        let _ = writeln!(std::io::stdout(), "{told}");
         MOUNT_FAILURE
     };
     let prepared = match Prepared::new(request) {

@@ -1,13 +1,16 @@
 //! What commands print: sizes for people, JSON for programs.
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::Write;
+use std::path::Path;
 
 use clap::{ArgMatches, Args, ValueEnum};
 use parse_size::Config;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::formats;
 use crate::names::{acts, printable};
 
 /// How a command prints its result.
@@ -42,6 +45,16 @@ pub fn wants_json(arguments: &ArgMatches) -> bool {
     flag || format == Some(&OutputFormat::Json)
 }
 
+/// Whether arguments that may be wrong ask for JSON.
+pub fn asks_for_json(arguments: &[OsString]) -> bool {
+    let words = arguments.iter().skip(1).take_while(|word| *word != "--");
+    let mut words = words.map(|word| word.as_encoded_bytes());
+    words.any(|word| {
+        let short = word.starts_with(b"-") && !word.starts_with(b"--") && word.contains(&b'J');
+        short || word == b"--json" || word == b"--output=json"
+    })
+}
+
 /// A failure in JSON.
 #[derive(Debug, Serialize)]
 pub struct Failure {
@@ -63,6 +76,18 @@ impl From<&Error> for Failure {
             what: error.what().to_owned(),
             hint: error.hinted().map(str::to_owned),
         }
+    }
+}
+
+/// Warns where a file's name says another format than the one that it gets.
+pub fn mind_extension(path: &Path, format: &str) {
+    let named = formats::by_extension(path).map(|named| named.name());
+    if let Some(named) = named.filter(|named| *named != format) {
+        let (named, format) = (named.to_uppercase(), format.to_uppercase());
+        complain(format_args!(
+            "{}: a {format} with the extension of a {named}; programs that go by names will not open it",
+            path.display()
+        ));
     }
 }
 
@@ -166,6 +191,20 @@ mod tests {
         }
         for text in ["", "-1", "x", "1Q"] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn wrong_arguments_may_ask_for_json() {
+        let asks = |line: &str| {
+            let words: Vec<_> = line.split(' ').map(OsString::from).collect();
+            asks_for_json(&words)
+        };
+        for line in ["flatdisk info --json", "flatdisk x -qJ y", "flatdisk a --output=json b"] {
+            assert!(asks(line), "{line}");
+        }
+        for line in ["flatdisk info x", "flatdisk info -- --json", "--json", "flatdisk --jsonx"] {
+            assert!(!asks(line), "{line}");
         }
     }
 

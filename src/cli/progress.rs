@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -10,6 +11,9 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+
+/// How often a sign of life changes.
+const TICK: Duration = Duration::from_millis(200);
 
 /// Whether a command shows how far it is.
 #[derive(Debug, Clone, Copy, Default, Args)]
@@ -38,6 +42,20 @@ impl ProgressArgs {
         );
         bar.set_message(what.to_owned());
         Ok(Bar { bar, ended })
+    }
+
+    /// A sign of life for work of unknown size called `what`: how long it has taken so far. Signals do as
+    /// ever.
+    pub fn watch(self, what: &str, quiet: bool) -> Bar {
+        let hidden = quiet || self.no_progress || !std::io::stderr().is_terminal();
+        let bar = if hidden { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        bar.set_message(what.to_owned());
+        if !hidden {
+            bar.enable_steady_tick(TICK);
+        }
+        let style = ProgressStyle::with_template("{msg} {spinner} {elapsed}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        Bar { bar, ended: Arc::default() }
     }
 }
 

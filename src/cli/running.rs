@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::attach::{self, AttachmentStatus};
 use super::mount::{MOUNT_FAILURE, SYSTEM_ERROR, USAGE};
-use super::output::{OutputArgs, complain, iec, print_json, print_line};
+use super::output::{Failure, OutputArgs, complain, iec, print_json, print_line, report};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Answer, Connection, MountStatus, Request};
 use crate::fuse::crew::Crew;
@@ -52,6 +52,8 @@ pub struct UmountArgs {
     /// How long images may take to be flushed, and then to be closed; those that take longer are named.
     #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT)]
     timeout: u64,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// Arguments of `umount.flatdisk`, as umount(8) calls its helpers.
@@ -136,6 +138,9 @@ pub struct OpenArgs {
     /// Show their partitions as files, too; also of an image that is there already.
     #[arg(long)]
     partitions: bool,
+    /// Do not print the flat files' names.
+    #[arg(long, short)]
+    quiet: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -157,12 +162,35 @@ pub fn umount(args: &UmountArgs) -> u8 {
     let mountpoints = match mountpoints {
         Ok(mountpoints) => mountpoints,
         Err(e) => {
-            complain(e);
+            report(&e, args.output.json());
             return MOUNT_FAILURE;
         }
     };
-    let statuses = mountpoints.iter().map(|dir| umount_one(dir, args.lazy, args.timeout));
-    statuses.fold(0, |all, one| all | one)
+    let patience = Duration::from_secs(args.timeout);
+    let outcomes = mountpoints.iter().map(|dir| (dir, try_umount(dir, args.lazy, patience)));
+    let outcomes: Vec<_> = outcomes.inspect(|(_, outcome)| complain_of_umount(outcome)).collect();
+    if args.output.json()
+        && let Err(e) = print_umounts(&outcomes)
+    {
+        complain(e);
+    }
+    outcomes.iter().fold(0, |all, (_, outcome)| all | umount_status(outcome))
+}
+
+/// For programs: the failure, where one mount was named and it failed, or what came of each.
+fn print_umounts(outcomes: &[(&PathBuf, Result<Vec<String>>)]) -> Result<()> {
+    if let [(_, Err(e))] = outcomes {
+        return print_json(&Failure::from(e));
+    }
+    let answers = outcomes.iter().map(|(dir, outcome)| {
+        serde_json::json!({
+            "mountpoint": Name::from(&***dir),
+            "unmounted": outcome.is_ok(),
+            "failures": outcome.as_ref().ok(),
+            "error": outcome.as_ref().err().map(Failure::from),
+        })
+    });
+    print_json(&serde_json::json!({ "mounts": answers.collect::<Vec<_>>() }))
 }
 
 /// `umount.fuse`. umount(8) calls it for any FUSE mount: where root names the mount by its absolute
@@ -212,16 +240,23 @@ fn own_mounts() -> Result<Vec<PathBuf>> {
 }
 
 fn umount_one(dir: &Path, lazy: bool, timeout: u64) -> u8 {
-    match try_umount(dir, lazy, Duration::from_secs(timeout)) {
-        Ok(failures) => {
-            let status = if failures.is_empty() { 0 } else { SYSTEM_ERROR };
-            failures.iter().for_each(complain);
-            status
-        }
-        Err(e) => {
-            complain(e);
-            MOUNT_FAILURE
-        }
+    let outcome = try_umount(dir, lazy, Duration::from_secs(timeout));
+    complain_of_umount(&outcome);
+    umount_status(&outcome)
+}
+
+fn complain_of_umount(outcome: &Result<Vec<String>>) {
+    match outcome {
+        Ok(failures) => failures.iter().for_each(complain),
+        Err(e) => complain(e),
+    }
+}
+
+fn umount_status(outcome: &Result<Vec<String>>) -> u8 {
+    match outcome {
+        Ok(failures) if failures.is_empty() => 0,
+        Ok(_) => SYSTEM_ERROR,
+        Err(_) => MOUNT_FAILURE,
     }
 }
 
@@ -528,7 +563,7 @@ pub fn open(args: &OpenArgs) -> Result<u8> {
     let answer = daemon.ask(&Request::Open { images, partitions: args.partitions })?;
     if args.output.json() {
         print_json(&serde_json::json!({ "files": answer.names }))?;
-    } else {
+    } else if !args.quiet {
         answer.names.iter().try_for_each(|name| print_line(&name.display().to_string()))?;
     }
     Ok(complain_of(&answer))

@@ -80,6 +80,9 @@ pub struct InstallArgs {
     /// Remove what the same command without this flag installs.
     #[arg(long)]
     uninstall: bool,
+    /// Do not print what is laid or taken away.
+    #[arg(long, short)]
+    quiet: bool,
 }
 
 /// What lies at a path.
@@ -109,7 +112,7 @@ pub fn install(args: &InstallArgs) -> Result<u8> {
             (false, true) => remove(&path, &content)?,
             (false, false) => lay(&path, &content).map(|()| true)?,
         };
-        if changed {
+        if changed && (!args.quiet || args.dry_run) {
             print_line(&path.display().to_string())?;
         }
     }
