@@ -128,7 +128,7 @@ fn a_snapshot_is_refused_where_it_would_do_harm() {
         let e = take(&host, &path, Some("there")).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Exists, "{e}");
         let e = snapshot::revert(&host, &path, "there", &options()).unwrap_err();
-        assert!(e.what().contains("does not stand on disk-there"), "{e}");
+        assert!(e.what().contains("is of another disk"), "{e}");
         assert_eq!(names(&host), before);
         holds(&host, &path, &model).unwrap();
         // Others stand on the image.

@@ -13,11 +13,17 @@ use serde::Serialize;
 use super::attach::{self, AttachmentStatus};
 use super::mount::{MOUNT_FAILURE, SYSTEM_ERROR, USAGE};
 use super::output::{Failure, OutputArgs, complain, iec, print_json, print_line, report};
+use super::source::image_of;
 use crate::error::{Error, ErrorKind, Result};
+use crate::formats::chain::{self, Merging};
+use crate::formats::{OpenOptions, snapshot};
 use crate::fuse::control::{Answer, Connection, MountStatus, Request};
 use crate::fuse::crew::Crew;
 use crate::fuse::mounts::{self, MountEntry};
+use crate::fuse::options::scratch_dir;
 use crate::names::Name;
+use crate::storage::Access;
+use crate::storage::file::HostFs;
 
 /// How long after unmounting to wait before looking whether the file system is mounted elsewhere.
 const GLANCE: Duration = Duration::from_millis(20);
@@ -141,16 +147,35 @@ pub struct OpenArgs {
     /// Do not print the flat files' names.
     #[arg(long, short)]
     quiet: bool,
+    /// Leave the images as they are: what is written goes to scratch files in DIR [default: $TMPDIR or
+    /// /var/tmp], and vanishes when they are closed, unless `close --commit` keeps it.
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true)]
+    nonpersistent: Option<Option<OsString>>,
     #[command(flatten)]
     output: OutputArgs,
 }
 
 /// Arguments of `flatdisk close`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  Try something on a disk, and keep it, or not:
+    flatdisk open --nonpersistent server.vhdx /mnt/flat
+    flatdisk close --commit /mnt/flat/server.vhdx.img
+    flatdisk close /mnt/flat/server.vhdx.img
+  Keep it in a child:
+    flatdisk close --commit --child tried.vhdx /mnt/flat/server.vhdx.img")]
 pub struct CloseArgs {
     /// Flat files in the root of a mount.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// Write what was written to a nonpersistent file into its image. It goes into a child first, which is
+    /// then merged: killed between, `flatdisk commit CHILD` does the rest.
+    #[arg(long)]
+    commit: bool,
+    /// Leave it in a child of this name, and the image as it is.
+    #[arg(long, value_name = "CHILD", requires = "commit")]
+    child: Option<PathBuf>,
 }
 
 /// `flatdisk umount`.
@@ -560,7 +585,16 @@ pub fn open(args: &OpenArgs) -> Result<u8> {
     };
     let images = args.images.iter().map(absolute).map(|image| Ok(Name(image?)));
     let images = images.collect::<Result<_>>()?;
-    let answer = daemon.ask(&Request::Open { images, partitions: args.partitions })?;
+    let throw_away = match &args.nonpersistent {
+        Some(dir) => {
+            let dir = scratch_dir(dir.as_deref())?;
+            let absolute = std::path::absolute(&dir);
+            Some(Name(absolute.map_err(|e| Error::io("open", &e).in_file(&dir))?))
+        }
+        None => None,
+    };
+    let request = Request::Open { images, partitions: args.partitions, throw_away };
+    let answer = daemon.ask(&request)?;
     if args.output.json() {
         print_json(&serde_json::json!({ "files": answer.names }))?;
     } else if !args.quiet {
@@ -572,12 +606,47 @@ pub fn open(args: &OpenArgs) -> Result<u8> {
 /// `flatdisk close`.
 pub fn close(args: &CloseArgs) -> Result<u8> {
     let mut status = 0;
+    if args.commit && args.files.len() > 1 && args.child.is_some() {
+        return Err(Error::invalid("one child can hold what was written to one file only"));
+    }
     for file in &args.files {
+        if args.commit {
+            status |= commit(file, args.child.as_deref())?;
+            continue;
+        }
         let mount = mount_of(file)?;
         let absolute = place_of(file)?;
         let name = absolute.strip_prefix(&mount.target).unwrap_or(&absolute).to_owned();
         let mut daemon = Connection::to(&mount)?;
-        status |= complain_of(&daemon.ask(&Request::Close { names: vec![Name(name)] })?);
+        let request = Request::Close { names: vec![Name(name)], keep: None };
+        status |= complain_of(&daemon.ask(&request)?);
     }
     Ok(status)
+}
+
+/// Closes a flat file, and keeps what was written to its throw-away layer: in `child`, or in its image.
+fn commit(file: &Path, child: Option<&Path>) -> Result<u8> {
+    let image = image_of(file)?;
+    let mount = mount_of(file)?;
+    let absolute = place_of(file)?;
+    let name = absolute.strip_prefix(&mount.target).unwrap_or(&absolute).to_owned();
+    let kept = match child {
+        Some(child) => {
+            std::path::absolute(child).map_err(|e| Error::io("open", &e).in_file(child))?
+        }
+        None => {
+            let now = jiff::ZonedDateTime::now().strftime("written-%Y%m%d-%H%M%S").to_string();
+            snapshot::frozen_name(&image, &now)?
+        }
+    };
+    let request = Request::Close { names: vec![Name(name)], keep: Some(Name(kept.clone())) };
+    let status = complain_of(&Connection::to(&mount)?.ask(&request)?);
+    if status != 0 || child.is_some() {
+        return Ok(status);
+    }
+    let options = OpenOptions::new(Access::Read);
+    let hint = || format!("`flatdisk commit {}` does it later", kept.display());
+    chain::merge(&HostFs::shared(), &kept, &options, Merging::default(), &())
+        .map_err(|e| e.hint(hint()))?;
+    Ok(0)
 }

@@ -29,6 +29,7 @@ use super::chain::{file_identity, opening};
 use super::naming::{Renaming, children_beside, files_of, listed};
 use super::places::directory_of;
 use super::{CreateSpec, Format, Image, OpenOptions, by_name, open, recognise};
+use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::staged::Staged;
 use crate::storage::{Access, Host};
@@ -83,7 +84,7 @@ pub fn take(
         other => other?,
     };
     renaming.add()?;
-    let staged = match child_of(host, path, &frozen, path, &peek) {
+    let staged = match child_of(host, path, &frozen, path, true, &peek) {
         Ok(staged) => staged,
         Err(e) => {
             renaming.undo();
@@ -104,7 +105,7 @@ pub fn take(
 /// since is gone. Returns the frozen image.
 ///
 /// # Errors
-/// The image is in use, is not made from the frozen one, or others stand on it. Nothing has changed then.
+/// The image is in use, the frozen one is of another disk, or others stand on the image. Nothing has changed then.
 pub fn revert(
     host: &Arc<dyn Host>,
     path: &Path,
@@ -132,7 +133,7 @@ pub fn revert(
         Err(e) => return Err(e),
     }
     let like = if locked.is_some() { path } else { &frozen };
-    let staged = child_of(host, path, &frozen, like, &peek)?;
+    let staged = child_of(host, path, &frozen, like, true, &peek)?;
     let made = staged.commit()?;
     let new = |part: &PathBuf| made.iter().any(|new| new.file_name() == part.file_name());
     for part in left.into_iter().map(|(part, _)| part).filter(|part| !new(part)) {
@@ -153,11 +154,18 @@ fn refuse_revert(
     options: &OpenOptions,
 ) -> Result<()> {
     let refuse = |what, hint| Err(Error::invalid(what).in_file(&image.path).hint(hint));
-    let wanted = file_identity(host, frozen)?;
-    let stands = image.chain().skip(1).any(|i| file_identity(host, &i.path).ok() == Some(wanted));
-    if !stands {
-        let what = format!("the image does not stand on {}", listed(&[frozen.to_owned()]));
-        return refuse(what, "`flatdisk snapshot IMAGE --list` shows what it stands on");
+    // Whoever went back may go forward again, to what stands on the same disk.
+    let kept = open(host, frozen, options)?;
+    let bottom = |image: &Image| {
+        let last = image.chain().last().map(|image| file_identity(host, &image.path));
+        last.transpose()
+    };
+    if bottom(image)? != bottom(&kept)? {
+        let what = format!("{} is of another disk", listed(&[frozen.to_owned()]));
+        return refuse(what, "`flatdisk snapshot IMAGE --list` shows what there is");
+    }
+    if file_identity(host, frozen)? == file_identity(host, &image.path)? {
+        return refuse("it is the image itself".to_owned(), "name a snapshot");
     }
     let children = children_beside(host, image, options)?;
     match children.is_empty() {
@@ -177,12 +185,14 @@ fn real(path: &Path) -> PathBuf {
     }
 }
 
-/// Makes a child of `frozen` that is going to be called `path`, owned as the file `like`.
+/// Makes a child of `frozen` that is going to be called `path`, in the place of another if `replace`, and
+/// owned as the file `like`.
 fn child_of(
     host: &Arc<dyn Host>,
     path: &Path,
     frozen: &Path,
     like: &Path,
+    replace: bool,
     options: &OpenOptions,
 ) -> Result<Arc<Staged>> {
     let parent = open(host, frozen, options)?;
@@ -191,7 +201,7 @@ fn child_of(
     let in_parts = parent.info.subformat.to_ascii_lowercase().contains("gbmaxextent");
     let subformat = in_parts.then(|| "monolithicSparse".to_owned());
     let spec = CreateSpec { subformat, ..CreateSpec::default() };
-    let staged = Staged::new(host.clone(), path, true)?;
+    let staged = Staged::new(host.clone(), path, replace)?;
     let explain = |e: Error| staged.explain(e.in_file(path));
     format.create_child(&*staged, path, &parent, &spec).map_err(explain)?;
     for name in staged.names() {
@@ -200,8 +210,32 @@ fn child_of(
     Ok(staged)
 }
 
+/// Makes a child at `path` of the image at `parent`, which holds what `fill` writes to its disk. It takes its
+/// name when it is complete and durable.
+///
+/// # Errors
+/// There is a file of this name, the parent cannot have a child, or what `fill` fails with.
+pub fn child_holding(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    parent: &Path,
+    options: &OpenOptions,
+    fill: impl FnOnce(&Disk) -> Result<()>,
+) -> Result<()> {
+    let staged =
+        child_of(host, path, parent, parent, false, &opening(options, Access::Peek, None))?;
+    let explain = |e: Error| staged.explain(e);
+    let unfinished: Arc<dyn Host> = staged.clone();
+    let child = open(&unfinished, path, &opening(options, Access::Write, None)).map_err(explain)?;
+    fill(&child.disk).and_then(|()| child.close()).map_err(explain)?;
+    staged.commit().map(drop)
+}
+
 /// What the image at `path` is called when it is frozen as `name`.
-fn frozen_name(path: &Path, name: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// `name` cannot be a part of a file's name.
+pub fn frozen_name(path: &Path, name: &str) -> Result<PathBuf> {
     let plain = !name.is_empty() && !name.contains('/') && !name.chars().any(char::is_control);
     if !plain {
         let what = format!("`{name}` cannot be a part of a file's name");

@@ -56,6 +56,9 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// How long a daemon may take to open or close images.
 const OPENING: Duration = Duration::from_secs(60);
 
+/// How long a daemon may take to copy a throw-away layer.
+const KEEPING: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// How long a caller may take to send its request, or to take its answer.
 const CALLER: Duration = Duration::from_secs(30);
 
@@ -88,11 +91,17 @@ pub enum Request {
         /// Their partitions, too.
         #[serde(default)]
         partitions: bool,
+        /// Where what is written goes, if not to the images.
+        #[serde(default)]
+        throw_away: Option<Name>,
     },
     /// Take images out of the root.
     Close {
         /// Their names in the root.
         names: Vec<Name>,
+        /// Where a child is made first that holds what was written to the throw-away layer of the only one.
+        #[serde(default)]
+        keep: Option<Name>,
     },
 }
 
@@ -102,6 +111,7 @@ impl Request {
         match self {
             Self::Sync { patience } | Self::Leave { patience } => *patience + ANSWER,
             Self::Status => ANSWER,
+            Self::Close { keep: Some(_), .. } => KEEPING,
             Self::Open { .. } | Self::Close { .. } => OPENING,
         }
     }
@@ -363,17 +373,21 @@ impl Service {
                 self.tree.flush_all(patience).into_iter().for_each(note);
             }
             Request::Status => answer.status = Some(self.status()),
-            Request::Open { images, partitions } => {
+            Request::Open { images, partitions, throw_away } => {
                 for image in images {
-                    match self.open(&image, partitions) {
+                    match self.open(&image, partitions, throw_away.as_deref()) {
                         Ok(names) => answer.names.extend(names),
                         Err(e) => note(e),
                     }
                 }
             }
-            Request::Close { names } => {
+            Request::Close { names, keep } => {
                 for name in names {
-                    match self.tree.unpin(ROOT, name.as_os_str()).in_file(&name) {
+                    let kept =
+                        keep.as_deref().map(|path| self.tree.keep_layer(name.as_os_str(), path));
+                    let kept = kept.unwrap_or(Ok(()));
+                    let closed = kept.and_then(|()| self.tree.unpin(ROOT, name.as_os_str()));
+                    match closed.in_file(&name) {
                         Ok(()) => self.mounted.name_changed(name.as_os_str()),
                         Err(e) => note(e),
                     }
@@ -384,8 +398,12 @@ impl Service {
     }
 
     /// Shows an image in the root, and returns its files. With `partitions` it may be there already.
-    fn open(&self, image: &Path, partitions: bool) -> Result<Vec<Name>> {
-        let mut names = match self.tree.pin(image, None) {
+    fn open(&self, image: &Path, partitions: bool, throw_away: Option<&Path>) -> Result<Vec<Name>> {
+        let pinned = match throw_away {
+            Some(dir) => self.tree.pin_throw_away(image, dir.to_owned()),
+            None => self.tree.pin(image, None),
+        };
+        let mut names = match pinned {
             Ok(name) => vec![name],
             Err(e) if partitions && e.kind() == ErrorKind::Exists => {
                 vec![self.tree.pinned_name(image).ok_or(e)?]

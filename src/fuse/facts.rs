@@ -280,6 +280,8 @@ fn readers_may_have(own: Permissions, reach: &Reach, path: &Path, image: &Path) 
 pub struct FactsCache {
     opener: Box<dyn Opener>,
     scratch: Option<PathBuf>,
+    /// Images that are never written, by path, and where what is written to them goes.
+    throw_away: Mutex<HashMap<PathBuf, PathBuf>>,
     known: Mutex<Known>,
     /// Whether anybody wants to know the partitions.
     partitions: AtomicBool,
@@ -357,7 +359,8 @@ impl FactsCache {
     /// An empty cache over `opener`. With a directory for `scratch` files, images are never written.
     pub fn new(opener: Box<dyn Opener>, scratch: Option<PathBuf>) -> Self {
         let partitions = AtomicBool::new(false);
-        Self { opener, scratch, known: Mutex::default(), partitions, looks: Default::default() }
+        let (throw_away, known) = (Mutex::default(), Mutex::default());
+        Self { opener, scratch, throw_away, known, partitions, looks: Default::default() }
     }
 
     /// From here on partition tables are read, too.
@@ -365,9 +368,19 @@ impl FactsCache {
         self.partitions.store(true, Ordering::Relaxed);
     }
 
-    /// Where what is written goes, if not to the images.
-    pub fn scratch(&self) -> Option<&Path> {
-        self.scratch.as_deref()
+    /// Where what is written to an image goes, if not to the image.
+    pub fn scratch(&self, place: &Place) -> Option<PathBuf> {
+        let own = || self.throw_away.lock().get(&place.path()).cloned();
+        self.scratch.clone().or_else(own)
+    }
+
+    /// From here on what is written to an image goes to scratch files in `dir`, or again to the image.
+    pub fn throw_away(&self, place: &Place, dir: Option<PathBuf>) {
+        let mut throw_away = self.throw_away.lock();
+        match dir {
+            Some(dir) => throw_away.insert(place.path(), dir),
+            None => throw_away.remove(&place.path()),
+        };
     }
 
     /// Opens an image for use.

@@ -328,7 +328,7 @@ impl ImageFile {
     fn open_disk(&self, images: &FactsCache, access: Access) -> Result<OpenImage> {
         let path = self.place.path();
         let stat = || self.place.stat().map_err(|e| Error::io("open", &e).in_file(&path));
-        let scratch = images.scratch().filter(|_| access == Access::Write);
+        let scratch = images.scratch(&self.place).filter(|_| access == Access::Write);
         let access = if scratch.is_some() { Access::Read } else { access };
         let image = images.open(&self.place, access)?;
         let meta = stat()?;
@@ -336,11 +336,11 @@ impl ImageFile {
             return Err(stale().in_file(&path));
         }
         let facts = Arc::new(images.facts_of(&self.place, &image));
+        let overlaid = scratch.is_some();
         let disk = match scratch {
-            Some(dir) => Arc::new(overlay::nonpersistent(image.disk, file::scratch(dir)?)),
+            Some(dir) => Arc::new(overlay::nonpersistent(image.disk, file::scratch(&dir)?)),
             None => image.disk,
         };
-        let overlaid = scratch.is_some();
         images.pin(&self.place, Stamp::of(&meta), facts.clone());
         let writable = overlaid || access == Access::Write;
         Ok(OpenImage { disk, facts, writable, overlaid, kernel_writes: OnceLock::new() })
@@ -448,6 +448,12 @@ impl ImageFile {
             let path = self.place.path();
             log::warn!("{}: {how} while open; whoever has it open keeps it", path.display());
         }
+    }
+
+    /// The throw-away layer of the image, if it was written to.
+    pub fn written_layer(&self) -> Option<Arc<Disk>> {
+        let current = self.current.read();
+        current.as_ref().filter(|open| open.holds_changes()).map(|open| open.disk.clone())
     }
 
     /// Closes the image whoever uses it.

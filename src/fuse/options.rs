@@ -363,7 +363,10 @@ fn directory(value: &OsStr) -> Result<PathBuf> {
 }
 
 /// Where throw-away layers go unless the user says: not `/tmp`, which may be in memory.
-fn scratch_dir(value: Option<&OsStr>) -> Result<PathBuf> {
+///
+/// # Errors
+/// It is no directory.
+pub fn scratch_dir(value: Option<&OsStr>) -> Result<PathBuf> {
     let usual = || std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
     directory(&value.map_or_else(usual, OsStr::to_owned))
 }

@@ -59,7 +59,7 @@ impl Tree {
                 let first = image.place.permissions().ok();
                 let first = first.filter(|_| image.displaced().is_none());
                 let first = first.unwrap_or(Permissions::of(&meta));
-                let written = self.look.nonpersistent.is_none();
+                let written = self.images.scratch(&image.place).is_none();
                 let mode = facts.permissions(first, written).mode;
                 let mut mode = mode & 0o666 & !self.look.fmask;
                 if self.may_write(image, &facts).is_err() {

@@ -98,7 +98,7 @@ impl Tree {
         facts: &Facts,
     ) -> Result<()> {
         self.may_write(image, facts)?;
-        if self.look.nonpersistent.is_some() {
+        if self.images.scratch(&image.place).is_some() {
             return Ok(());
         }
         match self.child(node, &facts.label).map_err(|e| e.in_file(&image.place.path()))? {

@@ -61,7 +61,7 @@ impl Tree {
         if self.look.read_only {
             return refuse("the mount is read-only".into());
         }
-        if self.look.nonpersistent.is_some() {
+        if self.images.scratch(&image.place).is_some() {
             return Ok(());
         }
         if let Some(reason) = &facts.read_only {

@@ -20,6 +20,7 @@ mod anew;
 mod attributes;
 mod children;
 mod files;
+mod layer;
 mod names;
 mod partitions;
 #[cfg(test)]

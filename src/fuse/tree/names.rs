@@ -377,7 +377,9 @@ impl Tree {
             image.shut(&self.images)?;
             self.forget(ino, 0);
         }
-        pinned.remove(&key);
+        if let Some(pinned) = pinned.remove(&key) {
+            self.images.throw_away(&pinned.place, None);
+        }
         Ok(())
     }
 }
