@@ -3,7 +3,7 @@
 #        ValidDataLength), as both formats demand: Windows leaves old data on the disk there when a program makes a file longer.
 # Seen: dissect.ntfs gives what lies on the disk, data of other, deleted files included; TSK minds it in NTFS, but not in exFAT, and
 #       neither does exfat-fuse 1.3. No error, the length is right. (The crate ntfs 0.4.0 does as dissect.ntfs.)
-# With: dissect.ntfs 3.16, pytsk3 20260715 (PyPI), ntfs-3g 2022.10.3, exfat-fuse 1.3.0 (Debian).
+# With: dissect.ntfs 3.16, pytsk3 20260715 (PyPI), ntfs-3g 2022.10.3, exfat-fuse 1.3.0+git20220115-2 (Debian).
 # Needs: root and /dev/fuse, a loop device, ntfs-3g, ntfscat, mkfs.ntfs, mkfs.exfat, fsck.exfat, python3 with venv, Debian's apt-get.
 set -euo pipefail
 for tool in ntfs-3g ntfscat mkfs.ntfs mkfs.exfat fsck.exfat python3 apt-get dpkg losetup; do
@@ -12,7 +12,7 @@ done
 [ "$(id -u)" = 0 ] || { echo "needs root"; exit 2; }
 dir=$(mktemp -d); cd "$dir"; loop=
 trap 'umount "$dir/mnt" 2>/dev/null || true; sleep 0.5; [ -z "$loop" ] || losetup -d "$loop"; rm -rf "$dir"' EXIT
-apt-get download -qq exfat-fuse 2>/dev/null || { echo "exfat-fuse is not to be had"; exit 2; }
+apt-get download -qq exfat-fuse=1.3.0+git20220115-2 2>/dev/null || { echo "exfat-fuse 1.3.0+git20220115-2 is not to be had"; exit 2; }
 dpkg -x exfat-fuse*.deb root
 python3 -m venv env >/dev/null && env/bin/pip install --quiet dissect.ntfs==3.16 pytsk3==20260715 || exit 2
 
