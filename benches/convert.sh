@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Converting, side by side with `qemu-img convert -m 16 -W`: medians, in seconds, and how many times faster.
+# Converting, side by side with `qemu-img convert -m 16 -W`: medians of seconds, wall clock and processor time.
 #
 #   benches/convert.sh [DIRECTORY] [MIB] [ROUNDS]
 #
 # DIRECTORY (default: a new one in /dev/shm) is where source and targets lie: on XFS or btrfs blocks are shared.
 # The source is a disk of MIB MiB (default 2048), a third of it each data that does not compress, data that does,
 # and holes. Both programs make their target durable: qemu-img with -t writeback, which flushes at the end.
-# FLATDISK names the program to be measured (default: target/release/flatdisk).
+# They take turns, so that what else the machine does hits both. FLATDISK names the program to be measured
+# (default: target/release/flatdisk), KINDS which kinds of targets and sources.
 set -euo pipefail
 
 flatdisk=${FLATDISK:-$(dirname "$0")/../target/release/flatdisk}
@@ -14,34 +15,45 @@ dir=${1:-$(mktemp -d /dev/shm/convert.XXXXXX)}
 mib=${2:-2048}
 rounds=${3:-5}
 mkdir -p "$dir"
-trap 'rm -f "$dir"/bench-*' EXIT
+times=$(mktemp -d)
+trap 'rm -rf "$dir"/bench-* "$times"' EXIT
+filesystem=$(stat -f -c %T "$dir")
+TIMEFORMAT='%R %U %S'
 
-median() { sort -n | sed -n "$(((rounds + 1) / 2))p"; }
-
-# Runs a command $rounds times, each with the target gone and everything written back; prints the median.
-measure() {
-    local round start end
-    for ((round = 0; round < rounds; round++)); do
-        rm -f "$dir"/bench-target*
-        sync -f "$dir"
-        start=$(date +%s%N)
-        "$@" >/dev/null
-        end=$(date +%s%N)
-        echo "$(((end - start) / 1000))"
-    done | median
+# Runs a command with the target gone and everything written back; appends its times to a list.
+run() {
+    local list=$times/$1
+    shift
+    rm -f "$dir"/bench-target*
+    sync -f "$dir"
+    { time "$@" >/dev/null 2>"$times/error"; } 2>&1 | awk '{ print $1, $2 + $3 }' >>"$list" || {
+        cat "$times/error" >&2
+        return 1
+    }
 }
 
-row() {
-    local what=$1 ours=$2 theirs=$3
-    awk -v what="$what" -v a="$ours" -v b="$theirs" \
-        'BEGIN { printf "%-44s %9.3f %9.3f %7.1f\n", what, a / 1e6, b / 1e6, b / a }'
+median() { cut -d' ' -f"$2" "$times/$1" | sort -n | sed -n "$(((rounds + 1) / 2))p"; }
+
+# pair WHAT: the commands in the arrays ours and qemu, in turns.
+pair() {
+    rm -f "$times"/*
+    for ((round = 0; round < rounds; round++)); do
+        run ours "${ours[@]}"
+        run qemu "${qemu[@]}"
+    done
+    printf '%-34s %8.3f %8.3f %7.1f %11.3f %8.3f\n' "$1" "$(median ours 1)" "$(median qemu 1)" \
+        "$(awk -v a="$(median ours 1)" -v b="$(median qemu 1)" 'BEGIN { print b / (a > 0 ? a : 0.001) }')" \
+        "$(median ours 2)" "$(median qemu 2)"
 }
 
 source=$dir/bench-source.raw
+rm -f "$source"
 truncate -s "${mib}M" "$source"
 third=$((mib / 3))
 dd if=/dev/urandom of="$source" bs=1M count="$third" conv=notrunc status=none
-seq 1 $((third * 120000)) | head -c "${third}M" | dd of="$source" bs=1M seek="$third" conv=notrunc iflag=fullblock status=none
+# More lines than are taken: that seq finds nobody to read them is no failure.
+{ seq 1 $((third * 120000)) 2>/dev/null || true; } | head -c "${third}M" |
+    dd of="$source" bs=1M seek="$third" conv=notrunc iflag=fullblock status=none
 
 declare -A options=(
     [raw]="-O raw"
@@ -60,30 +72,31 @@ declare -A theirs=(
     [stream]="-O vmdk -o subformat=streamOptimized"
 )
 declare -A names=([raw]=raw [vhd]=vpc [vhd-fixed]=vpc [vhdx]=vhdx [vmdk]=vmdk [stream]=vmdk)
+shares=no
+[ "$filesystem" = tmpfs ] || shares=yes
 
-printf '%-44s %9s %9s %7s\n' "$(stat -f -c %T "$dir"), $mib MiB" flatdisk qemu-img times
+printf '%-34s %8s %8s %7s %11s %8s\n' "$filesystem, $mib MiB" flatdisk qemu-img times "flatdisk cpu" "qemu cpu"
 for kind in ${KINDS:-raw vhd vhd-fixed vhdx vmdk stream}; do
+    read -ra to <<<"${options[$kind]}"
+    read -ra qemu_to <<<"${theirs[$kind]}"
     target=$dir/bench-target.${kind%%-*}
-    # shellcheck disable=SC2086
-    ours=$(measure "$flatdisk" convert -q --reflink never ${options[$kind]} --from raw "$source" "$target")
-    # shellcheck disable=SC2086
-    qemu=$(measure qemu-img convert -m 16 -W -t writeback -f raw ${theirs[$kind]} "$source" "$target")
-    row "raw to $kind" "$ours" "$qemu"
-    if [ "$(stat -f -c %T "$dir")" != tmpfs ] && [ "$kind" != stream ]; then
-        # shellcheck disable=SC2086
-        ours=$(measure "$flatdisk" convert -q ${options[$kind]} --from raw "$source" "$target")
-        row "raw to $kind, blocks shared" "$ours" "$qemu"
+    qemu=(qemu-img convert -m 16 -W -t writeback -f raw "${qemu_to[@]}" "$source" "$target")
+    ours=("$flatdisk" convert -q --reflink never "${to[@]}" --from raw "$source" "$target")
+    pair "raw to $kind"
+    if [ "$shares" = yes ] && [ "$kind" != stream ]; then
+        ours=("$flatdisk" convert -q --reflink always "${to[@]}" --from raw "$source" "$target")
+        pair "raw to $kind, blocks shared"
     fi
     [ "$kind" = raw ] && continue
     image=$dir/bench-image.$kind
-    # shellcheck disable=SC2086
-    "$flatdisk" convert -q --reflink never ${options[$kind]} --from raw "$source" "$image"
-    ours=$(measure "$flatdisk" convert -q --reflink never -O raw "$image" "$dir/bench-target.raw")
-    qemu=$(measure qemu-img convert -m 16 -W -t writeback -f "${names[$kind]}" -O raw "$image" "$dir/bench-target.raw")
-    row "$kind to raw" "$ours" "$qemu"
-    if [ "$(stat -f -c %T "$dir")" != tmpfs ] && [ "$kind" != stream ]; then
-        ours=$(measure "$flatdisk" convert -q -O raw "$image" "$dir/bench-target.raw")
-        row "$kind to raw, blocks shared" "$ours" "$qemu"
+    "$flatdisk" convert -q --reflink never "${to[@]}" --from raw "$source" "$image"
+    target=$dir/bench-target.raw
+    qemu=(qemu-img convert -m 16 -W -t writeback -f "${names[$kind]}" -O raw "$image" "$target")
+    ours=("$flatdisk" convert -q --reflink never -O raw "$image" "$target")
+    pair "$kind to raw"
+    if [ "$shares" = yes ] && [ "$kind" != stream ]; then
+        ours=("$flatdisk" convert -q --reflink always -O raw "$image" "$target")
+        pair "$kind to raw, blocks shared"
     fi
     rm -f "$image"
 done

@@ -17,6 +17,9 @@ use crate::storage::SHARED_BLOCK;
 /// Bytes of zeroes, at a multiple of them on the disk, that are worth not storing.
 pub const ZERO_RUN: usize = 4096;
 
+/// Bytes that are written before the host's device is told to begin with them.
+const WRITE_BACK: u64 = 32 << 20;
+
 static ZEROES: [u8; ZERO_RUN] = [0; ZERO_RUN];
 
 /// Whether all of at most [`ZERO_RUN`] bytes are zero.
@@ -55,12 +58,30 @@ pub struct DiskSink {
     /// The host has refused to share.
     refused: AtomicBool,
     shared: AtomicU64,
+    written: AtomicU64,
 }
 
 impl DiskSink {
     /// Everything goes to `disk`; `blank` says that it reads as zeroes now.
     pub fn new(disk: Arc<Disk>, blank: bool, sharing: Sharing) -> Self {
-        Self { disk, blank, sharing, refused: AtomicBool::new(false), shared: AtomicU64::new(0) }
+        Self {
+            disk,
+            blank,
+            sharing,
+            refused: AtomicBool::new(false),
+            shared: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+        }
+    }
+
+    /// Writes, and lets the host's device begin in time, that it is not idle until everything is there.
+    fn write(&self, at: u64, data: &[u8]) -> Result<()> {
+        self.disk.write_at(at, data)?;
+        let before = self.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        if (before + data.len() as u64) / WRITE_BACK > before / WRITE_BACK {
+            self.disk.write_back();
+        }
+        Ok(())
     }
 
     /// Bytes that were shared, not copied.
@@ -83,7 +104,7 @@ impl Sink for DiskSink {
                 if !zeroes.is_empty() {
                     self.skip(zeroes)?;
                 }
-                self.disk.write_at(at + run.start as u64, &data[run])
+                self.write(at + run.start as u64, &data[run])
             },
         )?;
         let rest = at + done as u64..at + data.len() as u64;

@@ -326,6 +326,12 @@ impl Disk {
         }
     }
 
+    /// Tells the host to begin writing to its device what was written, that [`Self::flush`] has less to
+    /// wait for.
+    pub fn write_back(&self) {
+        self.map.files().iter().for_each(|file| file.write_back());
+    }
+
     /// Writes `data` at `offset`. Durable after [`Self::flush`].
     ///
     /// # Errors

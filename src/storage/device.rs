@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::{FileIdentity, Storage};
+use super::{FileIdentity, Storage, write_back};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Most zeroes written at once.
@@ -101,6 +101,10 @@ impl Storage for DeviceFile {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn write_back(&self) {
+        write_back::begin(&self.file);
     }
 
     fn allocated(&self) -> io::Result<u64> {

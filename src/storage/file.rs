@@ -35,7 +35,7 @@ use nix::unistd::{Whence, geteuid, lseek64};
 
 use super::archive;
 use super::reach::{Reach, Root, vmware_lock_of};
-use super::{Access, Entry, FileIdentity, Host, Namer, Storage, replace, share};
+use super::{Access, Entry, FileIdentity, Host, Namer, Storage, replace, share, write_back};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The host's file system.
@@ -289,6 +289,10 @@ impl Storage for HostFile {
     fn sync(&self) -> io::Result<()> {
         self.whole()?;
         self.file.sync_data()
+    }
+
+    fn write_back(&self) {
+        write_back::begin(&self.file);
     }
 
     fn allocated(&self) -> io::Result<u64> {

@@ -44,6 +44,7 @@ mod share;
 pub mod staged;
 #[doc(hidden)]
 pub mod user;
+mod write_back;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -98,6 +99,10 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Makes everything written so far durable, length included.
     fn sync(&self) -> io::Result<()>;
+
+    /// Tells the host to begin writing to its device what was written so far, without waiting: a hint,
+    /// that a later [`Self::sync`] has less to wait for.
+    fn write_back(&self) {}
 
     /// Bytes of host space the file takes.
     fn allocated(&self) -> io::Result<u64>;

@@ -89,6 +89,10 @@ impl Storage for ExtentFile {
         self.inner.sync()
     }
 
+    fn write_back(&self) {
+        self.inner.write_back();
+    }
+
     fn allocated(&self) -> io::Result<u64> {
         self.inner.allocated()
     }

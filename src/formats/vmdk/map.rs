@@ -267,14 +267,19 @@ impl BlockMap for VmdkMap {
         let Some(sparse) = self.sparse.get(extent) else {
             return Err(Error::invalid("no such compressed grain"));
         };
-        let data = self.inflated.get(unit, || {
-            let tables = &sparse.tables;
+        let tables = &sparse.tables;
+        let place = || {
             let page = grain / tables.entries_per_page();
             match tables.read_page(&self.cache, page, |view| view.grain(grain))? {
-                Grain::At(at) => stream::inflate(tables, grain, at),
+                Grain::At(at) => Ok(at),
                 _ => Err(Error::corrupt(format!("grain {grain} is not stored"))),
             }
-        })?;
+        };
+        if skip == 0 && buf.len() as u64 == tables.grain {
+            // Who takes all of it does not come back for the rest.
+            return stream::inflate_to(tables, grain, place()?, buf);
+        }
+        let data = self.inflated.get(unit, || stream::inflate(tables, grain, place()?))?;
         let skip = skip as usize;
         let Some(data) = data.get(skip..skip + buf.len()) else {
             return Err(Error::invalid("no such part of a compressed grain"));

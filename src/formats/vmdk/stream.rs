@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use flate2::{Decompress, FlushDecompress, Status};
+use libdeflater::{DecompressionError, Decompressor};
 use parking_lot::Mutex;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -203,9 +203,36 @@ fn largest(grain: u64) -> u64 {
     grain + grain / 8 + 1024
 }
 
-/// Reads and inflates grain number `grain`, which begins at byte `at` of the file. The result has the
-/// length of a grain.
+/// Reads and inflates grain number `grain`, which begins at byte `at` of the file.
 pub fn inflate(tables: &GrainTables, grain: u64, at: u64) -> Result<Arc<[u8]>> {
+    let mut data = vec![0; tables.grain as usize];
+    inflate_to(tables, grain, at, &mut data)?;
+    Ok(data.into())
+}
+
+/// [`inflate`] to `out`, which has the length of a grain.
+pub fn inflate_to(tables: &GrainTables, grain: u64, at: u64, out: &mut [u8]) -> Result<()> {
+    let file = &*tables.file;
+    let damaged = |what: String| {
+        Error::corrupt(format!("compressed grain {grain}: {what}")).at(at).in_file(file.path())
+    };
+    let packed = read_packed(tables, grain, at)?;
+    let inflated = Decompressor::new().zlib_decompress(&packed, out).map_err(|e| match e {
+        DecompressionError::BadData => damaged("the compressed data is bad".to_owned()),
+        DecompressionError::InsufficientSpace => {
+            damaged(format!("it inflates to more than {} bytes", tables.grain))
+        }
+    })?;
+    let needed = tables.grain.min(tables.len - grain * tables.grain);
+    if (inflated as u64) < needed {
+        return Err(damaged(format!("it inflates to {inflated} bytes")));
+    }
+    out[inflated..].fill(0);
+    Ok(())
+}
+
+/// Reads the compressed bytes of grain number `grain`, which begins at byte `at` of the file.
+fn read_packed(tables: &GrainTables, grain: u64, at: u64) -> Result<Vec<u8>> {
     let file = &*tables.file;
     let damaged = |what: String| {
         Error::corrupt(format!("compressed grain {grain}: {what}")).at(at).in_file(file.path())
@@ -228,21 +255,7 @@ pub fn inflate(tables: &GrainTables, grain: u64, at: u64) -> Result<Arc<[u8]>> {
     }
     let mut packed = vec![0; size as usize];
     codec::read_exact(file, at + head, &mut packed, "a compressed grain")?;
-    // One byte more than a grain, so that too much shows.
-    let mut data = vec![0; tables.grain as usize + 1];
-    let mut inflater = Decompress::new(true);
-    let status = inflater
-        .decompress(&packed, &mut data, FlushDecompress::Finish)
-        .map_err(|e| damaged(e.to_string()))?;
-    if status != Status::StreamEnd {
-        return Err(damaged("the compressed data does not end with the grain".to_owned()));
-    }
-    let needed = tables.grain.min(tables.len - grain * tables.grain);
-    if !(needed..=tables.grain).contains(&inflater.total_out()) {
-        return Err(damaged(format!("it inflates to {} bytes", inflater.total_out())));
-    }
-    data.truncate(tables.grain as usize);
-    Ok(data.into())
+    Ok(packed)
 }
 
 /// The grains inflated last, for readers that come back in pieces.
