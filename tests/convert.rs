@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::tools;
 use flatdisk::ErrorKind;
-use flatdisk::copy::convert::{From, convert_to_pipe};
+use flatdisk::copy::convert::From;
+use flatdisk::copy::output::convert_to_pipe;
 use flatdisk::copy::{Converted, Opened, Options, Sharing, Source, Target, compare, convert};
 use flatdisk::formats::{self, CreateSpec, OpenOptions, Severity};
 use flatdisk::progress::Progress;

@@ -1,5 +1,6 @@
 //! `map`, `commit` and `rebase`: images that stand on one another.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,8 +9,9 @@ use serde_json::json;
 
 use super::lifecycle;
 use super::output::{OutputArgs, complain, iec, print_json, print_json_text, print_line};
-use super::progress::ProgressArgs;
+use super::picture;
 use super::source::image_of;
+use super::work::WorkArgs;
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, Result};
 use crate::formats::chain::{self, Merging};
@@ -33,6 +35,16 @@ impl ParentArgs {
         let spelling = Spelling { allow_parent: "--parent-dir DIR", ..Spelling::default() };
         let allow_parent = self.allow_parent.clone();
         OpenOptions { allow_parent, spelling, ..OpenOptions::new(access) }
+    }
+
+    /// The same for a mount, as its `-o` takes it.
+    pub fn mount_options(&self) -> Vec<OsString> {
+        let option = |dir: &PathBuf| {
+            let mut option = OsString::from("allow_parent=");
+            option.push(dir);
+            option
+        };
+        self.allow_parent.iter().map(option).collect()
     }
 }
 
@@ -75,13 +87,26 @@ Examples:
   What is stored where:
     flatdisk map server.vhdx
   What a backup must copy after the one of an older generation:
-    flatdisk map --since base.vhdx --json child.avhdx")]
+    flatdisk map --since base.vhdx --json child.avhdx
+  The disk and its file as a picture:
+    flatdisk map --draw server.vhdx
+    flatdisk map --svg server.svg server.vhdx
+
+Notes:
+  Pictures show the disk in the guest's order above the file in the host's. --svg gives data the colour of
+  its place on the disk in both, so that blocks out of order are seen at once.")]
 pub struct MapArgs {
     /// The image, or its flat file in a mount.
     image: PathBuf,
     /// Only what changed after this ancestor of the image.
     #[arg(long, value_name = "ANCESTOR")]
     since: Option<PathBuf>,
+    /// Draw it on the terminal, a character for so many blocks.
+    #[arg(long, conflicts_with_all = ["since", "json", "output", "svg"])]
+    draw: bool,
+    /// Draw it to this file, which is replaced.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["since", "json", "output"])]
+    svg: Option<PathBuf>,
     /// Read on where the image contradicts itself, or its parent is missing or another.
     #[arg(long)]
     force: bool,
@@ -96,6 +121,14 @@ pub fn map(args: &MapArgs) -> Result<u8> {
     let host = HostFs::shared();
     let options = args.chain.options_or_force(Access::Peek, args.force)?;
     let image = formats::open(&host, &image_of(&args.image)?, &options)?;
+    if args.draw {
+        picture::draw(&image)?;
+        return Ok(0);
+    }
+    if let Some(path) = &args.svg {
+        picture::write_svg(&image, path)?;
+        return Ok(0);
+    }
     let images: Vec<&Image> = image.chain().collect();
     let layers = match &args.since {
         Some(ancestor) => generation(&host, &images, &image_of(ancestor)?)?,
@@ -216,13 +249,8 @@ pub struct CommitArgs {
     force: bool,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    progress: ProgressArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    work: WorkArgs,
 }
 
 /// Merges a child into its parent.
@@ -230,7 +258,7 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
     let options = args.parents.options(Access::Read);
     let how = Merging { over_siblings: args.force, keep: args.keep };
     let child = image_of(&args.child)?;
-    let bar = args.progress.start("merging", args.quiet)?;
+    let bar = args.work.start("merging")?;
     let host = HostFs::shared();
     let alone = |merged| (merged, vec![child.clone()], Vec::new());
     let several = |done: Levels| (done.merged, done.removed, done.relinked);
@@ -250,7 +278,7 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
     for left in &merged.left {
         complain(format_args!("{}: left, it may belong to another disk", left.display()));
     }
-    if args.output.json() {
+    if args.work.json() {
         print_json(&json!({
             "child": Name::from(&*child),
             "parent": Name::from(&*merged.parent),
@@ -260,7 +288,7 @@ pub fn commit(args: &CommitArgs) -> Result<u8> {
             "removed": removed.into_iter().filter(|_| !args.keep).map(Name).collect::<Vec<_>>(),
             "relinked": relinked.into_iter().map(Name).collect::<Vec<_>>(),
         }))?;
-    } else if !args.quiet {
+    } else if !args.work.quiet() {
         let parent = merged.parent.display();
         let names: Vec<_> = removed.iter().map(|image| image.display().to_string()).collect();
         let names = names.join(", ");
@@ -291,13 +319,8 @@ pub struct RebaseArgs {
     link_only: bool,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    progress: ProgressArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    work: WorkArgs,
 }
 
 /// Gives a child another parent, or none.
@@ -310,16 +333,14 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
         return lifecycle::flatten(&lifecycle::FlattenArgs {
             child: args.child.clone(),
             chain: ChainArgs { parent: None, parents: args.parents.clone() },
-            quiet: args.quiet,
-            progress: args.progress,
-            output: args.output,
+            work: args.work,
         });
     }
     let options = args.parents.options(Access::Write);
     let host = HostFs::shared();
     let only = args.link_only;
     let (child, parent) = (image_of(&args.child)?, image_of(&args.parent)?);
-    let bar = args.progress.start("copying", args.quiet)?;
+    let bar = args.work.start("copying")?;
     let copied = chain::rebase(&host, &child, &parent, &options, only, &bar)?;
     drop(bar);
     // As every later command opens it that is told of no directory.
@@ -328,7 +349,7 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
     if let Some(e) = &refusal {
         complain(format_args!("without further options, later commands refuse it: {e}"));
     }
-    if args.output.json() {
+    if args.work.json() {
         let refused = refusal.map(|e| e.to_string());
         print_json(&json!({
             "child": Name::from(&*child),
@@ -336,7 +357,7 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
             "bytes": copied,
             "refused": refused,
         }))?;
-    } else if !args.quiet {
+    } else if !args.work.quiet() {
         let (child, parent) = (child.display(), parent.display());
         print_line(&format!("{child} is a child of {parent} now; {} copied", iec(copied)))?;
     }

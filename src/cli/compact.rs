@@ -7,11 +7,14 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::chain::ParentArgs;
-use super::output::{OutputArgs, iec, print_json, print_line};
-use super::progress::{Bar, ProgressArgs};
+use super::output::{complain, iec, print_json, print_line};
+use super::progress::Bar;
+use super::trim;
+use super::work::WorkArgs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::compact::{self, Compacted, Compacting};
 use crate::formats::{self, OpenOptions};
+use crate::progress::Progress;
 use crate::storage::file::HostFs;
 use crate::storage::{Access, Host};
 
@@ -23,6 +26,8 @@ Examples:
     flatdisk compact server.vhdx
   All images of a folder but children; see first what that would win:
     flatdisk compact --dry-run /srv/images
+  The guest did not trim; its file systems can be mounted here:
+    sudo flatdisk compact --trim server.vhdx
   Give back only what is free already, without reading the blocks:
     flatdisk compact --quick ext4.vhdx
 
@@ -39,18 +44,17 @@ pub struct CompactArgs {
     /// Lay the blocks in the order of the disk, too.
     #[arg(long)]
     defragment: bool,
+    /// Before, trim the file systems of the disk, which are mounted for that: root only, and only for images
+    /// whose file systems are trusted.
+    #[arg(long, conflicts_with_all = ["quick", "dry_run"])]
+    trim: bool,
     /// Show what would be won, and change nothing.
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    progress: ProgressArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    work: WorkArgs,
 }
 
 /// What became of the arguments.
@@ -65,14 +69,14 @@ struct Outcome {
 /// Compacts images.
 pub fn compact(args: &CompactArgs) -> Result<u8> {
     let host = HostFs::shared();
-    let bar = args.progress.start("compacting", args.quiet)?;
+    let bar = args.work.start("compacting")?;
     let mut outcome = Outcome::default();
     let (images, skipped) = find(&host, args)?;
     for (path, why) in skipped {
-        if args.output.json() {
+        if args.work.json() {
             outcome.skipped.push(json!({ "filename": path, "reason": why }));
         } else {
-            eprintln!("flatdisk: {}: left out: {why}", path.display());
+            complain(format_args!("{}: left out: {why}", path.display()));
         }
     }
     for path in &images {
@@ -83,19 +87,19 @@ pub fn compact(args: &CompactArgs) -> Result<u8> {
             }
             Err(e) => {
                 outcome.failed = true;
-                eprintln!("flatdisk: {e}");
+                complain(e);
             }
         }
     }
     drop(bar);
-    if args.output.json() {
+    if args.work.json() {
         print_json(&json!({
             "images": outcome.images,
             "skipped": outcome.skipped,
             "dry_run": args.dry_run,
             "won": outcome.won,
         }))?;
-    } else if images.len() > 1 && !args.quiet {
+    } else if images.len() > 1 && !args.work.quiet() {
         let would = if args.dry_run { "would be won" } else { "won" };
         print_line(&format!("{} {would} together", iec(outcome.won)))?;
     }
@@ -103,6 +107,13 @@ pub fn compact(args: &CompactArgs) -> Result<u8> {
 }
 
 fn one(host: &Arc<dyn Host>, path: &Path, args: &CompactArgs, bar: &Bar) -> Result<Compacted> {
+    if args.trim {
+        for left in trim::trim(path, &args.parents.mount_options())? {
+            complain(format_args!("{}: not trimmed: {left}", path.display()));
+        }
+        let progress: &dyn Progress = bar;
+        progress.go_on()?;
+    }
     let options = args.parents.options(Access::Write);
     let how = Compacting { quick: args.quick, defragment: args.defragment, dry_run: args.dry_run };
     compact::compact(host, path, &options, how, bar)
@@ -112,7 +123,7 @@ impl Outcome {
     fn add(&mut self, path: &Path, done: &Compacted, args: &CompactArgs) -> Result<()> {
         let won = won(done);
         self.won += won;
-        if args.output.json() {
+        if args.work.json() {
             let mut entry = json!({ "filename": path, "won": won });
             if let (Value::Object(entry), Ok(Value::Object(more))) =
                 (&mut entry, serde_json::to_value(done))
@@ -122,7 +133,7 @@ impl Outcome {
             self.images.push(entry);
             return Ok(());
         }
-        if args.quiet { Ok(()) } else { print_line(&describe(path, done, won, args)) }
+        if args.work.quiet() { Ok(()) } else { print_line(&describe(path, done, won, args)) }
     }
 }
 

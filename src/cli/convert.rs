@@ -1,7 +1,7 @@
 //! `convert`: any image into any other.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,12 +11,13 @@ use parking_lot::Mutex;
 use serde_json::json;
 
 use super::chain::ParentArgs;
-use super::output::{OutputArgs, iec, parse_size, print_json, print_line};
-use super::progress::ProgressArgs;
+use super::output::{complain, iec, parse_size, print_json, print_line};
 use super::source::image_of;
 use super::spec::SpecArgs;
-use crate::copy::convert::{From, convert_to_device, convert_to_pipe};
+use super::work::WorkArgs;
+use crate::copy::convert::From;
 use crate::copy::in_place;
+use crate::copy::output::{convert_to_device, convert_to_pipe};
 use crate::copy::{Converted, Opened, Options, Sharing, Source, Target, convert as convert_disk};
 use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
@@ -101,13 +102,8 @@ pub struct ConvertArgs {
     to_device: bool,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    progress: ProgressArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    work: WorkArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -135,7 +131,7 @@ pub fn convert(args: &ConvertArgs) -> Result<u8> {
         None => standard_input(args)?,
     };
     for note in opened.iter().flat_map(|opened| &opened.notes) {
-        eprintln!("flatdisk: {}: {note}", args.source.display());
+        complain(format_args!("{}: {note}", args.source.display()));
     }
     let parent = open_parent(args, &host)?;
     let mut options = Options {
@@ -157,7 +153,7 @@ pub fn convert(args: &ConvertArgs) -> Result<u8> {
     }
     let target = target(args, &mut options)?;
     let from = From { source: &source, image: opened.as_ref().and_then(|o| o.image.as_ref()) };
-    let bar = args.progress.start("converting", args.quiet)?;
+    let bar = args.work.start("converting")?;
     let converted = run(args, &host, &from, target, &options, &bar)?;
     drop(bar);
     report(args, target, &converted)
@@ -174,7 +170,13 @@ fn in_place(args: &ConvertArgs, host: &Arc<dyn Host>) -> Result<u8> {
         }
         Some(target) if target.name() == "vhd" => {
             let raw = args.from.is_some();
-            (target, in_place::wrap(host, &source, &args.target, raw, args.force)?)
+            let len = source.metadata().map_or(0, |meta| meta.len());
+            let size = in_place::wrap(host, &source, &args.target, raw, args.force)?;
+            if size > len {
+                let (name, zeroes) = (source.display(), size - len);
+                complain(format_args!("{name}: {zeroes} bytes of zeroes make it whole sectors"));
+            }
+            (target, size)
         }
         _ => {
             let what = "only a raw disk and a fixed VHD become each other in place";
@@ -196,6 +198,10 @@ fn run(
     if is_dash(&args.target) {
         if args.verify {
             return Err(Error::invalid("what goes to a pipe cannot be read back to verify it"));
+        }
+        if std::io::stdout().is_terminal() {
+            let what = "a disk is not written to a terminal";
+            return Err(Error::invalid(what).hint("send standard output to a file or a program"));
         }
         let out = standard_output()?;
         return convert_to_pipe(from, out, Path::new("disk.vmdk"), target, options, progress);
@@ -288,12 +294,12 @@ fn report(args: &ConvertArgs, target: Target, converted: &Converted) -> Result<u
     for lost in &converted.lost {
         let (at, len) = (lost.start, lost.end - lost.start);
         let source = args.source.display();
-        eprintln!("flatdisk: {source}: {len} bytes at disk offset {at:#x} are lost, zeroes now");
+        complain(format_args!("{source}: {len} bytes at disk offset {at:#x} are lost, zeroes now"));
     }
     if is_dash(&args.target) {
         return Ok(status);
     }
-    if args.output.json() {
+    if args.work.json() {
         let lost: Vec<_> = converted
             .lost
             .iter()
@@ -308,7 +314,7 @@ fn report(args: &ConvertArgs, target: Target, converted: &Converted) -> Result<u
             "shared": converted.shared,
             "lost": lost,
         }))?;
-    } else if !args.quiet {
+    } else if !args.work.quiet() {
         let (source, made) = (args.source.display(), args.target.display());
         let shared = match converted.shared {
             0 => String::new(),

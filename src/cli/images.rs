@@ -12,7 +12,7 @@ use super::spec::SpecArgs;
 use crate::copy::in_place;
 use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
-use crate::formats::{self, CreateSpec, Format, Image, Preallocation, vmdk};
+use crate::formats::{self, CreateSpec, Format, Image, Preallocation, vmdk, whole};
 use crate::names::Name;
 use crate::storage::Access;
 use crate::storage::file::HostFs;
@@ -108,7 +108,7 @@ pub fn create(args: &CreateArgs) -> Result<u8> {
         spec.preallocation = Preallocation::Falloc;
     }
     mind_extension(image, format.name());
-    formats::create(format, &HostFs, image, &spec)?;
+    whole::create_whole(format, &HostFs::shared(), image, &spec)?;
     created(args, image, format, subformat.unwrap_or_default(), spec.size, None)
 }
 
@@ -186,7 +186,7 @@ fn create_child(
         return Err(Error::invalid(what).in_file(image).hint("leave --subformat away"));
     }
     mind_extension(image, format.name());
-    formats::create_child(format, &HostFs, image, &parent, spec)?;
+    whole::create_whole_child(format, &HostFs::shared(), image, &parent, spec)?;
     let what = format!("child of {}", parent.path.display());
     created(args, image, format, &what, size, Some(&parent))
 }

@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::chain::{ChainArgs, ParentArgs};
 use super::output::{OutputArgs, iec, print_json, print_line};
-use super::progress::ProgressArgs;
 use super::source::image_of;
+use super::work::WorkArgs;
 use crate::error::Result;
 use crate::formats::flatten as flattening;
 use crate::formats::tree::{self as trees, Member, Stand};
@@ -31,27 +31,21 @@ pub struct FlattenArgs {
     /// Where the parents are.
     #[command(flatten)]
     pub chain: ChainArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    pub quiet: bool,
-    /// How far it is.
+    /// What it says.
     #[command(flatten)]
-    pub progress: ProgressArgs,
-    /// How the result is printed.
-    #[command(flatten)]
-    pub output: OutputArgs,
+    pub work: WorkArgs,
 }
 
 /// Copies what the parents hold into a child, and drops its link.
 pub fn flatten(args: &FlattenArgs) -> Result<u8> {
     let options = args.chain.options(Access::Write)?;
     let child = image_of(&args.child)?;
-    let bar = args.progress.start("copying", args.quiet)?;
+    let bar = args.work.start("copying")?;
     let copied = flattening::flatten(&HostFs::shared(), &child, &options, &bar)?;
     drop(bar);
-    if args.output.json() {
+    if args.work.json() {
         print_json(&json!({ "filename": Name::from(&*child), "bytes": copied }))?;
-    } else if !args.quiet {
+    } else if !args.work.quiet() {
         print_line(&format!("{} stands alone now; {} copied", child.display(), iec(copied)))?;
     }
     Ok(0)

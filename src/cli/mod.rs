@@ -24,6 +24,7 @@ pub mod mount;
 pub mod output;
 mod overview;
 pub mod pages;
+mod picture;
 mod process;
 pub mod progress;
 pub mod rename;
@@ -33,7 +34,9 @@ pub mod snapshot;
 pub mod source;
 pub mod spec;
 mod structures;
+mod trim;
 pub mod volumes;
+pub mod work;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;

@@ -35,7 +35,7 @@ impl ProgressArgs {
             signal_hook::flag::register(signal, Arc::clone(&ended)).map_err(failed)?;
         }
         let hidden = quiet || self.no_progress || !std::io::stderr().is_terminal();
-        let bar = if hidden { ProgressBar::hidden() } else { ProgressBar::new(0) };
+        let bar = if hidden { ProgressBar::hidden() } else { ProgressBar::no_length() };
         let template = "{msg} {bar:30} {percent:>3}% {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
         bar.set_style(
             ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),

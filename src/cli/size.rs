@@ -7,8 +7,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::chain::ParentArgs;
-use super::output::{OutputArgs, iec, parse_size, print_json, print_line};
-use super::progress::ProgressArgs;
+use super::output::{iec, parse_size, print_json, print_line};
+use super::work::WorkArgs;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats;
@@ -51,13 +51,8 @@ pub struct ResizeArgs {
     dry_run: bool,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    progress: ProgressArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    work: WorkArgs,
 }
 
 /// A size as it is asked for.
@@ -181,7 +176,7 @@ pub fn resize(args: &ResizeArgs) -> Result<u8> {
     let contents = Contents::of(&image.disk)?;
     drop(image);
     let size = wanted(args, before, &contents)?;
-    let bar = args.progress.start("resizing", args.quiet)?;
+    let bar = args.work.start("resizing")?;
     let options = args.parents.options(Access::Write);
     let moves = args.move_gpt && !args.dry_run;
     if moves && size < before {
@@ -252,7 +247,7 @@ fn move_gpt(host: &Arc<dyn Host>, args: &ResizeArgs, size: u64) -> Result<()> {
 }
 
 fn print(args: &ResizeArgs, resized: &Resized, steps: &[String]) -> Result<()> {
-    if args.output.json() {
+    if args.work.json() {
         return print_json(&json!({
             "filename": args.image,
             "virtual_size_before": resized.before,
@@ -265,7 +260,7 @@ fn print(args: &ResizeArgs, resized: &Resized, steps: &[String]) -> Result<()> {
     if args.dry_run {
         resized.changes.iter().try_for_each(|change| print_line(&change.to_string()))?;
     }
-    if args.quiet {
+    if args.work.quiet() {
         return Ok(());
     }
     let would = if args.dry_run { "would be" } else { "is" };

@@ -9,76 +9,30 @@
 //!
 //! Ended or killed before 3, the target is what it was.
 
-use std::io::Write;
 use std::ops::Range;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Sharing;
 use super::compare::compare_with;
+use super::files::{own_extents, refuse_source, remove_left};
 use super::ova;
 use super::pipeline::{self, Copying};
-use super::sink::{DeltaSink, DiskSink, PipeSink};
+use super::sink::{DeltaSink, DiskSink};
 use super::source::Source;
 use super::stream::StreamSink;
+use super::target::{Target, is_stream, level, refuse_level, specification};
 use crate::disk::Disk;
 use crate::disk::share::Holder;
 use crate::error::{Error, Result, ResultExt};
-use crate::formats::chain::file_identity;
 use crate::formats::places::directory_of;
 use crate::formats::{
-    self, CreateSpec, Format, Identity, Image, OpenOptions, preallocate, raw, vhd, vmdk,
+    self, CreateSpec, Format, Identity, Image, OpenOptions, preallocate, raw, vmdk,
 };
 use crate::progress::Progress;
 use crate::storage::archive::{self, Archive};
-use crate::storage::device::DeviceFile;
 use crate::storage::staged::Staged;
-use crate::storage::{Access, Appender, FileIdentity, Host, SHARED_BLOCK, Storage, file};
-
-/// What is made.
-#[derive(Clone, Copy)]
-pub enum Target {
-    /// A raw disk.
-    Raw,
-    /// An image of a format.
-    Image(&'static dyn Format),
-}
-
-impl Target {
-    /// The format called `name`, or `raw`.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::InvalidInput`] for a name that is none, with those that are.
-    pub fn by_name(name: &str) -> Result<Self> {
-        if name.eq_ignore_ascii_case("raw") {
-            return Ok(Self::Raw);
-        }
-        formats::by_name(name).map(Self::Image).map_err(|_| {
-            let known: Vec<_> = formats::FORMATS.iter().map(|f| f.name()).collect();
-            Error::invalid(format!("unknown format `{name}`"))
-                .hint(format!("{}, raw", known.join(", ")))
-        })
-    }
-
-    /// What a file name's extension stands for.
-    pub fn by_extension(path: &Path) -> Option<Self> {
-        let extension = path.extension()?.to_str()?.to_ascii_lowercase();
-        match &*extension {
-            "img" | "raw" | "dd" => Some(Self::Raw),
-            _ => formats::by_extension(path).map(Self::Image),
-        }
-    }
-
-    /// `raw`, or the format's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Image(format) => format.name(),
-        }
-    }
-}
+use crate::storage::{Access, Appender, Host, SHARED_BLOCK, Storage, file};
 
 /// How to convert.
 #[derive(Default)]
@@ -167,232 +121,8 @@ pub fn convert(
     Ok(converted)
 }
 
-/// The extents of the image at `path` that have the names which its own parts would have, and lie beside
-/// it: a disk that the image was only made to name is somebody else's.
-fn own_extents(host: &Arc<dyn Host>, path: &Path) -> Vec<PathBuf> {
-    let Ok(image) = formats::open(host, path, &OpenOptions::new(Access::Read)) else {
-        return Vec::new();
-    };
-    let stem = path.file_stem().unwrap_or_default().as_bytes();
-    let own = |extent: &PathBuf| {
-        let name = extent.file_stem().unwrap_or_default().as_bytes();
-        let role = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix(b"-"));
-        extent.parent() == path.parent()
-            && extent.extension() == path.extension()
-            && role.is_some_and(|role| match role {
-                b"flat" => true,
-                [b'f' | b's', number @ ..] => {
-                    number.len() >= 3 && number.iter().all(u8::is_ascii_digit)
-                }
-                _ => false,
-            })
-    };
-    image.info.extents.into_iter().filter(own).collect()
-}
-
-/// Removes those parts `old` of the image that was replaced which are no parts of the new one, nor of the
-/// source.
-fn remove_left(
-    host: &Arc<dyn Host>,
-    from: &From<'_>,
-    old: &[PathBuf],
-    new: &[PathBuf],
-    path: &Path,
-) -> Result<()> {
-    let mut kept = source_files(host, from)?;
-    kept.extend(new.iter().filter_map(|path| file_identity(host, path).ok()));
-    let mut removed = false;
-    for part in old {
-        if file_identity(host, part).is_ok_and(|file| !kept.contains(&file)) {
-            host.remove(part)?;
-            removed = true;
-        }
-    }
-    if removed { host.sync_dir(&directory_of(path)) } else { Ok(()) }
-}
-
-/// Writes a disk to a pipe: raw, as a fixed VHD, or as a stream-optimised VMDK, which calls itself
-/// `path`.
-///
-/// # Errors
-///
-/// Those of [`convert`]; [`ErrorKind::InvalidInput`] for a format that cannot be written in one go. The pipe has
-/// a part of it then.
-pub fn convert_to_pipe(
-    from: &From<'_>,
-    out: impl Write + Send,
-    path: &Path,
-    target: Target,
-    options: &Options<'_>,
-    progress: &dyn Progress,
-) -> Result<Converted> {
-    let spec = specification(from, target, options)?;
-    refuse_level(target, &spec, options)?;
-    let subformat = spec.subformat.as_deref().unwrap_or_default();
-    let range = 0..from.source.size();
-    let how = Copying { salvage: options.salvage };
-    let size = spec.size;
-    let lost = match target {
-        Target::Image(format) if is_stream(format, &spec) => {
-            let level = level(options)?;
-            let sink = StreamSink::new(vmdk::begin_stream(out, path, &spec)?, level);
-            let lost = pipeline::run(from.source, range, &sink, how, progress)?;
-            flush(sink.finish()?)?;
-            lost
-        }
-        Target::Image(format)
-            if format.name() == "vhd" && subformat.eq_ignore_ascii_case("fixed") =>
-        {
-            let footer = vhd::fixed_footer(size, &spec)?;
-            let sink = PipeSink::new(out);
-            let lost = pipeline::run(from.source, range.start..size, &sink, how, progress)?;
-            let mut out = sink.into_inner();
-            out.write_all(&footer).map_err(|e| Error::io("writing the output", &e))?;
-            flush(out)?;
-            lost
-        }
-        Target::Raw => {
-            let sink = PipeSink::new(out);
-            let lost = pipeline::run(from.source, range.start..size, &sink, how, progress)?;
-            flush(sink.into_inner())?;
-            lost
-        }
-        Target::Image(format) => {
-            let what = format!("a {} image is not written in order", format.name());
-            let hint = "raw, vhd --subformat fixed and vmdk --subformat streamOptimized are";
-            return Err(Error::invalid(what).hint(hint));
-        }
-    };
-    Ok(Converted { size, lost, ..Converted::default() })
-}
-
-/// Writes a disk over a block device, which is at least as large and in use by nobody.
-///
-/// # Errors
-///
-/// Those of [`convert`]; [`ErrorKind::InvalidInput`] for a device that is too small, [`ErrorKind::Busy`] for one
-/// in use. After a failure half way the device holds a part.
-pub fn convert_to_device(
-    from: &From<'_>,
-    path: &Path,
-    options: &Options<'_>,
-    progress: &dyn Progress,
-) -> Result<Converted> {
-    let spec = specification(from, Target::Raw, options)?;
-    refuse_level(Target::Raw, &spec, options)?;
-    let device: Arc<dyn Storage> = Arc::new(DeviceFile::open(path, true)?);
-    let room = device.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
-    if room < spec.size {
-        let what = format!("the device has {room} bytes, the disk {}", spec.size);
-        return Err(Error::invalid(what).in_file(path));
-    }
-    let disk = Arc::new(raw::over(device.clone(), spec.size));
-    let sink = DiskSink::new(disk.clone(), false, Sharing::Never);
-    let how = Copying { salvage: options.salvage };
-    let lost = pipeline::run(from.source, 0..spec.size, &sink, how, progress)?;
-    disk.flush()?;
-    if options.verify {
-        verify(from, &disk, how, path, progress)?;
-    }
-    Ok(Converted { size: spec.size, files: vec![path.to_owned()], lost, shared: 0 })
-}
-
-fn flush(mut out: impl Write) -> Result<()> {
-    out.flush().map_err(|e| Error::io("writing the output", &e))
-}
-
-/// Whether a stream-optimised VMDK is asked for.
-fn is_stream(format: &dyn Format, spec: &CreateSpec) -> bool {
-    let subformat = spec.subformat.as_deref().unwrap_or_default();
-    format.name() == "vmdk" && subformat.eq_ignore_ascii_case("streamOptimized")
-}
-
-fn level(options: &Options<'_>) -> Result<u32> {
-    let level = options.level.unwrap_or(vmdk::DEFAULT_LEVEL);
-    match vmdk::LEVELS.contains(&level) {
-        true => Ok(level),
-        false => Err(Error::invalid(format!("compression level {level}")).hint("1 to 9")),
-    }
-}
-
-/// Refuses a level of compression for what is not compressed.
-fn refuse_level(target: Target, spec: &CreateSpec, options: &Options<'_>) -> Result<()> {
-    let compressed = matches!(target, Target::Image(format) if is_stream(format, spec));
-    if compressed || options.level.is_none() {
-        return Ok(());
-    }
-    let what = format!("a {} image is not compressed", target.name());
-    Err(Error::invalid(what).hint("-O vmdk --subformat streamOptimized is"))
-}
-
-/// What exactly is to be made, after the source; refuses what the guest would not recognise.
-fn specification(from: &From<'_>, target: Target, options: &Options<'_>) -> Result<CreateSpec> {
-    let mut spec = options.spec.clone();
-    let size = from.source.size();
-    if spec.size == 0 {
-        spec.size = size;
-    }
-    if spec.size < size {
-        let what = format!("the disk has {size} bytes, which {} do not hold", spec.size);
-        return Err(Error::invalid(what).hint("flatdisk resize --shrink makes it smaller first"));
-    }
-    let sector = from.image.map(|image| image.info.logical_sector_size);
-    match (target, sector) {
-        (Target::Image(format), Some(4096)) if format.name() != "vhdx" => {
-            let what = format!(
-                "the disk has sectors of 4096 bytes, those of a {} have 512: the guest would not find its partitions",
-                format.name().to_uppercase()
-            );
-            return Err(Error::unsupported(what).hint("-O vhdx or -O raw"));
-        }
-        (Target::Image(format), Some(sector)) if format.name() == "vhdx" => {
-            let wanted = *spec.logical_sector.get_or_insert(sector);
-            if wanted != sector {
-                let what = format!(
-                    "the disk has sectors of {sector} bytes, with {wanted} the guest would not find its partitions"
-                );
-                return Err(Error::invalid(what).hint("leave --sector-size away"));
-            }
-        }
-        _ => {}
-    }
-    if options.keep_id {
-        let image = from.image.filter(|image| image.info.format == target.name());
-        let Some(image) = image else {
-            let what = format!("a {} disk cannot have the source's identity", target.name());
-            return Err(Error::invalid(what).hint("--keep-id is for two images of one format"));
-        };
-        spec.uuid.clone_from(&image.info.uuid);
-    }
-    Ok(spec)
-}
-
-/// Refuses a target that is a file of the source.
-fn refuse_source(host: &Arc<dyn Host>, from: &From<'_>, path: &Path) -> Result<()> {
-    let Ok(target) = file_identity(host, path) else { return Ok(()) };
-    let own = source_files(host, from)?;
-    if !own.iter().any(|file| file.of_host() == target.of_host()) {
-        return Ok(());
-    }
-    Err(Error::invalid("the target is the source, or a part of it").in_file(path))
-}
-
-/// The files that the source's disk is in.
-fn source_files(host: &Arc<dyn Host>, from: &From<'_>) -> Result<Vec<FileIdentity>> {
-    let mut files = Vec::new();
-    for image in from.image.into_iter().flat_map(Image::chain) {
-        for path in std::iter::once(&image.path).chain(&image.info.extents) {
-            files.push(file_identity(host, path)?);
-        }
-    }
-    if let Source::Disk(disk) = from.source {
-        files.extend(disk.flat_file().and_then(|file| file.identity().ok()));
-    }
-    Ok(files)
-}
-
 /// Reads the target back.
-fn verify(
+pub(super) fn verify(
     from: &From<'_>,
     made: &Arc<Disk>,
     how: Copying,

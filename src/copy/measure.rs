@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::convert::{From, Options, Target, convert_to_pipe};
+use super::convert::{From, Options};
+use super::output::convert_to_pipe;
 use super::pipeline::{self, Copying, Sink};
 use super::sink::{ZERO_RUN, is_zero};
 use super::source::Source;
+use super::target::Target;
 use crate::error::{Error, Result};
 use crate::formats::{CreateSpec, Footprint};
 use crate::progress::Progress;

@@ -12,7 +12,9 @@
 //! read at all: the target's blocks become the source's ([`crate::storage::Storage::share_from`]), which
 //! takes neither time nor space. Both places must agree in their offset within 4096 bytes, which they do
 //! in raw files, fixed VHDs, VHDX, flat and sparse VMDK, and in VHDs made here. The ends of a run that
-//! are no whole block are copied. What is shared is not looked at for zeroes.
+//! are no whole block are copied. What is shared is not looked at for zeroes: that would read all of it,
+//! which takes the time that sharing saves, and shared zeroes take no space either, since they are the
+//! source's. `--reflink never`, or `compact` afterwards, finds them.
 //!
 //! # Memory
 //!
@@ -24,8 +26,10 @@ pub mod convert;
 pub mod delta;
 #[doc(hidden)]
 pub mod digest;
+mod files;
 pub mod in_place;
 pub mod measure;
+pub mod output;
 mod ova;
 #[doc(hidden)]
 pub mod pipeline;
@@ -34,11 +38,13 @@ pub mod sink;
 #[doc(hidden)]
 pub mod source;
 mod stream;
+pub mod target;
 
 pub use compare::{Difference, compare};
-pub use convert::{Converted, Options, Target, convert};
+pub use convert::{Converted, Options, convert};
 pub use measure::{Measured, measure};
 pub use source::{Opened, Source};
+pub use target::Target;
 
 /// Whether blocks of the host are shared between source and target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

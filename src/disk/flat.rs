@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::map::{BlockMap, DiskRange, ExtentList, Geometry, Source, WritePlan};
-use super::{Disk, sync_file};
-use crate::error::{Error, ErrorKind, Result};
+use super::Disk;
+use super::map::{BlockMap, DiskRange, ExtentList, Geometry, Source};
+use crate::error::{Error, Result};
 use crate::storage::Storage;
 
 #[derive(Debug)]
@@ -35,24 +35,6 @@ impl BlockMap for Flat {
 
     fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()> {
         out.push(want.start, want.end - want.start, Source::File { file: 0, at: want.start });
-        Ok(())
-    }
-
-    fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan> {
-        Err(Error::new(ErrorKind::Failed, "a raw disk has no unmapped part"))
-    }
-
-    fn commit_write(&self, _plan: WritePlan) -> Result<()> {
-        Ok(())
-    }
-
-    fn abort_write(&self, _plan: WritePlan) {}
-
-    fn flush(&self) -> Result<()> {
-        sync_file(&*self.files[0])
-    }
-
-    fn close(&self) -> Result<()> {
         Ok(())
     }
 }

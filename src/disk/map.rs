@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::error::{Error, Result};
+use super::sync_file;
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
 /// Bytes `start..end` of the virtual disk.
@@ -192,15 +193,23 @@ pub trait BlockMap: Send + Sync {
 
     /// Reserves space for writing `want` (as for [`Self::lookup`]), no part of which `lookup` says
     /// is [`Source::File`]. A plan may cover less than `want`, but at least its first sector; the
-    /// caller asks again for the rest.
-    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan>;
+    /// caller asks again for the rest. A disk all of which is stored is never asked.
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
+        let _ = want;
+        Err(nothing_to_allocate())
+    }
 
     /// Makes a filled plan visible to [`Self::lookup`]. Its pieces have been written, not synced.
     /// On an error nothing became visible, as if the plan had been aborted.
-    fn commit_write(&self, plan: WritePlan) -> Result<()>;
+    fn commit_write(&self, plan: WritePlan) -> Result<()> {
+        let _ = plan;
+        Err(nothing_to_allocate())
+    }
 
     /// Gives back what a plan reserved. Its pieces may or may not have been written.
-    fn abort_write(&self, plan: WritePlan);
+    fn abort_write(&self, plan: WritePlan) {
+        let _ = plan;
+    }
 
     /// Makes whole blocks inside `want` read as zeroes without storing them, where the format can
     /// say that (on a child it must hide the parent). Parts that were not unmapped are appended to
@@ -218,7 +227,9 @@ pub trait BlockMap: Send + Sync {
 
     /// Makes all committed writes durable: first payload, then the tables that lead to it. When
     /// nothing but payload changed, one sync of each written file is enough.
-    fn flush(&self) -> Result<()>;
+    fn flush(&self) -> Result<()> {
+        self.files().iter().try_for_each(|file| sync_file(&**file))
+    }
 
     /// Whether tables changed in memory wait for [`Self::flush`].
     fn dirty(&self) -> bool {
@@ -227,12 +238,24 @@ pub trait BlockMap: Send + Sync {
 
     /// Flushes and marks the image clean. Called at most once, with nothing else under way; also on
     /// disks that were never written, where it must not write.
-    fn close(&self) -> Result<()>;
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Table cache figures for `status`.
     fn cache_stats(&self) -> super::tables::CacheStats {
         super::tables::CacheStats::default()
     }
+}
+
+fn nothing_to_allocate() -> Error {
+    Error::new(ErrorKind::Failed, "this disk has nothing to allocate")
+}
+
+/// What [`BlockMap::unmap`] does of a disk that lies in `file` as it is: a hole of the host.
+pub fn punch(file: &dyn Storage, want: DiskRange) -> Result<()> {
+    file.punch_hole(want.start, want.end - want.start)
+        .map_err(|e| Error::io("discard", &e).in_file(file.path()).at(want.start))
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ mod locks;
 pub mod map;
 #[doc(hidden)]
 pub mod overlay;
+pub mod picture;
 #[doc(hidden)]
 pub mod share;
 #[doc(hidden)]

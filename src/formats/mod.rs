@@ -39,6 +39,7 @@ pub mod vhd;
 pub mod vhdx;
 #[doc(hidden)]
 pub mod vmdk;
+pub mod whole;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

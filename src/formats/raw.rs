@@ -6,9 +6,8 @@
 use std::sync::Arc;
 
 use crate::disk::Disk;
-use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source, WritePlan};
-use crate::disk::sync_file;
-use crate::error::{Error, ErrorKind, Result};
+use crate::disk::map::{self, BlockMap, DiskRange, ExtentList, Geometry, Source};
+use crate::error::{Error, Result};
 use crate::storage::Storage;
 
 use super::{Identity, ImageInfo, Opened};
@@ -114,34 +113,15 @@ impl BlockMap for RawMap {
         file.read_at(at, stored).map_err(|e| Error::io("read", &e).in_file(file.path()).at(at))
     }
 
-    fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan> {
-        Err(Error::new(ErrorKind::Failed, "a raw disk has nothing to allocate"))
-    }
-
-    fn commit_write(&self, _plan: WritePlan) -> Result<()> {
-        Err(Error::new(ErrorKind::Failed, "a raw disk has nothing to allocate"))
-    }
-
-    fn abort_write(&self, _plan: WritePlan) {}
-
     fn unmap(&self, want: DiskRange, _rest: &mut Vec<DiskRange>) -> Result<()> {
-        let file = &self.files[0];
-        file.punch_hole(want.start, want.end - want.start)
-            .map_err(|e| Error::io("discard", &e).in_file(file.path()).at(want.start))
-    }
-
-    fn flush(&self) -> Result<()> {
-        sync_file(&*self.files[0])
-    }
-
-    fn close(&self) -> Result<()> {
-        Ok(())
+        map::punch(&*self.files[0], want)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
     use crate::storage::memory::MemoryFile;
 
     #[test]

@@ -1,8 +1,10 @@
 //! Block devices, which a user names to copy from or to.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -51,6 +53,30 @@ impl DeviceFile {
             .map_err(|e| failed(&e))?;
         let len = (&file).seek(SeekFrom::End(0)).map_err(|e| failed(&e))?;
         Ok(Self { file, path: path.to_owned(), len, writable })
+    }
+
+    /// Whether this device is the one with identity `other`, or one of the two is a partition of the other.
+    pub fn overlaps(&self, other: FileIdentity) -> bool {
+        let Ok(own) = self.identity() else { return false };
+        let place = |id: FileIdentity| {
+            let (major, minor) = (libc::major(id.device), libc::minor(id.device));
+            std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()
+        };
+        let inside = match (place(own), place(other)) {
+            // The directory of a partition lies in that of its device.
+            (Some(own), Some(other)) => own.starts_with(&other) || other.starts_with(&own),
+            _ => false,
+        };
+        other.inode == 0 && (own == other || inside)
+    }
+
+    /// The file that a loop device shows, if this is one.
+    pub fn backing(&self) -> Option<PathBuf> {
+        let device = self.file.metadata().ok()?.rdev();
+        let (major, minor) = (libc::major(device), libc::minor(device));
+        let told = format!("/sys/dev/block/{major}:{minor}/loop/backing_file");
+        let name = std::fs::read(told).ok()?;
+        Some(PathBuf::from(OsStr::from_bytes(name.strip_suffix(b"\n")?)))
     }
 }
 

@@ -50,6 +50,27 @@ pub fn choose(device: LoopDevice, number: Option<u32>) -> Result<PathBuf> {
     pick(partitions.collect(), number).map(|node| node.unwrap_or(device.node()))
 }
 
+/// The nodes of the file systems of a device, or of its partitions, and in words what else there is.
+pub fn all(device: LoopDevice) -> (Vec<PathBuf>, Vec<String>) {
+    let mut nodes: Vec<_> =
+        device.partitions().into_iter().map(|p| (Some(p.number), p.node, p.size)).collect();
+    if nodes.is_empty() {
+        nodes.push((None, device.node(), 0));
+    }
+    let (mut found, mut others) = (Vec::new(), Vec::new());
+    for (number, node, size) in nodes {
+        let probed = probe(&node);
+        match (probed.file_system, number) {
+            (true, _) => found.push(node),
+            (false, Some(_)) => others.push(Volume { number, probed, node, size }.to_string()),
+            (false, None) => {
+                others.push(probed.kind.unwrap_or_else(|| "no file system".to_owned()))
+            }
+        }
+    }
+    (found, others)
+}
+
 /// `None` is the whole disk.
 fn pick(volumes: Vec<Volume>, number: Option<u32>) -> Result<Option<PathBuf>> {
     let list = || volumes.iter().map(Volume::to_string).collect::<Vec<_>>().join("; ");

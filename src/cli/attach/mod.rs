@@ -9,7 +9,7 @@
 //! ```
 
 mod attachment;
-mod file_system;
+pub(super) mod file_system;
 mod loop_device;
 mod programs;
 mod slot;
@@ -121,11 +121,6 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
         return rescan(device, args.output);
     }
     let Some(image) = &args.image else { return list(args.output) };
-    if !args.fuse {
-        require_root(image)?;
-    }
-    let failed = |e: std::io::Error| Error::io("open", &e).in_file(image);
-    let image = std::fs::canonicalize(image).map_err(failed)?;
     let mut options = MountOptions::default();
     args.options.iter().try_for_each(|list| options.apply(list, false))?;
     let how = How {
@@ -140,25 +135,9 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
         by_program: args.fuse,
         file_system: file_system.map(|dir| (dir, args.partition, how)),
     };
-    let record = Record {
-        image: image.clone(),
-        device: None,
-        binding_id: None,
-        nodes: Vec::new(),
-        mountpoint: None,
-        program: None,
-        program_mount: None,
-        read_only: args.read_only || options.read_only,
-        nonpersistent: args.nonpersistent || options.nonpersistent.is_some(),
-        complete: false,
-    };
-    let slot = Slot::of_image(&image)?.lock().map_err(|e| e.in_file(&image))?;
-    // A record alone, of before the machine was started, is no obstacle.
-    let device = slot.record().and_then(|old| slot.device(&old));
-    if device.is_some() || slot.mounted()?.is_some() {
-        return Err(taken(&image, device));
-    }
-    let attached = Attachment::new(slot, record).build(&wanted)?;
+    let read_only = args.read_only || options.read_only;
+    let nonpersistent = args.nonpersistent || options.nonpersistent.is_some();
+    let attached = build(image, &wanted, read_only, nonpersistent)?;
     if args.output.json() {
         print_json(&status_of(attached))?;
         return Ok(0);
@@ -167,6 +146,39 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
     let place = record.device.or(record.mountpoint).unwrap_or_default();
     print_line(&place.display().to_string())?;
     Ok(0)
+}
+
+/// Attaches an image.
+fn build(
+    image: &Path,
+    wanted: &Wanted<'_>,
+    read_only: bool,
+    nonpersistent: bool,
+) -> Result<(Slot, Record)> {
+    if !wanted.by_program {
+        require_root(image)?;
+    }
+    let failed = |e: std::io::Error| Error::io("open", &e).in_file(image);
+    let image = std::fs::canonicalize(image).map_err(failed)?;
+    let record = Record {
+        image: image.clone(),
+        device: None,
+        binding_id: None,
+        nodes: Vec::new(),
+        mountpoint: None,
+        program: None,
+        program_mount: None,
+        read_only,
+        nonpersistent,
+        complete: false,
+    };
+    let slot = Slot::of_image(&image)?.lock().map_err(|e| e.in_file(&image))?;
+    // A record alone, of before the machine was started, is no obstacle.
+    let device = slot.record().and_then(|old| slot.device(&old));
+    if device.is_some() || slot.mounted()?.is_some() {
+        return Err(taken(&image, device));
+    }
+    Attachment::new(slot, record).build(wanted)
 }
 
 /// `attach --rescan`.
@@ -197,6 +209,27 @@ fn rescan(target: &Path, output: OutputArgs) -> Result<u8> {
     print_line(&device.node().display().to_string())?;
     partitions.iter().try_for_each(print_partition)?;
     Ok(0)
+}
+
+/// Attaches an image, for writing, as long as `work` goes on with its device.
+pub(super) fn while_attached<T>(
+    image: &Path,
+    options: &[OsString],
+    work: impl FnOnce(LoopDevice) -> Result<T>,
+) -> Result<T> {
+    let suffix = MountOptions::default().suffix;
+    let wanted = Wanted { options, suffix, by_program: false, file_system: None };
+    let (_, record) = build(image, &wanted, false, false)?;
+    let node = record.device.unwrap_or_default();
+    let done = LoopDevice::of_node(&node)
+        .ok_or_else(|| Error::new(ErrorKind::Failed, "the device went away").in_file(&node))
+        .and_then(work);
+    let detached = detach_one(&node);
+    let done = done?;
+    match detached? {
+        0 => Ok(done),
+        _ => Err(Error::new(ErrorKind::Failed, "not everything was written").in_file(image)),
+    }
 }
 
 /// Says who can do what only root can, and how.

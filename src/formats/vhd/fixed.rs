@@ -5,9 +5,9 @@ use std::sync::Arc;
 use super::footers::{CopyState, Footers};
 use super::layout::SECTOR;
 use crate::codec;
-use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source, WritePlan};
+use crate::disk::map::{self, BlockMap, DiskRange, ExtentList, Geometry, Source};
 use crate::disk::sync_file;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::storage::Storage;
 
 /// The mapping of a fixed disk: byte `n` of the disk is byte `n` of the file.
@@ -79,27 +79,7 @@ impl BlockMap for FixedMap {
         Ok(())
     }
 
-    fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan> {
-        Err(Error::new(ErrorKind::Failed, "a fixed disk has nothing to allocate"))
-    }
-
-    fn commit_write(&self, _plan: WritePlan) -> Result<()> {
-        Err(Error::new(ErrorKind::Failed, "a fixed disk has nothing to allocate"))
-    }
-
-    fn abort_write(&self, _plan: WritePlan) {}
-
     fn unmap(&self, want: DiskRange, _rest: &mut Vec<DiskRange>) -> Result<()> {
-        let file = &self.files[0];
-        file.punch_hole(want.start, want.end - want.start)
-            .map_err(|e| Error::io("discard", &e).in_file(file.path()).at(want.start))
-    }
-
-    fn flush(&self) -> Result<()> {
-        sync_file(&*self.files[0])
-    }
-
-    fn close(&self) -> Result<()> {
-        Ok(())
+        map::punch(&*self.files[0], want)
     }
 }
