@@ -253,6 +253,10 @@ fn nothing_to_allocate() -> Error {
 }
 
 /// What [`BlockMap::unmap`] does of a disk that lies in `file` as it is: a hole of the host.
+///
+/// # Errors
+///
+/// Those of [`Storage::punch_hole`].
 pub fn punch(file: &dyn Storage, want: DiskRange) -> Result<()> {
     file.punch_hole(want.start, want.end - want.start)
         .map_err(|e| Error::io("discard", &e).in_file(file.path()).at(want.start))

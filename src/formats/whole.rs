@@ -12,6 +12,11 @@ use crate::storage::Host;
 use crate::storage::staged::Staged;
 
 /// [`create`] as one step. Returns the image's files.
+///
+/// # Errors
+///
+/// Those of [`create`]; [`ErrorKind::Exists`] for a file that is there, [`ErrorKind::Busy`] where another program
+/// is making one. Nothing is left behind then.
 pub fn create_whole(
     format: &dyn Format,
     host: &Arc<dyn Host>,
@@ -22,6 +27,10 @@ pub fn create_whole(
 }
 
 /// [`create_child`] as one step. Returns the child's files.
+///
+/// # Errors
+///
+/// Those of [`create_child`], and of [`create_whole`].
 pub fn create_whole_child(
     format: &dyn Format,
     host: &Arc<dyn Host>,
