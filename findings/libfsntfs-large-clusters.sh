@@ -3,7 +3,8 @@
 # Seen: with clusters of more than 4096 bytes libfsntfs finds no file at all in a directory that has outgrown its MFT record: the directory
 #       is empty, and files in it do not exist, without an error. The records of such an index are smaller than a cluster, and are
 #       numbered in units of 512 bytes then; libfsntfs multiplies by the cluster size and skips what it finds unallocated there.
-#       Disks for databases and backups often have clusters of 64 KiB.
+#       Disks for databases and backups often have clusters of 64 KiB. (The crate ntfs 0.4.0 multiplies in the same way, and calls the
+#       volume damaged; TSK, 7-Zip and dissect.ntfs list every file.)
 # With: libfsntfs-python 20260827, dissect.ntfs 3.16 (PyPI), volumes made by mkfs.ntfs and filled by ntfs-3g 2022.10.3.
 # Needs: root and /dev/fuse, ntfs-3g, mkfs.ntfs, python3 with venv.
 set -euo pipefail
