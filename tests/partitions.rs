@@ -131,6 +131,9 @@ fn partitions_show_beside_their_disk() {
         assert_eq!(part["type"], "0fc63daf-8483-4772-8e79-3d69d8477de4");
         assert_eq!(xattr("user.flatdisk.format"), "vhdx");
     }
+    // To every command it is a raw disk, and never stands for its image.
+    let hash = succeed(flatdisk().arg("hash").arg(setup.part(2)));
+    assert!(hash.contains(&live::sha256(&setup.part(2))), "{hash}");
     let error = fs::remove_file(setup.part(1)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnlyFilesystem);
     setup.end();

@@ -193,3 +193,40 @@ fn what_is_remembered_of_images_has_a_budget() {
     assert!(mount.memory() < 120 << 20, "{} MiB", mount.memory() >> 20);
     assert!(mount.unmount().success());
 }
+
+#[test]
+fn without_threads_to_be_had_a_mount_fails_or_works() {
+    let tools = ["setpriv", "prlimit", "unshare", "fusermount3"];
+    if !live::can_mount() || !live::have(&tools) {
+        return;
+    }
+    let (images, scratch) = (scratch(), scratch());
+    create(&images.path().join("a.vhdx"), "8M", &["--block-size", "1M"]);
+    // Root has no such limit; this user has no processes but ours.
+    let script = r#"
+        set -eu
+        mknod "$T/fuse" c 10 229; chmod 666 "$T/fuse"; mount --bind "$T/fuse" /dev/fuse
+        chmod 755 "$T" "$IMAGES"; chown -R games "$IMAGES"
+        mkdir -m 777 "$T/mnt" "$T/run"; cp "$FLATDISK" "$T/flatdisk"
+        user() { setpriv --reuid=games --regid=games --clear-groups -- env XDG_RUNTIME_DIR="$T/run" "$@"; }
+        trap 'umount -il "$T/mnt" 2>/dev/null || true' EXIT
+        failed=0; worked=0
+        for limit in 2 4 6 7 8 9 10 12 16 24; do
+            echo "limit $limit"
+            if user prlimit --nproc=$limit "$T/flatdisk" mount -o threads=4 "$IMAGES" "$T/mnt" 2>"$T/err"; then
+                worked=$((worked + 1))
+                user dd if=/dev/urandom of="$T/mnt/a.vhdx.img" bs=64k count=8 conv=notrunc,fsync status=none
+                user "$T/flatdisk" status "$T/mnt" | grep -qF "$T/mnt"
+                user "$T/flatdisk" sync "$T/mnt"
+                user "$T/flatdisk" umount "$T/mnt"
+            else
+                failed=$((failed + 1))
+                cat "$T/err"; [ "$(wc -l < "$T/err")" = 1 ]; grep -q '^flatdisk: .*starting' "$T/err"
+            fi
+            if grep -qF " $T/mnt " /proc/self/mountinfo; then echo "still mounted"; exit 1; fi
+        done
+        [ $failed -gt 0 ]; [ $worked -gt 0 ]
+        "$FLATDISK" check "$IMAGES/a.vhdx"
+    "#;
+    live::succeed_in_namespace(script, &[("IMAGES", &images.path()), ("T", &scratch.path())]);
+}

@@ -285,11 +285,9 @@ impl Server {
         let serve = move || {
             for stream in listener.incoming() {
                 let (service, waiting) = (service.clone(), waiting.clone());
-                let served = stream.and_then(|stream| {
-                    thread::Builder::new().spawn(move || service.serve(stream, &waiting))
-                });
+                let served = stream.map(|stream| serve_apart(&service, stream, &waiting));
                 if let Err(e) = served {
-                    // Descriptors or threads are used up, and will be for a moment.
+                    // Descriptors are used up, and will be for a moment.
                     log::warn!("control socket: {e}");
                     thread::sleep(PAUSE);
                 }
@@ -317,6 +315,24 @@ impl Server {
         if own.unwrap_or(false) {
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+/// Serves a caller by a thread of his own; here, if there is none to be had.
+fn serve_apart(
+    service: &Arc<Service>,
+    stream: UnixStream,
+    waiting: &Arc<Mutex<Option<Vec<UnixStream>>>>,
+) {
+    let stream = Arc::new(Mutex::new(Some(stream)));
+    let (theirs, apart, waits) = (stream.clone(), service.clone(), waiting.clone());
+    let begun = thread::Builder::new().spawn(move || {
+        let stream = theirs.lock().take();
+        stream.into_iter().for_each(|stream| apart.serve(stream, &waits));
+    });
+    if begun.is_err() {
+        let stream = stream.lock().take();
+        stream.into_iter().for_each(|stream| service.serve(stream, waiting));
     }
 }
 

@@ -85,6 +85,7 @@ impl Mounted {
         events: Sender<daemon::Event>,
     ) -> Result<Self> {
         let failed = |e: io::Error| mount_failed(&e).in_file(mountpoint);
+        find_threads(threads(options))?;
         let shell = Shell::new(tree.clone(), options, threads(options), events);
         let config = config(source, options);
         let session = match handed {
@@ -105,6 +106,25 @@ impl Mounted {
             log::debug!("telling the kernel about `{}`: {e}", name.display());
         }
     }
+}
+
+/// Fails where there are not as many threads to be had. Without them the session would end as soon as it
+/// has begun, and a mount with nobody behind it stay.
+fn find_threads(count: usize) -> Result<()> {
+    let (held, wait) = std::sync::mpsc::channel::<()>();
+    let wait = Arc::new(parking_lot::Mutex::new(wait));
+    let begin = |_| {
+        let wait = wait.clone();
+        std::thread::Builder::new().spawn(move || wait.lock().recv().is_ok())
+    };
+    let begun: io::Result<Vec<_>> = (0..count).map(begin).collect();
+    drop(held);
+    let begun = begun.map_err(|e| {
+        let what = format!("starting the {count} threads that serve requests");
+        Error::io(what, &e).hint("-o threads=4 needs fewer; `ulimit -u` limits them")
+    })?;
+    begun.into_iter().for_each(|thread| _ = thread.join());
+    Ok(())
 }
 
 /// Makes the kernel drop its pages of a file. That may wait for requests under way, which only others
