@@ -2,8 +2,9 @@
 # Guess: reading a file does not change where lseek's SEEK_DATA and SEEK_HOLE find its data.
 # Seen: on ext4 and XFS a preallocated file (fallocate) is one hole until somebody reads it: what was read is data from then on, 64 KiB
 #       or all of it, until the page cache lets go of it. So whether `cp` or qemu-img copies a fixed raw disk's empty part depends on who
-#       looked at the disk before, a checksum or an antivirus scan for instance; `qemu-img map` says zero:true, and zero:false after.
-#       On btrfs it stays a hole. The kernel takes any page in the cache above an unwritten extent for data, as it may be dirty.
+#       looked at the disk before, a checksum or an antivirus scan for instance; `qemu-img map` says zero:true, and zero:false after;
+#       and `fallocate --dig-holes` takes away the allocation of what was read, and of nothing else. On btrfs it stays a hole. The kernel takes
+#       every page in the cache above an unwritten extent for data, as it may be dirty.
 # With: Linux 6.18, qemu-img 10.0.2.
 # Needs: root (loop devices), mkfs.ext4, mkfs.xfs, mkfs.btrfs, qemu-img, python3.
 set -euo pipefail
@@ -55,6 +56,17 @@ for kind in ext4 xfs btrfs; do
   cat mnt/fixed.raw >/dev/null
   expect $kind "all of it read" $all "$(python3 data.py mnt/fixed.raw)"
   [ "$(zero mnt/fixed.raw)" = $zeroes ] || { echo "CHANGED: qemu-img map"; changed=1; }
+  for dug in unread read; do
+    fallocate -l 8M mnt/$dug.raw
+    sync -f mnt
+    [ $dug = unread ] || cat mnt/read.raw >/dev/null
+    fallocate --dig-holes mnt/$dug.raw
+    sync -f mnt
+    left=$(du -k mnt/$dug.raw | cut -f 1)
+    echo "$kind: $dug, fallocate --dig-holes: $left KiB of 8192 allocated"
+    if [ $dug = unread ] || [ $kind = btrfs ]; then least=8192; else least=0; fi
+    [ "$left" = $least ] || { echo "CHANGED: not $least"; changed=1; }
+  done
   expect $kind "page cache dropped" 0 "$(python3 data.py mnt/fixed.raw forget)"
   umount mnt
 done
