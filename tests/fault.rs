@@ -420,3 +420,64 @@ fn a_full_host_is_no_lasting_failure() {
     let failures: Vec<_> = results.into_iter().filter_map(Result::err).collect();
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
 }
+
+/// Fills holes until the host is full; what was accepted until then can be flushed, and is there.
+fn fill_holes(
+    kind: &dyn Kind,
+    created: &Arc<MemoryHost>,
+    space: u64,
+    seed: u64,
+) -> Result<(), String> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let faults = Arc::new(Faults::default());
+    let mut trial = Trial::begin(kind, created, faults.clone())?;
+    faults.set_space(space);
+    let geometry = *trial.runner.disk.geometry();
+    let mut full = false;
+    for round in 0..400 {
+        // One place in every page of the tables, and then some.
+        let stride = kind.stride().unwrap_or(geometry.block_size).clamp(512, geometry.size);
+        let at = random.u64(..geometry.size.div_ceil(stride)) * stride;
+        let at = (at + random.u64(..4) * 512).min(geometry.size - 512);
+        let step = match random.u8(..8) {
+            0 => Step::Discard { at, len: stride.min(geometry.size - at) },
+            _ => Step::Write { at, len: 512.min(geometry.size - at) },
+        };
+        let before = faults.fired();
+        trial.step(&step)?;
+        full |= faults.fired() > before;
+        if full || round % 16 == 15 {
+            let before = faults.fired();
+            trial.step(&Step::Flush)?;
+            if faults.fired() > before {
+                return Err(format!("a flush after {step:?} finds the host full"));
+            }
+        }
+        if full && random.u8(..4) == 0 {
+            break;
+        }
+    }
+    faults.clear();
+    for step in script(&mut random, geometry.size, geometry.block_size, 6) {
+        trial.step(&step)?;
+    }
+    trial.finish(seed)
+}
+
+#[test]
+fn tables_of_what_was_accepted_find_room_on_a_full_host() {
+    let kinds = all_small();
+    let results = in_parallel(&kinds, |kind| -> Result<(), String> {
+        let created = MemoryHost::new();
+        kind.create(&created).map_err(|e| e.to_string())?;
+        let spaces = [0, 4, 12, 40, 200, 1100, 1200, 1500, 3000, 9000];
+        for (round, pages) in spaces.into_iter().enumerate() {
+            let space = pages << 10;
+            fill_holes(&**kind, &created, space, seed() + round as u64)
+                .map_err(|e| format!("{}, space for {space} bytes: {e}", kind.name()))?;
+        }
+        Ok(())
+    });
+    let failures: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+}

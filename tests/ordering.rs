@@ -19,6 +19,8 @@
 // The helpers here serve tests only.
 #![allow(clippy::unwrap_used)]
 
+#[path = "ordering/changes.rs"]
+mod changes;
 mod common;
 #[path = "ordering/harmless.rs"]
 mod harmless;

@@ -101,6 +101,23 @@ fn a_bat_that_outgrows_an_empty_vhd_spares_the_footer() {
     }
 }
 
+#[test]
+fn a_fixed_vhd_that_began_to_grow_by_a_sector_is_still_one() {
+    let files = MemoryHost::new();
+    let host: Arc<dyn Host> = files.clone();
+    let path = std::path::Path::new("/t/disk");
+    let spec =
+        CreateSpec { size: 200 << 10, subformat: Some("fixed".into()), ..CreateSpec::default() };
+    formats::create(&formats::vhd::Vhd, &*files, path, &spec).unwrap();
+    let file = files.file(path).unwrap();
+    let len = flatdisk::storage::Storage::len(&*file).unwrap();
+    for sectors in 1..10 {
+        flatdisk::storage::Storage::set_len(&*file, len + sectors * 512).unwrap();
+        let image = formats::open(&host, path, &OpenOptions::new(Access::Read)).unwrap();
+        assert_eq!(image.disk.size(), 200 << 10, "{sectors} sectors");
+    }
+}
+
 /// Runs the program on arguments; what it printed.
 fn flatdisk(args: &[&str]) -> std::process::Output {
     tools::output(std::process::Command::new(env!("CARGO_BIN_EXE_flatdisk")).args(args))

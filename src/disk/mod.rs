@@ -34,6 +34,7 @@ pub mod map;
 #[doc(hidden)]
 pub mod overlay;
 pub mod picture;
+pub(crate) mod room;
 #[doc(hidden)]
 pub mod share;
 #[doc(hidden)]

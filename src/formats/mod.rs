@@ -99,7 +99,8 @@ impl Probe {
         file.read_at(0, &mut head).map_err(failed)?;
         let mut tail = vec![0; len.min(Self::TAIL) as usize];
         file.read_at(len - tail.len() as u64, &mut tail).map_err(failed)?;
-        if tail.iter().all(|byte| *byte == 0) {
+        // Less than a sector of zeroes may be the end of a footer.
+        if tail.iter().rev().take(512).all(|byte| *byte == 0) {
             let end = end_of_data(file, len)?;
             tail.truncate(end.min(Self::TAIL) as usize);
             file.read_at(end - tail.len() as u64, &mut tail).map_err(failed)?;

@@ -1,5 +1,6 @@
 //! Storage that fails on demand: a [`FaultyHost`] puts [`Faults`] before every call to another host.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,9 @@ use parking_lot::{Condvar, Mutex};
 
 use super::{Access, Entry, FileIdentity, Host, Storage};
 use crate::error::{Error, Result};
+
+/// Bytes of a page of the host.
+const PAGE: u64 = 4096;
 
 /// The calls that can fail, of files and of hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +88,10 @@ struct State {
     room: Option<u64>,
     /// Bytes that a file may have.
     limit: Option<u64>,
+    /// Bytes that holes of files may still take when they are filled.
+    space: Option<u64>,
+    /// Pages of holes that were filled or reserved.
+    filled: BTreeMap<PathBuf, BTreeSet<u64>>,
     /// Calls that wait.
     held: usize,
     /// How often held calls were released.
@@ -107,7 +115,7 @@ impl Faults {
     pub fn clear(&self) {
         let mut state = self.state.lock();
         state.rules.clear();
-        (state.room, state.limit) = (None, None);
+        (state.room, state.limit, state.space) = (None, None, None);
     }
 
     /// Waits until a call is held.
@@ -124,6 +132,53 @@ impl Faults {
     /// Limits by how many bytes files may grow; then `ENOSPC`, after what still fits was written.
     pub fn set_room(&self, bytes: u64) {
         self.state.lock().room = Some(bytes);
+    }
+
+    /// Limits how many bytes of holes may be filled or reserved, in pages, as on a host whose files are
+    /// sparse: then `ENOSPC`, with nothing written. Holes that are punched make room again.
+    pub fn set_space(&self, bytes: u64) {
+        self.state.lock().space = Some(bytes);
+    }
+
+    /// Takes space for what is a hole in a range of `file`; whether there was enough.
+    fn fill(&self, file: &dyn Storage, range: Range<u64>) -> io::Result<bool> {
+        let mut state = self.state.lock();
+        let Some(space) = state.space else { return Ok(true) };
+        let pages = range.start / PAGE..range.end.div_ceil(PAGE);
+        let filled = state.filled.entry(file.path().to_owned()).or_default();
+        let mut holes: BTreeSet<u64> =
+            pages.clone().filter(|page| !filled.contains(page)).collect();
+        let mut at = pages.start * PAGE;
+        while let Some(data) = file.next_data(at)?.filter(|data| data.start < pages.end * PAGE) {
+            let stored = data.start / PAGE..data.end.div_ceil(PAGE);
+            holes.retain(|page| !stored.contains(page));
+            at = data.end;
+        }
+        let needed = holes.len() as u64 * PAGE;
+        if needed > space {
+            return Ok(false);
+        }
+        filled.extend(holes);
+        state.space = Some(space - needed);
+        Ok(true)
+    }
+
+    /// Gives back what a range of `file` takes, as far as it is whole pages.
+    fn empty(&self, file: &dyn Storage, range: Range<u64>) -> io::Result<()> {
+        let mut state = self.state.lock();
+        let Some(space) = state.space else { return Ok(()) };
+        let pages = range.start.div_ceil(PAGE)..range.end.min(file.len()?) / PAGE;
+        let filled = state.filled.entry(file.path().to_owned()).or_default();
+        let mut taken: BTreeSet<u64> = BTreeSet::new();
+        let mut at = pages.start * PAGE;
+        while let Some(data) = file.next_data(at)?.filter(|data| data.start < pages.end * PAGE) {
+            taken.extend((data.start / PAGE..data.end / PAGE).filter(|page| pages.contains(page)));
+            at = data.end;
+        }
+        taken.extend(filled.iter().filter(|page| pages.contains(page)));
+        filled.retain(|page| !pages.contains(page));
+        state.space = Some(space + taken.len() as u64 * PAGE);
+        Ok(())
     }
 
     /// Limits how long a file may become, as a limit of the process does: `ENOSPC`, after what still fits
@@ -146,6 +201,11 @@ impl Faults {
     /// How many of these calls have failed.
     pub fn fired_in(&self, call: Call) -> u64 {
         self.state.lock().fired[call as usize]
+    }
+
+    /// Takes note that a call failed.
+    fn note(&self, call: Call) {
+        self.state.lock().fired[call as usize] += 1;
     }
 
     /// Counts a call and tells its fault. Calls are held here.
@@ -311,6 +371,10 @@ impl Storage for FaultyFile {
             self.inner.write_at(at, &data[..whole_sectors(at, fits)])?;
             return Err(no_space());
         }
+        if !self.faults.fill(&*self.inner, at..end)? {
+            self.faults.note(Call::Write);
+            return Err(no_space());
+        }
         self.inner.write_at(at, data)
     }
 
@@ -324,12 +388,17 @@ impl Storage for FaultyFile {
 
     fn punch_hole(&self, at: u64, len: u64) -> io::Result<()> {
         self.faults.pass(Call::Punch)?;
+        self.faults.empty(&*self.inner, at..at + len)?;
         self.inner.punch_hole(at, len)
     }
 
     fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
         self.faults.pass(Call::Allocate)?;
         if self.faults.grow(Call::Allocate, self.inner.len()?, at + len) < at + len {
+            return Err(no_space());
+        }
+        if !self.faults.fill(&*self.inner, at..at + len)? {
+            self.faults.note(Call::Allocate);
             return Err(no_space());
         }
         self.inner.allocate(at, len)

@@ -8,6 +8,8 @@
 //! - [`crash`]: crash states checked against the history;
 //! - [`repairs`]: damaged images, and what a crash may leave of their repair;
 //! - [`sizes`]: changes of size and layout, and what a crash may leave of them;
+//! - [`drawn`]: such changes by chance;
+//! - [`without`]: recordings from which one sync after the other is taken away;
 //! - [`chains`]: images that stand on one another, and what a crash may leave of changing them;
 //! - [`toy`]: a format so simple that only the harness can be wrong, with flaws on request;
 //! - [`corpus`], [`tools`]: files and programs from outside;
@@ -26,6 +28,7 @@ pub mod chains;
 pub mod children;
 pub mod corpus;
 pub mod crash;
+pub mod drawn;
 pub mod history;
 pub mod images;
 pub mod pattern;
@@ -34,6 +37,7 @@ pub mod sizes;
 pub mod skip;
 pub mod tools;
 pub mod toy;
+pub mod without;
 pub mod workload;
 
 pub use skip::skip;

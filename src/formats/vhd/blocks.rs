@@ -29,6 +29,7 @@ use super::structure::{Structure, overlap};
 use super::survey::Survey;
 use crate::codec;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
+use crate::disk::room::TableRoom;
 use crate::disk::sync_file;
 use crate::disk::tables::{CacheBudget, CacheStats, PageImage};
 use crate::error::{Error, ErrorKind, Result};
@@ -50,6 +51,8 @@ pub(super) struct SparseMap {
     pub(super) bat: Bat,
     /// Which sectors are the disk's own, if it is a differencing one.
     pub(super) bitmaps: Option<SectorBitmaps>,
+    /// Which bitmaps have space of the host.
+    pub(super) room: TableRoom,
     /// Where the trailing footer begins: no data lies beyond.
     data_end: AtomicU64,
     /// One flush at a time: who finds that another one has taken the changes waits until they are
@@ -117,6 +120,7 @@ impl SparseMap {
         Self {
             bat: Bat::new(file.clone(), &structure, budget),
             bitmaps,
+            room: TableRoom::default(),
             data_end: AtomicU64::new(footers.data_end),
             flushing: Mutex::new(None),
             writing: Mutex::new(None),

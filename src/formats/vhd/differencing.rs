@@ -83,6 +83,8 @@ impl SparseMap {
                 return Err(Error::corrupt(format!("the BAT entry of block {block} is damaged")));
             }
         };
+        let bitmap = bitmap_at..bitmap_at + self.structure.bitmap_size;
+        self.room.reserve(self.file(), 0, bitmap).inspect_err(|_| self.give_back(&slot))?;
         let piece = Piece {
             start: want.start,
             len: bytes.end - bytes.start,

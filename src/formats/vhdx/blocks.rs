@@ -16,6 +16,7 @@ use super::session::Session;
 use super::writes::WriteState;
 use crate::codec::read_exact;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source, WritePlan};
+use crate::disk::room::TableRoom;
 use crate::disk::tables::{CacheStats, TableCache};
 use crate::error::Result;
 use crate::storage::Storage;
@@ -93,6 +94,8 @@ pub(super) struct Blocks {
     pub shape: Shape,
     pub files: [Arc<dyn Storage>; 1],
     pub cache: TableCache,
+    /// Which pages of tables have space of the host.
+    pub room: TableRoom,
     /// Bytes of the file, for judging what lies in it. Grows only.
     pub file_len: AtomicU64,
     /// `DataWriteGuid` from the first write on, if it is not to be a new one.

@@ -20,6 +20,7 @@ use super::overlay::{Overlay, ReplayedFile};
 use super::regions::Regions;
 use super::session::Session;
 use crate::disk::map::{DiskRange, Geometry};
+use crate::disk::room::TableRoom;
 use crate::disk::tables::{CacheBudget, TableCache};
 use crate::error::{Error, Result};
 use crate::formats::{Identity, ImageInfo, OpenContext, Opened, ParentLink};
@@ -195,12 +196,14 @@ impl Parts {
             headers: HeaderWriter::new(&self.file, &self.headers),
             replayed: self.replayed.clone(),
             ring: None,
+            sparse_log: false,
             unapplied: Vec::new(),
             failure: None,
         };
         Blocks {
             shape: self.shape(),
             cache: TableCache::new(LOG_SECTOR as usize, budget),
+            room: TableRoom::default(),
             file_len: AtomicU64::new(self.file_len),
             files: [self.file],
             next_data_write,

@@ -37,6 +37,8 @@ pub(super) struct Session {
     pub replayed: Option<Arc<ReplayedFile>>,
     /// The log, while it is in use.
     pub ring: Option<Ring>,
+    /// The log's place was a hole of the host's file, and is to be one again.
+    pub sparse_log: bool,
     /// Pages that the log holds durably and that could not be written to their place.
     pub unapplied: Vec<PageImage>,
     /// A flush that failed for good. What it should have made durable is lost, whatever later
@@ -113,6 +115,12 @@ impl Blocks {
         if length == 0 {
             (at, length) = (state.space.allocate(&**file, NEW_LOG)?.at, NEW_LOG);
         }
+        // No entry is to find the host full: the place of all of them is reserved.
+        let reserving =
+            |e| Error::io("reserving space for the log", &e).in_file(file.path()).at(at);
+        let data = file.next_data(at).map_err(reserving)?;
+        session.sparse_log = data.is_none_or(|data| data.start > at || data.end < at + length);
+        file.allocate(at, length).map_err(reserving)?;
         let ring = Ring::start(file, at, length, state.lengths())?;
         session.headers.update(|h| {
             h.log = ring.guid();
@@ -255,6 +263,13 @@ impl Blocks {
         let mut session = self.session.lock();
         session.headers.update(|h| h.log = Uuid::nil())?;
         session.ring = None;
+        let (at, length) =
+            (session.headers.header().log_offset, session.headers.header().log_length);
+        if std::mem::take(&mut session.sparse_log)
+            && let Err(e) = file.punch_hole(at, length.into())
+        {
+            log::warn!("{}: giving space back: {e}", file.path().display());
+        }
         // Only now does no log entry promise a longer file.
         if let Some(state) = self.state.lock().take()
             && state.space.used_end() < state.space.file_len()

@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 use super::bat::{Entry, State};
 use super::bitmap;
 use super::blocks::Blocks;
-use super::layout::MIB;
+use super::layout::{LOG_SECTOR, MIB};
 use super::space::{Allocation, Space};
 use crate::disk::map::{DiskRange, Piece, WritePlan};
 use crate::error::{Error, ErrorKind, Result};
@@ -194,6 +194,7 @@ impl Blocks {
         self.update_entry(index, |_| ())?;
         let space = state.space.allocate(self.file(), MIB)?;
         self.note_length(state);
+        self.room.forget(0, space.at..space.at + MIB);
         if !space.zeroed {
             self.file().punch_hole(space.at, MIB).map_err(|e| {
                 state.space.release(space.at..space.at + MIB);
@@ -246,8 +247,14 @@ impl Blocks {
         Ok(true)
     }
 
+    /// Sees to it that a page of a table that is going to change has space of the host.
+    fn reserve(&self, page: u64) -> Result<()> {
+        self.room.reserve(self.file(), 0, page * LOG_SECTOR..(page + 1) * LOG_SECTOR)
+    }
+
     fn update_entry(&self, index: u64, change: impl FnOnce(&mut Entry)) -> Result<()> {
         let (page, slot) = self.shape.entry_place(index);
+        self.reserve(page)?;
         self.cache.update(page, self.load(page), |bytes| {
             let mut entry = Entry::get(bytes, slot);
             change(&mut entry);
@@ -268,6 +275,7 @@ impl Blocks {
         let (first, _) = self.shape.block_bits(block);
         let bits = first + sectors.start..first + sectors.end;
         for (page, bits) in bitmap::pages(bitmap_at, &bits) {
+            self.reserve(page)?;
             self.cache.update(page, self.load(page), |bytes| change(bytes, bits))?;
         }
         Ok(())

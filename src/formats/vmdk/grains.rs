@@ -257,7 +257,7 @@ impl GrainTables {
     }
 
     /// Bytes of one page of a table.
-    fn page_len(&self) -> u64 {
+    pub fn page_len(&self) -> u64 {
         self.table_len().min(PAGE)
     }
 
@@ -407,6 +407,12 @@ impl GrainTables {
         Ok(table)
     }
 
+    /// The bytes of the file that the directory's entry for table `table` takes.
+    pub fn directory_place(&self, table: u64) -> Range<u64> {
+        let width = self.dialect.entry_len();
+        self.gd + table * width..self.gd + (table + 1) * width
+    }
+
     /// Gives table `table`, which has none yet, a place: sector `sector`, where zeroes are.
     pub fn set_table(&self, cache: &TableCaches, table: u64, sector: u64) -> Result<()> {
         let width = self.dialect.entry_len();
@@ -439,7 +445,7 @@ impl GrainTables {
     }
 
     /// Where page `page` is in the file: in its table, and in that table's redundant copy.
-    fn page_places(&self, cache: &TableCaches, page: u64) -> Result<(Table, Table)> {
+    pub fn page_places(&self, cache: &TableCaches, page: u64) -> Result<(Table, Table)> {
         let redundant = self.redundant_table(cache, page / self.pages_per_table())?;
         Ok((self.page_place(cache, page)?, self.inside(redundant, page)))
     }

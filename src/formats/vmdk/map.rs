@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::disk::map::{
     BlockMap, DiskRange, Extent, ExtentList, FileIndex, Geometry, Source, WritePlan,
 };
+use crate::disk::room::TableRoom;
 use crate::disk::tables::CacheStats;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
@@ -98,6 +99,8 @@ pub struct VmdkMap {
     pub(super) has_parent: bool,
     pub(super) cache: TableCaches,
     inflated: InflatedGrains,
+    /// Which pages of tables have space of the host.
+    pub(super) room: TableRoom,
     pub(super) writer: Writer,
 }
 
@@ -137,6 +140,7 @@ impl VmdkMap {
             next_cid: parts.next_cid,
             cache: parts.cache,
             inflated: InflatedGrains::default(),
+            room: TableRoom::default(),
             writer: Writer::new(written, parts.descriptor),
         }
     }

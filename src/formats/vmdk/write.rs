@@ -178,6 +178,7 @@ impl VmdkMap {
         }
         // Brings the page into memory before the state is locked.
         tables.read_page(&self.cache, page, |_| ())?;
+        self.reserve_page(extent, page)?;
 
         let mut state = self.writer.state.lock();
         self.wait_for(&mut state, extent, &(first..end));
@@ -202,7 +203,17 @@ impl VmdkMap {
         let mut token = Token { extent, first, runs: SmallVec::new(), table: None };
         if lacks_table {
             let sectors = tables.table_len() / SECTOR;
-            token.table = Some(space.take_new(sectors, 1, &*sparse.file, &tables.file_len)?);
+            let table = space.take_new(sectors, 1, &*sparse.file, &tables.file_len)?;
+            let place = table.start * SECTOR..table.end * SECTOR;
+            token.table = Some(table);
+            let reserved = self.room.reserve(&*sparse.file, tables.file_index, place);
+            let entry = tables.directory_place(first / tables.entries_per_table);
+            let reserved =
+                reserved.and_then(|()| self.room.reserve(&*sparse.file, tables.file_index, entry));
+            if let Err(e) = reserved {
+                self.give_back(&mut state, &token);
+                return Err(e);
+            }
         }
         let mut left = unmapped * grain_sectors;
         while left > 0 {
@@ -241,6 +252,20 @@ impl VmdkMap {
             pos += whole;
         }
         Ok(WritePlan { pieces, token: Box::new(token) })
+    }
+
+    /// Sees to it that a page of a grain table, and its redundant copy, have space of the host, so that it
+    /// may be changed. One that is to come with its table gets it there.
+    fn reserve_page(&self, extent: usize, page: u64) -> Result<()> {
+        let tables = &self.sparse[extent].tables;
+        let (primary, redundant) = tables.page_places(&self.cache, page)?;
+        for place in [primary, redundant] {
+            if let Table::At(at) = place {
+                let range = at..at + tables.page_len();
+                self.room.reserve(&*tables.file, tables.file_index, range)?;
+            }
+        }
+        Ok(())
     }
 
     /// Unmaps what can be unmapped of part `part` of sparse extent `extent`, which begins at byte
@@ -287,6 +312,9 @@ impl VmdkMap {
                     pos = until;
                 }
             })?;
+            if !change.is_empty() {
+                self.reserve_page(extent, page)?;
+            }
             let mut state = self.writer.state.lock();
             for run in change.chunk_by(|a, b| a.0 + 1 == b.0) {
                 tables.update(&self.cache, run[0].0, run.iter().map(|_| raw))?;

@@ -1,0 +1,133 @@
+//! Changes of size, of layout and of chains, from which each sync is taken away.
+
+use std::sync::Arc;
+
+use fastrand::Rng;
+use flatdisk::storage::Host;
+use flatdisk::storage::recording::RecordingHost;
+
+use super::SEED;
+use super::common::chains::{self, ChangeOfChain};
+use super::common::drawn::{What, case, made};
+use super::common::in_parallel;
+use super::common::without::Findings;
+
+/// Changes recorded of each kind, of each format.
+const ROUNDS: u64 = 25;
+
+const PROMISE: &str = "space that is given back is no promise";
+const FOOTER_HOLE: &str = "a hole where the footer was, behind which there is another one";
+const OTHER_HEADER: &str = "the other header is good, and a change between them is none";
+const LOGGED: &str = "the log holds the table until it ends";
+const DRIVER: &str = "the driver's own, which is taken away with its workloads";
+const ONE_SECTOR: &str = "old and new text of our disks mix to a text";
+
+/// Syncs that no crash misses (`*` for any end of the name), and why.
+const HARMLESS: &[(&str, &str)] = &[
+    (
+        "vhd: dynamic header | footer",
+        "first the footers' copy changes, and the sync behind that covers both",
+    ),
+    ("vhd: footer | table", "what is cleared lies behind the end that was asked for"),
+    ("vhd: hole | data", FOOTER_HOLE),
+    ("vhd: hole | length", FOOTER_HOLE),
+    ("vhd: hole | table", FOOTER_HOLE),
+    ("vhd: hole | nothing", PROMISE),
+    ("vhd: length | nothing", PROMISE),
+    ("vhd: table | footer", "the footer goes into the gap before a block of ours"),
+    ("vhd: table | hole", "before the end only blocks of zeroes are punched"),
+    ("vhd: table | length", "the file only grows there"),
+    ("vhd flatten: footer | dynamic header", "nothing leads to the new header yet"),
+    ("vhd flatten: footer | footer", "either footer opens the image"),
+    ("vhd flatten: table | footer", DRIVER),
+    ("vhdx: header | *", OTHER_HEADER),
+    ("vhdx: hole | header", PROMISE),
+    ("vhdx: hole | log entry", "behind the end of a disk of ours there are zeroes anyway"),
+    ("vhdx: hole | nothing", PROMISE),
+    ("vhdx: length | nothing", PROMISE),
+    ("vhdx: table | data", LOGGED),
+    ("vhdx: table | hole", LOGGED),
+    ("vhdx: table | length", LOGGED),
+    ("vhdx flatten: header | *", OTHER_HEADER),
+    ("vhdx flatten: hole | header", PROMISE),
+    ("vhdx flatten: log entry | table", DRIVER),
+    ("vhdx flatten: nothing | *", DRIVER),
+    ("vmdk: hole | nothing", PROMISE),
+    ("vmdk: length | sparse header", "the mark comes before all that needs it"),
+    (
+        "vmdk: sparse header | data",
+        "without the mark the next writer takes copies of tables for damaged",
+    ),
+    ("vmdk: sparse header | descriptor", ONE_SECTOR),
+    ("vmdk: sparse header | hole", "the tables name nothing of what is given back"),
+    ("vmdk: sparse header | length", "the tables name nothing of what is given back"),
+    ("vmdk: table | nothing", "entries that mean nothing any more"),
+    ("vmdk: table | table", "each entry is right by itself, old or new"),
+    ("vmdk flatten: descriptor | nothing", PROMISE),
+    ("vmdk flatten: sparse header | descriptor", ONE_SECTOR),
+    ("vmdk flatten: table | *", DRIVER),
+];
+
+#[test]
+fn every_sync_of_changes_of_size_layout_and_chains_is_one_that_a_crash_can_show() {
+    let formats = ["vhd", "vhdx", "vmdk"];
+    let work: Vec<_> =
+        formats.iter().flat_map(|format| [(*format, true), (*format, false)]).collect();
+    let all = in_parallel(&work, |(format, in_place)| match in_place {
+        true => changes(format),
+        false => flattening(format),
+    });
+    let mut wrong = Vec::new();
+    let mut excused = std::collections::BTreeSet::new();
+    for (name, outcome) in all.into_iter().flat_map(|findings| findings.0) {
+        let excuse = HARMLESS.iter().position(|(harmless, _)| match harmless.strip_suffix('*') {
+            Some(start) => name.starts_with(start),
+            None => *harmless == name,
+        });
+        println!("without {name}");
+        match (&outcome, excuse) {
+            (Ok(how), _) => println!("    {}", how.lines().next().unwrap_or_default()),
+            (Err(states), Some(index)) => {
+                println!("    nothing wrong in {states} states: {}", HARMLESS[index].1);
+                excused.insert(index);
+            }
+            (Err(states), None) => wrong.push(format!("{name}: nothing wrong in {states} states")),
+        }
+    }
+    for (index, (name, _)) in HARMLESS.iter().enumerate() {
+        if !excused.contains(&index) {
+            wrong.push(format!("{name}: no longer harmless, or gone"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+fn changes(format: &'static str) -> Findings {
+    let mut findings = Findings::default();
+    for round in 0..ROUNDS {
+        for what in What::ALL {
+            let random = &mut Rng::with_seed(SEED + round);
+            let case = case(format, what, random);
+            let made = made(&case, random);
+            let recorder = RecordingHost::over(&made.host);
+            let host: Arc<dyn Host> = recorder.clone();
+            case.run(&host).unwrap();
+            let judge = |state: &Arc<_>, done| made.judge_lightly(state, done, 1);
+            findings.look(format, &recorder.recording(), random, &judge);
+        }
+    }
+    findings
+}
+
+fn flattening(format: &str) -> Findings {
+    let mut findings = Findings::default();
+    for (base, _) in chains::bases().into_iter().filter(|(base, _)| base.format == format) {
+        let random = &mut Rng::with_seed(SEED);
+        let mut change = ChangeOfChain::new(&base, "flatten", random);
+        let recorder = RecordingHost::over(&change.host);
+        change.run(&recorder).unwrap();
+        let judge = |state: &Arc<_>, done| change.judge(state, done);
+        findings.look(&format!("{format} flatten"), &recorder.recording(), random, &judge);
+    }
+    findings
+}
