@@ -481,3 +481,43 @@ fn tables_of_what_was_accepted_find_room_on_a_full_host() {
     let failures: Vec<_> = results.into_iter().filter_map(Result::err).collect();
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
 }
+
+#[test]
+fn a_disk_is_closed_on_a_full_host() {
+    let kinds = all_small();
+    let results = in_parallel(&kinds, |kind| -> Result<(), String> {
+        for space in [8 << 10, 40 << 10, 1200 << 10, 3000 << 10] {
+            let failed = |e: Error| format!("{}, space for {space} bytes: {e}", kind.name());
+            let files = MemoryHost::new();
+            kind.create(&files).map_err(failed)?;
+            let faults = Arc::new(Faults::default());
+            let host: Arc<dyn Host> = FaultyHost::over(files.clone(), &faults);
+            let disk = kind.open(&host, Access::Write).map_err(failed)?;
+            faults.set_space(space);
+            let block = disk.geometry().block_size.min(disk.size());
+            let mut written = Vec::new();
+            let places = (0..disk.size() / block).map(|number| number * block).take(400);
+            for at in places {
+                match disk.write_at(at, &[7; 512]) {
+                    Ok(()) => written.push(at),
+                    Err(e) if e.kind() == ErrorKind::NoSpace => break,
+                    Err(e) => return Err(failed(e)),
+                }
+            }
+            disk.close().map_err(failed)?;
+            drop(disk);
+            let host: Arc<dyn Host> = files;
+            let disk = kind.open(&host, Access::Read).map_err(failed)?;
+            for at in written {
+                let mut found = [0; 512];
+                disk.read_at(at, &mut found).map_err(failed)?;
+                if found != [7; 512] {
+                    return Err(format!("{}: {at:#x} is lost", kind.name()));
+                }
+            }
+        }
+        Ok(())
+    });
+    let failures: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+}

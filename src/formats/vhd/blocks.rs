@@ -522,7 +522,11 @@ impl BlockMap for SparseMap {
         if place == space.footer_at() && file.len().map_err(failed)? == place + FOOTER {
             return Ok(());
         }
-        codec::write_all(file, place, self.footers.bytes(), "the footer")?;
+        match codec::write_all(file, place, self.footers.bytes(), "the footer") {
+            // On a full host the footer stays where it is, and with it the space before it.
+            Err(e) if e.kind() == ErrorKind::NoSpace => return sync_file(file),
+            written => written?,
+        }
         sync_file(file)?;
         file.set_len(place + FOOTER).map_err(failed)
     }

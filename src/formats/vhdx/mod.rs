@@ -30,7 +30,8 @@
 //!
 //! **A write** into a block that is not stored goes to space that no table names, a write into a
 //! stored block to its place; neither is durable before the next flush. BAT and sector bitmaps
-//! change in memory only.
+//! change in memory only. Their pages have space of the host by then ([`room`](crate::disk::room)), as
+//! the log has from the first write on: a full host is told to the writer, never to a flush.
 //!
 //! **A flush**:
 //!
@@ -51,8 +52,8 @@
 //! place in the metadata table. `DataWriteGuid` stays, as the disk's contents do.
 //!
 //! **Closing**: a flush; one more sync, for the pages in their places; headers without log GUID;
-//! the unused end of the file is cut off. A crash leaves a log to replay, or a file that is too
-//! long.
+//! the unused end of the file is cut off, and the log becomes a hole if it was one before. A crash leaves
+//! a log to replay, or a file that is too long.
 
 mod bat;
 mod bitmap;

@@ -464,7 +464,10 @@ impl<'a> Builder<'a> {
             self.link.warnings.push(warning.to_owned());
         }
         let reason = if descriptor.get("changeTrackPath").is_some() {
-            Some("changed block tracking is on, and writing would make its record wrong")
+            Some(
+                "changed block tracking is on, and writing would make its record wrong: without the \
+                 `changeTrackPath` of its descriptor the disk can be written",
+            )
         } else if descriptor.ambiguous {
             Some("the descriptor sets a key twice with different values")
         } else if !self.link.slots.iter().any(|slot| match slot.backing {
