@@ -457,7 +457,7 @@ fn a_child_in_another_source_protects_its_parent() {
     let written = |others: &[&str]| {
         let sources: Vec<_> =
             others.iter().chain(&["a"]).map(|name| dir.path().join(name)).collect();
-        let tree = tree_of(&sources, look()).unwrap();
+        let tree = std::sync::Arc::new(tree_of(&sources, look()).unwrap());
         let folder = match sources.len() {
             1 => ROOT,
             _ => tree.lookup(ROOT, OsStr::new("a")).unwrap().ino,
