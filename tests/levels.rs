@@ -188,7 +188,8 @@ fn crashes(
     let end = recording.ops().len();
     let budget = number("FLATDISK_CRASH_STATES", 80) as usize;
     let (mut random, mut known) = (Rng::with_seed(seed()), HashSet::new());
-    crash::each_state(&recording, &mut random, budget, &mut known, |_| 0, &mut |at, state, _| {
+    let last = |at| usize::from(at == end);
+    crash::each_state(&recording, &mut random, budget, &mut known, last, &mut |at, state, _| {
         let state: Arc<dyn Host> = state.fork();
         judge(&state, at == end)
     })?;

@@ -202,7 +202,7 @@ fn killed_at_any_moment_all_is_set_or_nothing() {
             &mut random,
             budget,
             &mut HashSet::new(),
-            |_| 0,
+            |at| usize::from(at == end),
             &mut |at, state, _| {
                 let state: Arc<dyn Host> = state.fork();
                 let image = try_open(&state, &path, Access::Read).map_err(|e| e.to_string())?;

@@ -195,7 +195,7 @@ pub fn delete(
     let files: Vec<_> = unique.into_iter().chain([path.to_owned()]).collect();
     if !dry_run {
         for file in &files {
-            if file == path {
+            if file == path && files.len() > 1 {
                 host.sync_dir(&directory_of(path))?;
             }
             host.remove(file)?;
