@@ -144,7 +144,7 @@ fn what_others_need_is_not_merged() {
         // With force the other one learns that it does not fit any more.
         let (top, into) = (path(3), path(0));
         let done = levels::merge_to(&chain.host, &top, &into, &options(), true, &()).unwrap();
-        assert_eq!(done.merged.siblings, [other.clone()]);
+        assert_eq!(done.merged.siblings, std::slice::from_ref(&other));
         assert_eq!(done.removed.len(), 3);
         let e = try_open(&chain.host, &other, Access::Read).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::ParentMismatch, "{e}");

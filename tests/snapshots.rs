@@ -3,7 +3,6 @@
 // The helpers here serve tests only.
 #![allow(clippy::unwrap_used)]
 
-#[allow(dead_code)]
 mod live;
 
 use std::fs::{self, File};
