@@ -5,12 +5,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Sharing;
+#[cfg(doc)]
+use super::convert::convert;
 use super::convert::{Converted, From, Options, verify};
 use super::files::source_files;
 use super::pipeline::{self, Copying};
 use super::sink::{DiskSink, PipeSink};
 use super::stream::StreamSink;
 use super::target::{Target, is_stream, level, refuse_level, specification};
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use crate::error::{Error, Result};
 use crate::formats::chain::file_identity;
 use crate::formats::{raw, vhd, vmdk};

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use super::convert::{From, Options};
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use crate::error::{Error, Result};
 use crate::formats::{self, CreateSpec, Format, vmdk};
 

@@ -72,12 +72,13 @@ fn copy_all(child: &Disk, below: &Disk, block: u64, progress: &dyn Progress) -> 
     let unit = CHUNK.max(block).checked_next_multiple_of(block.max(1));
     let unit = unit.ok_or_else(|| Error::corrupt("the blocks are too large"))?;
     let mut buf = Vec::new();
+    let mut ahead = Ahead { below, from: 0, data: 0..0 };
     let (mut bytes, mut flushed, mut pos) = (0, 0, 0);
     progress.total(child.size());
     while pos < child.size() {
         progress.go_on()?;
         let end = child.size().min(pos.saturating_add(unit));
-        for run in wanted(child, below, pos..end, block, &mut buf)? {
+        for run in wanted(child, &mut ahead, pos..end, block, &mut buf)? {
             let part = (run.start - pos) as usize..(run.end - pos) as usize;
             child.write_at(run.start, &buf[part])?;
             bytes += run.end - run.start;
@@ -92,11 +93,30 @@ fn copy_all(child: &Disk, below: &Disk, block: u64, progress: &dyn Progress) -> 
     Ok(bytes)
 }
 
+/// Where the parents hold data, asked once for each run of it: some hosts look at every page of a run.
+struct Ahead<'a> {
+    below: &'a Disk,
+    /// From here on nothing lies before `data`.
+    from: u64,
+    data: DiskRange,
+}
+
+impl Ahead<'_> {
+    /// Whether there is data in a range.
+    fn holds(&mut self, range: &DiskRange) -> Result<bool> {
+        if !(self.from..self.data.end).contains(&range.start) {
+            self.from = range.start;
+            self.data = self.below.next_data(range.start)?.unwrap_or(u64::MAX..u64::MAX);
+        }
+        Ok(self.data.start < range.end)
+    }
+}
+
 /// The parts of `range`, whole blocks, to be written to the child, with their bytes in `buf`, whose
 /// first byte is that of `range`.
 fn wanted(
     child: &Disk,
-    below: &Disk,
+    ahead: &mut Ahead<'_>,
     range: DiskRange,
     block: u64,
     buf: &mut Vec<u8>,
@@ -108,8 +128,7 @@ fn wanted(
         .map(|extent| extent.start..extent.end())
         .collect();
     let whole = missing.first() == Some(&range);
-    let holds = below.next_data(range.start)?.is_some_and(|data| data.start < range.end);
-    if missing.is_empty() || (whole && !holds) {
+    if missing.is_empty() || (whole && !ahead.holds(&range)?) {
         return Ok(Vec::new());
     }
     buf.resize((range.end - range.start) as usize, 0);
@@ -117,7 +136,7 @@ fn wanted(
     for part in missing {
         let of = |r: &DiskRange| (r.start - range.start) as usize..(r.end - range.start) as usize;
         let bytes = buf.get_mut(of(&part)).unwrap_or_default();
-        read(below, part.start, bytes)?;
+        read(ahead.below, part.start, bytes)?;
         let mut start = part.start;
         while start < part.end {
             let first = start / block * block;

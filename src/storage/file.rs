@@ -271,19 +271,26 @@ impl Storage for HostFile {
     }
 
     fn next_data(&self, at: u64) -> io::Result<Option<Range<u64>>> {
-        let len = self.len()?;
-        if at >= len {
+        let Some(start) = self.first_data(at)? else { return Ok(None) };
+        let end = match lseek64(&self.file, start as i64, Whence::SeekHole) {
+            Ok(end) => end as u64,
+            Err(_) => self.len()?,
+        };
+        Ok(Some(start..end.max(start + 1)))
+    }
+
+    fn first_data(&self, at: u64) -> io::Result<Option<u64>> {
+        if at >= self.len()? {
             return Ok(None);
         }
         // The cursor that lseek moves is used by nothing else, and its answer is in the result.
-        let start = match lseek64(&self.file, at as i64, Whence::SeekData) {
-            Ok(start) => start as u64,
-            Err(Errno::ENXIO) => return Ok(None),
-            Err(Errno::EINVAL) => return Ok(Some(at..len)),
-            Err(e) => return Err(e.into()),
-        };
-        let end = lseek64(&self.file, start as i64, Whence::SeekHole).unwrap_or(len as i64) as u64;
-        Ok(Some(start.max(at)..end.max(start + 1)))
+        match lseek64(&self.file, at as i64, Whence::SeekData) {
+            Ok(start) => Ok(Some(at.max(start as u64))),
+            Err(Errno::ENXIO) => Ok(None),
+            // The host knows no holes.
+            Err(Errno::EINVAL) => Ok(Some(at)),
+            Err(e) => Err(e.into()),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -97,6 +97,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// `None` when only holes follow. Hosts that cannot tell answer with everything to the end.
     fn next_data(&self, at: u64) -> io::Result<Option<Range<u64>>>;
 
+    /// Where the range begins that [`Self::next_data`] tells, without its end: some hosts look at every
+    /// page up to that.
+    fn first_data(&self, at: u64) -> io::Result<Option<u64>> {
+        Ok(self.next_data(at)?.map(|data| data.start))
+    }
+
     /// Makes everything written so far durable, length included.
     fn sync(&self) -> io::Result<()>;
 

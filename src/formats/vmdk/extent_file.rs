@@ -84,6 +84,10 @@ impl Storage for ExtentFile {
         self.inner.next_data(at)
     }
 
+    fn first_data(&self, at: u64) -> io::Result<Option<u64>> {
+        self.inner.first_data(at)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.unsynced.store(false, Ordering::Release);
         self.inner.sync()
