@@ -12,6 +12,9 @@ use flatdisk::storage::crash::{CrashPoint, Fate};
 use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::{Change, Op, Recording};
 
+/// Judges a state; the flag says that all was done.
+pub type Judge<'a> = dyn Fn(&Arc<MemoryHost>, bool) -> Result<(), String> + 'a;
+
 /// States looked at for one sync in one recording.
 const STATES: usize = 40;
 
@@ -27,7 +30,7 @@ impl Findings {
         whose: &str,
         recording: &Recording,
         random: &mut Rng,
-        judge: &dyn Fn(&Arc<MemoryHost>, bool) -> Result<(), String>,
+        judge: &Judge<'_>,
     ) {
         let ops = recording.ops();
         for at in (0..ops.len()).filter(|at| matches!(ops[*at].change, Change::Sync)) {
@@ -48,7 +51,7 @@ fn shown(
     recording: &Recording,
     at: usize,
     random: &mut Rng,
-    judge: &dyn Fn(&Arc<MemoryHost>, bool) -> Result<(), String>,
+    judge: &Judge<'_>,
 ) -> Result<usize, String> {
     let ops = recording.ops();
     let end = next_sync(ops, at);
