@@ -10,6 +10,8 @@ mod example;
 mod hostile;
 #[path = "volumes/made.rs"]
 mod made;
+#[path = "volumes/usage.rs"]
+mod usage;
 
 use std::path::Path;
 use std::process::Command;

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::chain::ParentArgs;
 use super::output::{complain, iec, parse_size, print_json, print_line};
-use super::source::image_of;
+use super::source::{image_of, partition_of};
 use super::spec::SpecArgs;
 use super::work::WorkArgs;
 use crate::copy::convert::From;
@@ -20,11 +20,12 @@ use crate::copy::in_place;
 use crate::copy::output::{convert_to_device, convert_to_pipe};
 use crate::copy::{Converted, Opened, Options, Sharing, Source, Target, convert as convert_disk};
 use crate::disk::map::Geometry;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ResultExt};
 use crate::formats::{self, Image, Preallocation};
 use crate::progress::Progress;
 use crate::storage::file::HostFs;
 use crate::storage::{Access, Host, archive, device};
+use crate::volumes::volumes;
 
 /// Exit status when parts of the source could not be read.
 const SALVAGED: u8 = 2;
@@ -32,7 +33,7 @@ const SALVAGED: u8 = 2;
 /// Arguments of `flatdisk convert`.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
-SOURCE is an image with all its parents, a raw disk (a file called .img, .raw or .dd, or any file with
+SOURCE is an image with all its parents, a partition of one (IMAGE:N), a disk in an archive (x.ova:DISK), a raw disk (a file called .img, .raw or .dd, or any file with
 --from raw), a block device, or - for standard input with --from raw and --size. TARGET is a file, or -
 for standard output: raw, vhd --subformat fixed, or vmdk --subformat streamOptimized.
 
@@ -45,6 +46,11 @@ Examples:
     flatdisk convert server.vmdk server.vhdx
   A generation of a chain, flattened, for Azure:
     flatdisk convert --for azure child.avhdx upload.vhd
+  The second partition alone:
+    flatdisk convert server.vhdx:2 root.img
+  A disk out of an archive, and one into another:
+    flatdisk convert vendor.ova:disk1.vmdk disk.vhdx
+    flatdisk convert --for esx disk.vhdx upload.ova
   Through a pipe to another host:
     flatdisk convert -O vmdk --subformat streamOptimized disk.vhdx - | ssh host 'cat > disk.vmdk'
   A raw disk of any size in a moment:
@@ -127,7 +133,7 @@ pub fn convert(args: &ConvertArgs) -> Result<u8> {
     }
     let opened = open_source(args, &host)?;
     let source = match &opened {
-        Some(opened) => Source::Disk(opened.disk.clone()),
+        Some(opened) => disk_or_partition(args, opened)?,
         None => standard_input(args)?,
     };
     for note in opened.iter().flat_map(|opened| &opened.notes) {
@@ -229,9 +235,25 @@ fn open_source(args: &ConvertArgs, host: &Arc<dyn Host>) -> Result<Option<Opened
     if is_dash(&args.source) {
         return Ok(None);
     }
-    let path = image_of(&args.source)?;
+    let named = partition_of(&args.source).map(|(image, _)| image);
+    let path = image_of(named.as_ref().unwrap_or(&args.source))?;
     let options = args.parents.options(Access::Read);
     Opened::open(host, &path, &options, args.from.is_some()).map(Some)
+}
+
+/// What is converted of an open disk: all of it, or a partition.
+fn disk_or_partition(args: &ConvertArgs, opened: &Opened) -> Result<Source> {
+    let disk = opened.disk.clone();
+    let Some((image, number)) = partition_of(&args.source) else { return Ok(Source::Disk(disk)) };
+    if args.keep_id {
+        let what = "a partition has not the identity of the disk that it is on";
+        return Err(Error::invalid(what).hint("leave --keep-id away"));
+    }
+    let range = volumes(&disk)?.place(Some(number)).in_file(&image)?;
+    if !(range.end - range.start).is_multiple_of(Geometry::SECTOR) {
+        return Err(Error::unsupported("a partition that ends within a sector").in_file(&image));
+    }
+    Ok(Source::Part(disk, range))
 }
 
 /// Standard input as a disk.

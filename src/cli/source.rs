@@ -69,6 +69,14 @@ fn in_archive(path: &Path) -> Option<PathBuf> {
     })
 }
 
+/// The image and the number of its partition that `IMAGE:N` stands for; `None` for anything else, and where a file
+/// has that very name.
+pub fn partition_of(path: &Path) -> Option<(PathBuf, u32)> {
+    let (image, number) = path.to_str()?.rsplit_once(':')?;
+    let number = number.parse().ok()?;
+    (!exists(path) && exists(Path::new(image))).then(|| (image.into(), number))
+}
+
 /// Whether there is an image or archive that `path` stands for.
 pub fn exists(path: &Path) -> bool {
     path.is_file() || in_archive(path).is_some_and(|disk| HostFs.open(&disk, Access::Peek).is_ok())

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::formats::{self, OpenOptions};
 use crate::storage::Access;
 use crate::storage::file::HostFs;
+use crate::volumes::os::{self, System};
 use crate::volumes::{self, Content, Free, Kind, Partition, TableKind, Volumes};
 
 /// Arguments of `flatdisk volumes`.
@@ -29,6 +30,10 @@ pub struct VolumesArgs {
     /// Also show how much of each file system is used, as far as it says.
     #[arg(long)]
     usage: bool,
+    /// Also tell which systems are installed: what os-release says of a Linux on ext, NTFS or FAT, and that there
+    /// is a Windows, whose version is not read.
+    #[arg(long)]
+    os: bool,
     /// Read on where the image contradicts itself, or its parent is missing or another.
     #[arg(long)]
     force: bool,
@@ -44,19 +49,32 @@ struct Entry<'a> {
     filename: &'a PathBuf,
     #[serde(flatten)]
     volumes: Volumes,
+    /// With `--os`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    systems: Option<Vec<System>>,
 }
 
 /// Lists what is on disks. One that cannot be opened does not hide the others.
 pub fn volumes(args: &VolumesArgs) -> Result<u8> {
     let host = HostFs::shared();
     let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek) };
+    if args.os {
+        // What a crate does not expect of a file system ends in an error, not in a report of a bug.
+        std::panic::set_hook(Box::new(|_| ()));
+    }
+    let look = if args.usage { volumes::with_usage } else { volumes::volumes };
     let images = source::images_of(&args.images)?;
     let mut entries = Vec::new();
     let mut status = 0;
     for filename in &images {
         let image = formats::open(&host, filename, &options);
-        match image.and_then(|image| volumes::volumes(&image.disk)) {
-            Ok(volumes) => entries.push(Entry { filename, volumes }),
+        let looked = image.and_then(|image| {
+            let volumes = look(&image.disk)?;
+            let systems = args.os.then(|| os::systems(&image.disk, &volumes));
+            Ok(Entry { filename, volumes, systems })
+        });
+        match looked {
+            Ok(entry) => entries.push(entry),
             Err(e) => {
                 super::output::complain(e.in_file(filename));
                 status = 1;
@@ -115,7 +133,25 @@ fn print_entry(entry: &Entry<'_>, usage: bool) -> Result<()> {
         print_line(&format!("{:>5} {:>16} {:>10}  content", "", "start", "size"))?;
     }
     rows.iter().try_for_each(|(_, row)| print_line(row))?;
+    entry.systems.iter().flatten().try_for_each(|system| print_line(&system_words(system)))?;
+    if entry.systems.as_ref().is_some_and(Vec::is_empty) {
+        print_line("  system: none found on what can be read here")?;
+    }
     warnings.iter().try_for_each(|text| print_line(&format!("  warning: {}", escaped(text))))
+}
+
+fn system_words(system: &System) -> String {
+    let name = match (&system.name, &*system.family) {
+        (Some(name), _) => escaped(name),
+        (None, "windows") => {
+            "Windows (which one, the registry knows, and it is not read here)".to_owned()
+        }
+        (None, family) => escaped(family),
+    };
+    match system.partition {
+        Some(number) => format!("  system: {name}, root on partition {number}"),
+        None => format!("  system: {name}"),
+    }
 }
 
 fn row(number: &str, start: u64, size: u64, words: String) -> String {

@@ -130,7 +130,11 @@ pub(super) fn verify(
     progress: &dyn Progress,
 ) -> Result<()> {
     let Source::Disk(disk) = from.source else {
-        return Err(Error::invalid("what came through a pipe cannot be read again to verify it"));
+        let what = match from.source {
+            Source::Part(..) => "a partition that was taken out is not compared",
+            _ => "what came through a pipe cannot be read again to verify it",
+        };
+        return Err(Error::invalid(what));
     };
     match compare_with(disk, made, how, progress)? {
         None => Ok(()),

@@ -22,6 +22,8 @@ const RAW_EXTENSIONS: [&str; 3] = ["img", "raw", "dd"];
 pub enum Source {
     /// A disk.
     Disk(Arc<Disk>),
+    /// A part of a disk, whole sectors: a partition.
+    Part(Arc<Disk>, Range<u64>),
     /// Bytes in order, `size` of them as far as they go: what is missing at the end is an error.
     Stream {
         /// Where they come from.
@@ -38,6 +40,7 @@ impl Source {
     pub fn size(&self) -> u64 {
         match self {
             Self::Disk(disk) | Self::Over(disk, _) => disk.size(),
+            Self::Part(_, range) => range.end - range.start,
             Self::Stream { size, .. } => *size,
         }
     }
@@ -50,7 +53,7 @@ impl Source {
     /// How much of the source is looked at in one step.
     pub(super) fn window(&self) -> u64 {
         match self {
-            Self::Disk(disk) => disk.longest_lookup(),
+            Self::Disk(disk) | Self::Part(disk, _) => disk.longest_lookup(),
             Self::Over(one, other) => one.longest_lookup().min(other.longest_lookup()),
             Self::Stream { .. } => u64::MAX,
         }
@@ -94,6 +97,15 @@ impl Source {
                 Ok(())
             }
             Self::Disk(disk) => disk_data(disk, found),
+            Self::Part(disk, part) => {
+                let whole = Self::Disk(disk.clone());
+                let mut there = Vec::new();
+                whole.data(within(part, &range), seen, &mut there)?;
+                there
+                    .into_iter()
+                    .for_each(|at| push(found, at.start - part.start..at.end - part.start));
+                Ok(())
+            }
             Self::Over(one, other) => {
                 disk_data(one, found)?;
                 disk_data(other, found)?;
@@ -111,6 +123,12 @@ impl Source {
                 let (inside, past) = buf.split_at_mut(here as usize);
                 past.fill(0);
                 if inside.is_empty() { Ok(()) } else { disk.read_at(at, inside) }
+            }
+            Self::Part(disk, part) => {
+                let here = within(part, &(at..at.saturating_add(buf.len() as u64)));
+                let (inside, past) = buf.split_at_mut((here.end - here.start) as usize);
+                past.fill(0);
+                if inside.is_empty() { Ok(()) } else { disk.read_at(here.start, inside) }
             }
             Self::Stream { from, size } => {
                 let here = size.saturating_sub(at).min(buf.len() as u64);
@@ -133,6 +151,18 @@ impl Source {
         range: Range<u64>,
         found: &mut dyn FnMut(Range<u64>, Holder) -> Result<()>,
     ) -> Result<()> {
+        if let Self::Part(disk, part) = self {
+            let here = within(part, &range);
+            let end = range.start + (here.end - here.start);
+            let shift = |at: u64| at - here.start + range.start;
+            if !here.is_empty() {
+                let whole = Self::Disk(disk.clone());
+                whole.holders(here.clone(), &mut |at, holder| {
+                    found(shift(at.start)..shift(at.end), holder)
+                })?;
+            }
+            return if end < range.end { found(end..range.end, Holder::Nothing) } else { Ok(()) };
+        }
         let Self::Disk(disk) = self else { return found(range, Holder::Other) };
         let inside = range.start.min(disk.size())..range.end.min(disk.size());
         let past = inside.end.max(range.start)..range.end;
@@ -144,6 +174,12 @@ impl Source {
         }
         if past.is_empty() { Ok(()) } else { found(past, Holder::Nothing) }
     }
+}
+
+/// Bytes `range` of the part `part` of a disk, as bytes of the disk.
+fn within(part: &Range<u64>, range: &Range<u64>) -> Range<u64> {
+    let place = |at: u64| part.start.saturating_add(at).min(part.end);
+    place(range.start)..place(range.end)
 }
 
 /// Appends a range, joined to the last one where it continues it.

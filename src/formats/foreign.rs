@@ -3,9 +3,11 @@
 //! Only the text of an error depends on this: nothing here opens anything. A wrong name, a footer that
 //! was never written and a download that was never unpacked are the usual reasons.
 
+use std::ffi::OsString;
 use std::path::Path;
 
 use super::Probe;
+use super::places::directory_of;
 use crate::error::{Error, ErrorKind};
 use crate::storage::Storage;
 use crate::storage::archive::tar;
@@ -13,6 +15,8 @@ use crate::storage::archive::tar;
 const FLAT: &str = "it is flat as it is: `losetup -Pf --show` makes it a device";
 const QEMU: &str = "`qemu-img convert` or `qemu-nbd` reads it";
 const UNPACK: &str = "unpack it first";
+/// Entries of a folder that are searched for a disk.
+const MAX_BESIDE: usize = 4096;
 const AGAIN: &str = "get the image itself";
 
 /// Bytes that tell what a file is.
@@ -84,7 +88,6 @@ const SIGNATURES: &[Signature] = &[
 
 /// Files of other kinds that lie beside disks, by their extension.
 const COMPANIONS: &[(&str, &str, &str)] = &[
-    ("vhds", "a VHD Set, whose format is not published", "its disk is the .avhdx beside it"),
     ("ovf", "the description of a machine", "its disks lie beside it"),
     ("vmx", "the settings of a machine", "its disks are the .vmdk files that it names"),
     ("vbox", "the settings of a machine", "its disks are the files that it names"),
@@ -143,8 +146,29 @@ fn describe(file: &dyn Storage, probe: &Probe) -> Option<(String, String)> {
     if is_mbr(&probe.head) {
         return Some(owned(("a raw disk with an MBR partition table", FLAT)));
     }
+    if has_extension(path, &["vhds"]) {
+        let what = "a VHD Set, whose format is not published".to_owned();
+        return Some((what, disk_of_set(path)));
+    }
     let companion = COMPANIONS.iter().find(|(extension, ..)| has_extension(path, &[extension]));
     companion.map(|(_, what, hint)| owned((what, hint)))
+}
+
+/// Which disk belongs to the VHD Set at `path`: a file `NAME_GUID.avhdx` beside it, if there is only one.
+fn disk_of_set(path: &Path) -> String {
+    const UNKNOWN: &str = "its disk is the .avhdx beside it";
+    let stem = path.file_stem().unwrap_or_default().as_encoded_bytes();
+    let Ok(entries) = std::fs::read_dir(directory_of(path)) else { return UNKNOWN.to_owned() };
+    let belongs = |name: &OsString| {
+        let own = Path::new(name);
+        has_extension(own, &["avhdx"]) && name.as_encoded_bytes().starts_with(stem)
+    };
+    let names = entries.take(MAX_BESIDE).flatten().map(|entry| entry.file_name());
+    let names: Vec<_> = names.filter(belongs).take(2).collect();
+    match &names[..] {
+        [only] => format!("its disk is {}", only.display()),
+        _ => UNKNOWN.to_owned(),
+    }
 }
 
 /// Whether the file has `bytes` at `at`.

@@ -603,7 +603,7 @@ fn clean_up(host: &dyn Host, path: &Path, create: impl FnOnce() -> Result<()>) -
 ///
 /// Those of opening the file; damage is no error but a finding.
 pub fn check(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Report> {
-    let file = host.open(path, options.access)?;
+    let file = vhd::whole(host, host.open(path, options.access)?, options.access)?;
     let ctx = OpenContext::new(host, &*file, options);
     let format = recognise(&*file)?;
     check_with(format, &file, &ctx, host, path, options)

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::file::HostFs;
 use crate::storage::{self, Access, FileIdentity, Host, Storage};
 
-use super::{Identity, ImageInfo, Opened, ParentLink, raw, recognise};
+use super::{Identity, ImageInfo, Opened, ParentLink, raw, recognise, vhd};
 
 /// Longest chain of parents that is followed.
 pub const MAX_CHAIN: usize = 256;
@@ -295,7 +295,8 @@ pub(super) fn open_file(
         let read_only = link.read_only.or(link.opened.read_only);
         let below = image.as_ref().map(|parent| parent.disk.clone());
         let mut files = vec![(link.path.clone(), link.file)];
-        for file in link.opened.map.files() {
+        let opened = link.opened.map.files().iter();
+        for file in opened.flat_map(|file| std::iter::once(file).chain(file.parts())) {
             let failed = |e| Error::io("stat", &e).in_file(file.path());
             let identity = file.identity().map_err(failed)?;
             if files.iter().all(|(_, known)| *known != identity) {
@@ -321,7 +322,7 @@ pub(super) fn open_file(
 
 /// Opens the image at `path` without looking for its parents.
 pub fn open_alone(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) -> Result<Opened> {
-    let file = host.open(path, options.access)?;
+    let file = vhd::whole(host, host.open(path, options.access)?, options.access)?;
     let context = OpenContext::new(host, &*file, options);
     let archived = archived(&*file);
     match recognise(&*file)?.open(file, &context) {
@@ -355,6 +356,7 @@ impl Link {
         path: &Path,
         options: &OpenOptions,
     ) -> Result<Self> {
+        let file = vhd::whole(host, file, options.access)?;
         let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(path))?;
         let modified = file.modified();
         let format = recognise(&*file)?;

@@ -3,6 +3,7 @@
 //! [`Storage`] is one host file; [`Host`] is where files come from. Everything above works on these
 //! two traits only, so that the same drivers run on real files ([`mod@file`]), in memory ([`memory`]),
 //! in an [`archive`],
+//! of several files ([`joined`]),
 //! on a recorder ([`recording`]) whose every crash can be built ([`crash`]), on storage that fails on
 //! demand ([`faulty`]), and on a [`draft`] that changes nothing. How far the names in an image reach on
 //! the host is told in [`reach`].
@@ -28,6 +29,7 @@ pub mod draft;
 pub mod faulty;
 pub mod file;
 #[doc(hidden)]
+pub mod joined;
 pub mod memory;
 #[doc(hidden)]
 pub mod permissions;
@@ -150,6 +152,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The open host file, where there is one, for [`Self::share_from`] of another to take blocks of.
     fn blocks(&self) -> Option<&std::fs::File> {
         None
+    }
+
+    /// The files that it is made of, end to end, if these are several.
+    fn parts(&self) -> &[Arc<dyn Storage>] {
+        &[]
     }
 
     /// The archive that the file lies in, if it lies in one.

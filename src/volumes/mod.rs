@@ -13,9 +13,11 @@ mod content;
 pub mod files;
 mod gpt;
 mod mbr;
+pub mod os;
 pub mod relocate;
 mod types;
 
+use std::cell::Cell;
 use std::cell::LazyCell;
 use std::ops::Range;
 
@@ -141,6 +143,18 @@ pub struct Free {
     pub size: u64,
 }
 
+/// Bytes of bitmaps that are read at most to tell how much of a disk's file systems is free.
+const MAX_BITMAPS: u64 = 512 << 20;
+
+/// As [`volumes`], and also what is free of file systems that only their bitmaps tell it of, NTFS and exFAT; of
+/// a large one that takes time.
+///
+/// # Errors
+/// Those of [`volumes`].
+pub fn with_usage(disk: &Disk) -> Result<Volumes> {
+    look(disk, &Cell::new(MAX_BITMAPS))
+}
+
 /// Lists what is on `disk`. Damage, of the image or of what the guest wrote, becomes warnings; an
 /// error means that not even the first sector could be read.
 ///
@@ -148,8 +162,13 @@ pub struct Free {
 ///
 /// Those of reading the disk's first sector.
 pub fn volumes(disk: &Disk) -> Result<Volumes> {
-    let whole =
-        LazyCell::new(|| content::probe(&content::Probe::new(Window::whole(disk), disk.size())));
+    look(disk, &Cell::new(0))
+}
+
+fn look(disk: &Disk, budget: &Cell<u64>) -> Result<Volumes> {
+    let whole = LazyCell::new(|| {
+        content::probe(&content::Probe::new(Window::whole(disk), disk.size(), budget))
+    });
     let mut found = find_table(disk, &whole)?;
     if disk.size() == 0 {
         return Ok(found);
@@ -157,8 +176,8 @@ pub fn volumes(disk: &Disk) -> Result<Volumes> {
     let whole = &*whole;
     match found.table {
         Some(_) => {
-            found.look_into_partitions(disk);
-            found.look_below_table(disk);
+            found.look_into_partitions(disk, budget);
+            found.look_below_table(disk, budget);
         }
         None if !whole.recognised() => {
             found.content = lost_ext(disk, |_| true).or(Some(whole.clone()));
@@ -173,8 +192,11 @@ pub fn volumes(disk: &Disk) -> Result<Volumes> {
 /// # Errors
 /// If not even the first sector could be read.
 pub fn partitions(disk: &Disk) -> Result<Vec<Partition>> {
-    let whole =
-        LazyCell::new(|| content::probe(&content::Probe::new(Window::whole(disk), disk.size())));
+    let uncounted = Cell::new(0);
+    let budget = &uncounted;
+    let whole = LazyCell::new(|| {
+        content::probe(&content::Probe::new(Window::whole(disk), disk.size(), budget))
+    });
     find_table(disk, &whole).map(|found| found.partitions)
 }
 
@@ -318,10 +340,10 @@ impl Volumes {
     }
 
     /// Looks for what began at byte 0 before the table was written.
-    fn look_below_table(&mut self, disk: &Disk) {
+    fn look_below_table(&mut self, disk: &Disk, budget: &Cell<u64>) {
         let first = self.partitions.iter().map(|p| p.start).filter(|start| *start > 0).min();
         let reach = first.unwrap_or(START).min(START);
-        let found = content::probe(&content::Probe::new(Window::whole(disk), reach));
+        let found = content::probe(&content::Probe::new(Window::whole(disk), reach, budget));
         let in_use = |at: u64| {
             self.partitions.iter().any(|partition| {
                 partition.content.as_ref().is_some_and(Content::recognised)
@@ -338,7 +360,7 @@ impl Volumes {
         }
     }
 
-    fn look_into_partitions(&mut self, disk: &Disk) {
+    fn look_into_partitions(&mut self, disk: &Disk, budget: &Cell<u64>) {
         for partition in &mut self.partitions {
             let range = partition.range(disk.size());
             if partition.extended || range.is_empty() {
@@ -346,7 +368,8 @@ impl Volumes {
             }
             if let Ok(window) = disk.slice(range) {
                 let reach = window.size();
-                partition.content = Some(content::probe(&content::Probe::new(window, reach)));
+                partition.content =
+                    Some(content::probe(&content::Probe::new(window, reach, budget)));
             }
         }
     }

@@ -67,6 +67,7 @@ mod repair;
 mod resize;
 mod sound;
 mod space;
+mod split;
 mod structure;
 mod structures;
 mod survey;
@@ -74,6 +75,7 @@ mod survey;
 mod tests;
 
 pub use create::{create_child, fixed_footer};
+pub use split::whole;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -82,7 +84,7 @@ use super::compact::Part;
 use super::meta::{Changes, Entry};
 use super::plan::Steps;
 use super::{
-    CreateSpec, Footprint, Format, Identity, Image, Listing, NewLink, OpenContext, Opened,
+    CreateSpec, Footprint, Format, Identity, Image, Listing, Naming, NewLink, OpenContext, Opened,
     ParentLink, Plan, Probe, Report,
 };
 use crate::error::{Error, Result};
@@ -121,6 +123,7 @@ impl Format for Vhd {
     }
 
     fn open(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Opened> {
+        let file = whole(ctx.host(), file, ctx.access)?;
         let footers = Footers::find(&*file, ctx.force)?;
         let forced = footers.forced.as_ref().map(|what| format!("opened by force: {what}"));
         let opened = match footers.disk_type {
@@ -149,22 +152,27 @@ impl Format for Vhd {
     }
 
     fn meta(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Entry>> {
-        meta::list(&*file, ctx.force)
+        meta::list(&*whole(ctx.host(), file, ctx.access)?, ctx.force)
     }
 
-    fn set_meta(&self, file: Arc<dyn Storage>, _: &OpenContext, changes: &Changes) -> Result<()> {
-        meta::set(&*file, changes)
+    fn set_meta(&self, file: Arc<dyn Storage>, ctx: &OpenContext, changes: &Changes) -> Result<()> {
+        meta::set(&*split::refuse(ctx.host(), file)?, changes)
+    }
+
+    fn naming(&self, file: &Arc<dyn Storage>, new: &Path) -> Result<Naming> {
+        split::naming(&**file, new)
     }
 
     fn relink(&self, file: Arc<dyn Storage>, ctx: &OpenContext, link: &NewLink<'_>) -> Result<()> {
-        relink::relink(&*file, ctx, Some(link))
+        relink::relink(&*split::refuse(ctx.host(), file)?, ctx, Some(link))
     }
 
     fn unlink(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
-        relink::relink(&*file, ctx, None)
+        relink::relink(&*split::refuse(ctx.host(), file)?, ctx, None)
     }
 
     fn empty(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
+        let file = split::refuse(ctx.host(), file)?;
         let footers = Footers::find(&*file, false)?;
         let structure = Structure::read(&*file, &footers, false)?;
         sparse_map(file, footers, structure, ctx).forget()
@@ -177,28 +185,28 @@ impl Format for Vhd {
         size: u64,
         plan: &mut Steps,
     ) -> Result<()> {
-        resize::resize(&file, ctx, size, plan)
+        resize::resize(&split::refuse(ctx.host(), file)?, ctx, size, plan)
     }
 
     fn compact(&self, file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<Vec<Part>> {
-        compact::parts(file, ctx)
+        compact::parts(split::refuse(ctx.host(), file)?, ctx)
     }
 
     fn structures(
         &self,
         file: Arc<dyn Storage>,
-        _: &OpenContext,
+        ctx: &OpenContext,
         list: &mut Listing,
     ) -> Result<()> {
-        structures::list(&*file, list)
+        structures::list(&*whole(ctx.host(), file, ctx.access)?, list)
     }
 
     fn check(&self, file: Arc<dyn Storage>, ctx: &OpenContext, report: &mut Report) -> Result<()> {
-        check::check(&*file, ctx.force, report)
+        check::check(&*whole(ctx.host(), file, ctx.access)?, ctx.force, report)
     }
 
-    fn repair(&self, file: Arc<dyn Storage>, _: &OpenContext, plan: &mut Plan) -> Result<()> {
-        repair::repair(&file, plan)
+    fn repair(&self, file: Arc<dyn Storage>, ctx: &OpenContext, plan: &mut Plan) -> Result<()> {
+        repair::repair(&split::refuse(ctx.host(), file)?, plan)
     }
 }
 

@@ -168,7 +168,7 @@ fn check_blocks(parts: &Parts, report: &mut Report) -> Result<()> {
     }
     if draft > 0 {
         let what = format!(
-            "{draft} blocks are unmapped in a way of which only a draft of the format knew"
+            "{draft} blocks are in state 5, unmapped as of a draft of the format: they read as zeroes"
         );
         report.notice(region.offset, what);
     }

@@ -8,9 +8,10 @@ mod containers;
 mod ext;
 mod linux;
 mod others;
+mod usage;
 mod windows;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use serde::Serialize;
 
@@ -106,12 +107,15 @@ pub(super) struct Probe<'a> {
     head: Vec<u8>,
     /// Why something could not be read.
     failed: RefCell<Option<Error>>,
+    /// Bytes that may still be read only to count what is free; of all volumes of a disk.
+    budget: &'a Cell<u64>,
 }
 
 impl<'a> Probe<'a> {
-    pub fn new(window: Window<&'a Disk>, reach: u64) -> Self {
+    pub fn new(window: Window<&'a Disk>, reach: u64, budget: &'a Cell<u64>) -> Self {
         let reach = reach.min(window.size());
-        let mut probe = Self { window, reach, head: Vec::new(), failed: RefCell::new(None) };
+        let failed = RefCell::new(None);
+        let mut probe = Self { window, reach, head: Vec::new(), failed, budget };
         probe.head = probe.read_around_damage(reach.min(HEAD));
         probe
     }

@@ -1,6 +1,6 @@
 //! File systems of Windows, and its encryption. All of them begin with a boot sector.
 
-use super::{Content, Kind, Probe};
+use super::{Content, Kind, Probe, usage};
 use crate::volumes::bytes::Bytes;
 
 /// What boot sectors of FAT and NTFS agree on.
@@ -46,6 +46,7 @@ pub(super) fn ntfs(probe: &Probe<'_>) -> Option<Content> {
     let size = head.le64(40)?.checked_add(1)?.checked_mul(boot.sector)?;
     probe.fits(size).then_some(())?;
     Some(Content {
+        free: usage::ntfs(probe, boot.cluster, size),
         label: ntfs_label(probe, &boot),
         uuid: head.le64(72).map(|serial| format!("{serial:016X}")),
         size: Some(size),
@@ -106,6 +107,7 @@ pub(super) fn exfat(probe: &Probe<'_>) -> Option<Content> {
     let (minor, major) = (head.u8(104)?, head.u8(105)?);
     Some(Content {
         version: Some(format!("{major}.{minor}")),
+        free: usage::exfat(probe, sector_shift, cluster),
         label: label(),
         uuid: Some(serial_number(serial)),
         size: Some(size),
@@ -150,9 +152,11 @@ pub(super) fn fat(probe: &Probe<'_>) -> Option<Content> {
         block_size: Some(boot.cluster),
         ..Content::new(Kind::Filesystem, "vfat")
     };
-    if version == "FAT32" {
-        content.free = fat32_free(probe, &boot);
-    }
+    content.free = match version {
+        "FAT32" => fat32_free(probe, &boot),
+        "FAT16" => free_clusters(probe, &boot, 16),
+        _ => free_clusters(probe, &boot, 12),
+    };
     Some(content)
 }
 
@@ -236,6 +240,24 @@ fn fat_label(entries: &[u8]) -> (Option<String>, bool) {
         }
     }
     (None, false)
+}
+
+/// Bytes of the clusters whose entries in the table of FAT12 or FAT16, of `bits` each, say that they are free.
+/// The table has less than 128 KiB.
+fn free_clusters(probe: &Probe<'_>, boot: &FatBoot, bits: u64) -> Option<u64> {
+    let last = boot.clusters + 2;
+    let table = probe.read(boot.tables, (last * bits).div_ceil(8) as usize)?;
+    let table = Bytes(&table);
+    let entry = |cluster: u64| match bits {
+        16 => table.le16((cluster * 2) as usize),
+        _ => {
+            let at = (cluster * 12 / 8) as usize;
+            let both = u16::from(table.u8(at)?) | u16::from(table.u8(at + 1)?) << 8;
+            Some(both >> (cluster % 2 * 4) & 0xfff)
+        }
+    };
+    let free = (2..last).filter(|cluster| entry(*cluster) == Some(0)).count() as u64;
+    Some(free * boot.cluster)
 }
 
 /// What the information sector of FAT32 says to be free.

@@ -93,7 +93,9 @@ pub trait FileSystem {
 /// [`ErrorKind::Unsupported`] for a file system that cannot be read here, [`ErrorKind::Corrupt`] for a damaged one.
 pub fn open(volume: Window<Arc<Disk>>) -> Result<Box<dyn FileSystem>> {
     let range = volume.range();
-    let found = content::probe(&Probe::new(volume.disk().slice(range)?, volume.size()));
+    let uncounted = std::cell::Cell::new(0);
+    let window = volume.disk().slice(range)?;
+    let found = content::probe(&Probe::new(window, volume.size(), &uncounted));
     let opened: Box<dyn FileSystem> = match found.type_name {
         Some("ext2" | "ext3" | "ext4") => Box::new(ext::Ext::open(volume)?),
         Some("ntfs") => guarded(|| ntfs::Volume::open(volume).map(Box::new))?,
