@@ -125,6 +125,8 @@ fn an_archive_that_was_made_is_read_by_tar_and_here() {
     assert!(envelope.contains(&format!("ovf:size=\"{size}\"")), "{envelope}");
     assert!(envelope.contains("ovf:capacity=\"8388608\""), "{envelope}");
 
+    let shown = succeed(flatdisk().current_dir(&dir).args(["cat", "machine.ova:machine.ovf"]));
+    assert_eq!(shown, envelope);
     succeed(flatdisk().arg("check").arg(&made));
     let hash = succeed(flatdisk().arg("hash").arg(&made));
     assert!(hash.starts_with(&sha256(&disk)), "{hash}");

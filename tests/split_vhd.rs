@@ -107,7 +107,9 @@ fn one_part_alone_is_never_reworked() {
         if command == ["resize"] {
             run.arg("32M");
         }
-        assert!(!outcome(&mut run).status.success(), "{command:?}");
+        // Of a sound image there is nothing to repair.
+        let sound = command == ["check", "--repair"];
+        assert_eq!(outcome(&mut run).status.success(), sound, "{command:?}");
         same(&raw, &image);
     }
     let new = dir.path().join("y.vhd");

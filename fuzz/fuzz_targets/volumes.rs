@@ -21,7 +21,7 @@ fuzz_target!(|data: &[u8]| {
     }
     for sector in [512, 4096] {
         let Ok(disk) = flat::raw(file.clone(), sector) else { return };
-        if let Ok(found) = flatdisk::volumes::volumes(&disk) {
+        if let Ok(found) = flatdisk::volumes::with_usage(&disk) {
             let _ = found.place(None);
         }
     }

@@ -27,6 +27,9 @@ pub struct ParentArgs {
     /// Directories besides the image's own in which parents may lie.
     #[arg(long, visible_alias = "parent-dir", value_name = "DIR")]
     allow_parent: Vec<PathBuf>,
+    /// A block device that a VMDK may name as its data, by the name that stands in it. It is only read.
+    #[arg(long, value_name = "DEVICE")]
+    allow_device: Vec<PathBuf>,
 }
 
 impl ParentArgs {
@@ -34,7 +37,8 @@ impl ParentArgs {
     pub fn options(&self, access: Access) -> OpenOptions {
         let spelling = Spelling { allow_parent: "--parent-dir DIR", ..Spelling::default() };
         let allow_parent = self.allow_parent.clone();
-        OpenOptions { allow_parent, spelling, ..OpenOptions::new(access) }
+        let allow_device = self.allow_device.clone();
+        OpenOptions { allow_parent, allow_device, spelling, ..OpenOptions::new(access) }
     }
 
     /// The same for a mount, as its `-o` takes it.

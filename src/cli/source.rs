@@ -69,6 +69,25 @@ fn in_archive(path: &Path) -> Option<PathBuf> {
     })
 }
 
+/// The contents of `path` if that is a description, manifest or certificate in an archive.
+pub fn text_of(path: &Path) -> Result<Option<Vec<u8>>> {
+    const MAX_LEN: u64 = 16 << 20;
+    let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default();
+    let text = ["ovf", "mf", "cert"].iter().any(|known| known.eq_ignore_ascii_case(extension));
+    if !text || path.is_file() {
+        return Ok(None);
+    }
+    let file = HostFs.open(path, Access::Peek)?;
+    let failed = |e: std::io::Error| Error::io("read", &e).in_file(path);
+    let len = file.len().map_err(failed)?;
+    if len > MAX_LEN {
+        return Err(Error::unsupported(format!("a text of {len} bytes")).in_file(path));
+    }
+    let mut text = vec![0; len as usize];
+    file.read_at(0, &mut text).map_err(failed)?;
+    Ok(Some(text))
+}
+
 /// The image and the number of its partition that `IMAGE:N` stands for; `None` for anything else, and where a file
 /// has that very name.
 pub fn partition_of(path: &Path) -> Option<(PathBuf, u32)> {

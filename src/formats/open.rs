@@ -12,6 +12,7 @@ use crate::disk::Disk;
 use crate::disk::map::DiskRange;
 use crate::disk::tables::CacheBudget;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::device::DeviceFile;
 use crate::storage::file::HostFs;
 use crate::storage::{self, Access, FileIdentity, Host, Storage};
 
@@ -60,6 +61,8 @@ pub struct OpenOptions {
     pub budget: Arc<CacheBudget>,
     /// What is known of folders, shared by all images of a process.
     pub folders: Arc<Folders>,
+    /// Block devices that an image may name as its extents. They are only read.
+    pub allow_device: Vec<PathBuf>,
     /// What hints call the options.
     pub spelling: Spelling,
 }
@@ -83,6 +86,7 @@ impl OpenOptions {
             next_identity: None,
             budget: CacheBudget::new(CacheBudget::DEFAULT),
             folders: Arc::default(),
+            allow_device: Vec::new(),
             spelling: Spelling::default(),
         }
     }
@@ -153,6 +157,7 @@ pub struct OpenContext {
     pub budget: Arc<CacheBudget>,
     folders: Arc<Folders>,
     allow_parent: Vec<PathBuf>,
+    allow_device: Vec<PathBuf>,
     spelling: Spelling,
 }
 
@@ -168,6 +173,11 @@ impl OpenContext {
             budget: options.budget.clone(),
             folders: options.folders.clone(),
             allow_parent: options.allow_parent.clone(),
+            allow_device: match file.archive() {
+                // What lies in an archive names nothing outside.
+                Some(_) => Vec::new(),
+                None => options.allow_device.clone(),
+            },
             spelling: options.spelling,
         }
     }
@@ -182,8 +192,17 @@ impl OpenContext {
         &self.host
     }
 
-    /// Opens an extent file that the image names, with the image's own access.
+    /// Whether the image may name the block device `name` as an extent.
+    pub fn permits_device(&self, name: &str) -> bool {
+        self.allow_device.iter().any(|device| device == Path::new(name))
+    }
+
+    /// Opens an extent file that the image names, with the image's own access; a block device that is permitted
+    /// only for reading.
     pub fn open_extent(&self, name: &str) -> Result<Arc<dyn Storage>> {
+        if self.permits_device(name) {
+            return Ok(Arc::new(DeviceFile::open(Path::new(name), false)?));
+        }
         let (places, refusal) =
             places::of_extent(&self.dir, name, &self.allow_parent, &self.spelling);
         let opened = places::open_first(&*self.host, &self.folders, &places, name, self.access);

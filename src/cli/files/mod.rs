@@ -54,6 +54,8 @@ Examples:
     flatdisk cat server.vhdx/etc/fstab
   The boot sector:
     flatdisk cat --length 512 --hex server.vhdx
+  The description of the machine in an archive:
+    flatdisk cat vendor.ova:vendor.ovf
   The bytes of a partition:
     flatdisk cat server.vhdx:2 | e2image -r - root.e2i")]
 pub struct CatArgs {
@@ -198,6 +200,10 @@ fn date(seconds: i64) -> String {
 pub fn cat(args: &CatArgs) -> Result<u8> {
     let target = Target::parse(&args.target)?;
     if target.path.is_empty() {
+        if let Some(text) = source::text_of(&target.image)? {
+            print_bytes(&text)?;
+            return Ok(0);
+        }
         return cat_bytes(&target, args);
     }
     if args.range.given() {

@@ -134,7 +134,7 @@ impl Link {
     /// The same; `force` goes on without extents that cannot be opened, as long as there are others.
     pub fn open_with(file: Arc<dyn Storage>, ctx: &OpenContext, force: bool) -> Result<Self> {
         let mut found = find_descriptor(&file)?;
-        refuse_unsupported(&found.file.descriptor)?;
+        refuse_unsupported(&found.file.descriptor, ctx)?;
         found.judge_broken(force)?;
         let mut builder = Builder::new(&file, ctx, found)?;
         let lines = builder.link.descriptor.descriptor.extents.clone();
@@ -225,7 +225,7 @@ fn lone_extent() -> Error {
 }
 
 /// Refuses disks whose data is not in files, not on this machine, or not readable without a key.
-fn refuse_unsupported(d: &Descriptor) -> Result<()> {
+fn refuse_unsupported(d: &Descriptor, ctx: &OpenContext) -> Result<()> {
     for key in ["keyID", "encryptionKeys"] {
         if let Some(value) = d.get(key) {
             let what = format!("the disk is encrypted by vSphere ({key} {value})");
@@ -257,11 +257,15 @@ fn refuse_unsupported(d: &Descriptor) -> Result<()> {
             ExtentType::VmfsRaw => "a raw device",
             ExtentType::VsanSparse => "an object of a vSAN",
             _ if name.starts_with("vsan:") || name.starts_with("vvol:") => "a remote object",
-            _ if device && line.access != ExtentAccess::None => "a raw device",
+            _ if device && line.access != ExtentAccess::None && !ctx.permits_device(name) => {
+                "a raw device"
+            }
             _ => continue,
         };
         let what = format!("createType {}: an extent is {reason}", d.create_type());
-        return Err(Error::unsupported(what));
+        let hint = format!("commands that read take `--allow-device {name}`");
+        let device = name.starts_with("/dev/");
+        return Err(Error::unsupported(what).hinting(device.then_some(hint)));
     }
     Ok(())
 }
@@ -400,6 +404,9 @@ impl<'a> Builder<'a> {
             .filter(|at| at.checked_add(len).is_some_and(|end| end <= i64::MAX as u64))
             .ok_or_else(|| Error::corrupt("the extent begins beyond the end of any file"))?;
         let (file, storage) = self.file(line, at..at + len)?;
+        if line.name.as_deref().is_some_and(|name| self.ctx.permits_device(name)) {
+            self.read_only(|| "it is on a device, which is only read".to_owned());
+        }
         let file_len = storage.len().map_err(|e| Error::io("stat", &e).in_file(storage.path()))?;
         let present = file_len.saturating_sub(at).min(len) / SECTOR * SECTOR;
         if present < len {
