@@ -348,7 +348,8 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
     let copied = chain::rebase(&host, &child, &parent, &options, only, &bar)?;
     drop(bar);
     // As every later command opens it that is told of no directory.
-    let alone = ParentArgs { allow_parent: Vec::new() }.options(Access::Peek);
+    let alone =
+        ParentArgs { allow_parent: Vec::new(), allow_device: Vec::new() }.options(Access::Peek);
     let refusal = formats::open(&host, &child, &alone).err();
     if let Some(e) = &refusal {
         complain(format_args!("without further options, later commands refuse it: {e}"));
