@@ -97,6 +97,8 @@ fn trees_come_out_of_ext_as_they_went_in() {
         ("ext2", &["-b1024"][..]),
         ("ext3", &["-b4096"]),
         ("ext4", &["-b1024", "-O64bit,metadata_csum"]),
+        // Its first block of data is block 0, with the superblock in block 1.
+        ("ext4", &["-b1024", "-Obigalloc"]),
         ("ext4", &["-b4096", "-O^has_journal,inline_data"]),
     ] {
         let raw = dir.path().join("raw");

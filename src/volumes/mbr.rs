@@ -164,8 +164,11 @@ impl Table<'_> {
                 }
                 break "leads to a sector that is no part of it";
             }
-            let Some([logical, next, ..]) = entries(sector) else { return };
-            if logical.kind != 0 && logical.count > 0 {
+            let Some([first, second, ..]) = entries(sector) else { return };
+            // The link comes second as a rule, but not with every program.
+            let used = [first, second].into_iter().filter(|e| e.kind != 0 && e.count > 0);
+            let (next, logical): (Vec<_>, Vec<_>) = used.partition(Entry::is_extended);
+            for logical in logical {
                 let mut partition = self.partition(number, &logical, at + u64::from(logical.first));
                 if at + u64::from(logical.first) + u64::from(logical.count) > end {
                     let text = "reaches out of the extended partition";
@@ -174,11 +177,9 @@ impl Table<'_> {
                 found.push(partition);
                 number += 1;
             }
-            if next.kind == 0 || next.count == 0 {
-                return;
-            }
+            let Some(next) = next.first() else { return };
             at = base + u64::from(next.first);
-            if !next.is_extended() || at >= end {
+            if at >= end {
                 break "leads out of the extended partition";
             }
         };

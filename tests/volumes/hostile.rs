@@ -115,6 +115,19 @@ fn chains_of_logical_partitions_end() {
 }
 
 #[test]
+fn the_link_to_the_next_logical_partition_may_come_first() {
+    let (file, disk) = disk(64);
+    mbr(&*file, 0, &[entry(0x05, 2048, 65_536)]);
+    mbr(&*file, 2048, &[entry(0x05, 100, 40), entry(0x83, 8, 16)]);
+    mbr(&*file, 2148, &[entry(0, 0, 0), entry(0x83, 8, 24)]);
+    let found = volumes(&disk).unwrap();
+    let places: Vec<_> =
+        found.partitions.iter().map(|p| (p.number, p.start / 512, p.size / 512)).collect();
+    assert_eq!(places, [(1, 2048, 65_536), (5, 2056, 16), (6, 2156, 24)]);
+    assert_eq!(found.warnings, Vec::<String>::new());
+}
+
+#[test]
 fn entries_that_overlap_or_leave_the_disk_are_listed_and_said() {
     let (file, disk) = disk(64);
     mbr(&*file, 0, &[entry(0x83, 2048, 4096), entry(0x07, 4096, u32::MAX), entry(0x0c, 2048, 1)]);

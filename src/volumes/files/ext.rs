@@ -134,7 +134,8 @@ impl Ext {
             inodes: bytes.le32(0)?,
             inodes_of_group,
             inode_size,
-            descriptors: (u64::from(bytes.le32(20)?) + 1) * block,
+            // Behind the superblock, wherever the first block of data is: bigalloc says 0 for that.
+            descriptors: (1024 / block + 1) * block,
             descriptor_size,
             warnings,
         }))

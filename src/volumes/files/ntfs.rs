@@ -38,7 +38,17 @@ pub(super) struct Volume {
 }
 
 fn failed(e: NtfsError) -> Error {
-    Error::corrupt(format!("the file system is damaged: {e}"))
+    match e {
+        // The crate takes numbers of parts of a directory for numbers of clusters, which they are only up to
+        // the size of such a part, 4 KiB.
+        NtfsError::VcnMismatchInIndexAllocation { .. }
+        | NtfsError::VcnOutOfBoundsInIndexAllocation { .. } => {
+            let what = "a large directory, on a file system with clusters of more than 4 KiB or damaged, \
+                        is not read here";
+            Error::unsupported(what).hint("`flatdisk attach --mount` mounts it")
+        }
+        e => Error::corrupt(format!("the file system is damaged: {e}")),
+    }
 }
 
 impl Volume {
