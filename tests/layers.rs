@@ -128,3 +128,39 @@ fn formats_do_not_name_each_other() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+/// The directories of modules below `dir`, itself included.
+fn rooms(dir: &Path, found: &mut Vec<PathBuf>) {
+    if dir.join("mod.rs").is_file() {
+        found.push(dir.to_owned());
+    }
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            rooms(&path, found);
+        }
+    }
+}
+
+#[test]
+fn the_first_page_of_a_module_names_its_files() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut all = Vec::new();
+    rooms(&root, &mut all);
+    assert!(all.len() > 15);
+    let mut wrong = Vec::new();
+    for room in all {
+        let text = fs::read_to_string(room.join("mod.rs")).unwrap();
+        let page: String = text.lines().filter(|line| line.starts_with("//!")).collect();
+        for entry in fs::read_dir(&room).unwrap() {
+            let path = entry.unwrap().path();
+            let is_module = path.is_dir() && path.join("mod.rs").is_file()
+                || path.extension().is_some_and(|extension| extension == "rs");
+            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            if is_module && name != "mod" && !page.contains(&format!("`{name}`")) {
+                wrong.push(format!("{}: does not name `{name}`", room.join("mod.rs").display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

@@ -3,6 +3,42 @@
 //! The program is called by several names: `flatdisk`, and as the helpers of mount(8) and umount(8)
 //! `mount.flatdisk`, `mount.fuse.flatdisk`, `umount.flatdisk`, `umount.fuse.flatdisk` and
 //! `umount.fuse`. mount.fuse3 calls it `flatdisk SOURCE MOUNTPOINT -o OPTIONS`, without a command.
+//!
+//! # Files
+//!
+//! - `attach`: `attach` and `detach`;
+//! - `browse`: `browse`;
+//! - `bytes`: `measure`, `compare`, `hash` and `write`, and the bytes that `cat` prints;
+//! - `chain`: `map`, `commit` and `rebase`;
+//! - `compact`: `compact`;
+//! - `convert`: `convert`;
+//! - `delta`: `delta` and `apply`;
+//! - `files`: `ls`, `cat` and `cp`;
+//! - `holders`: who has a file open, for messages that say "in use";
+//! - `images`: `create`;
+//! - `inspect`: `info` and `check`;
+//! - `install`: `install-helpers`;
+//! - `layout`: how the blocks of an image lie, and how small its disk may become;
+//! - `lifecycle`: `flatten` and `tree`;
+//! - `log_sink`: where log lines go;
+//! - `meta`: `meta`;
+//! - `mount`: `mount`, also as mount(8) and mount.fuse3 call it;
+//! - `output`: what commands print;
+//! - `overview`: the list of commands in `flatdisk --help`, in groups of what people come for;
+//! - `pages`: `completions` and `man`;
+//! - `picture`: `map --draw` and `map --svg`;
+//! - `process`: what the process asks of the system before it does anything;
+//! - `progress`: progress bars, and signals that end long work;
+//! - `rename`: `rename` and `delete`;
+//! - `running`: commands that talk to running daemons;
+//! - `size`: `resize`;
+//! - `snapshot`: `snapshot`;
+//! - `source`: images as commands are given them;
+//! - `spec`: what a new image is to be;
+//! - `structures`: `info --structures`;
+//! - `trim`: `compact --trim`;
+//! - `volumes`: `volumes`;
+//! - `work`: what every command that works for long is told about what it prints.
 
 pub mod attach;
 pub mod browse;

@@ -14,8 +14,11 @@ const GROUPS: &[(&str, &[&str])] = &[
     ),
     ("What is in an image", &["info", "check", "map", "volumes", "ls", "cat", "cp", "hash"]),
     ("New images, other formats", &["create", "convert", "measure", "compare", "write"]),
-    ("Size", &["resize", "compact"]),
-    ("Images that stand on one another", &["tree", "commit", "rebase", "flatten"]),
+    ("An image as a whole", &["resize", "compact", "meta", "rename", "delete"]),
+    (
+        "Images that stand on one another",
+        &["snapshot", "tree", "commit", "rebase", "flatten", "delta", "apply"],
+    ),
     ("The program itself", &[]),
 ];
 

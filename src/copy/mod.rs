@@ -20,6 +20,21 @@
 //!
 //! Every worker holds one chunk (256 KiB), for a compressed stream another one, and there are at most 16;
 //! tables wait in memory up to the limits of the target's driver.
+//!
+//! # Further files
+//!
+//! - `compare`: comparing two disks;
+//! - `convert`: making an image, raw file, stream or device out of a disk;
+//! - `delta`: what changed after an ancestor, as a stream;
+//! - `digest`: digests of the contents of a disk;
+//! - `files`: the files that a conversion must leave alone, and those that it removes;
+//! - `in_place`: a raw disk becomes a fixed VHD, and back, without copying;
+//! - `measure`: how large an image of a disk would be, without making it;
+//! - `output`: making a pipe or a block device out of a disk;
+//! - `ova`: making an OVA;
+//! - `source`: what is copied from;
+//! - `stream`: the sink that writes a stream-optimised VMDK;
+//! - `target`: what a conversion makes, and whether that can be.
 
 pub mod compare;
 pub mod convert;

@@ -22,6 +22,20 @@
 //! 4. a shard of the table cache (no I/O).
 //!
 //! A flush takes 2–4 and never 1, so it never waits for a writer.
+//!
+//! # Further files
+//!
+//! - `cursor`: a disk, or a part of one, as `std::io` knows files;
+//! - `damage`: what a disk turned out to have lost;
+//! - `flat`: one file as a disk, byte for byte;
+//! - `layers`: which layer of a chain holds what;
+//! - `map`: what a format driver is;
+//! - `overlay`: a private, throw-away layer over any disk;
+//! - `picture`: a disk and its files cut into cells of equal length, to be drawn;
+//! - `room`: space of the host for tables that change in memory;
+//! - `share`: data that lies in other files of the host;
+//! - `tables`: a bounded cache of table pages;
+//! - `window`: a part of a disk as a disk of its own.
 
 pub mod cursor;
 mod damage;

@@ -3,6 +3,38 @@
 //! Each format is one [`Format`] object in [`FORMATS`]. [`open()`] turns a path into an [`Image`]; the
 //! drivers below implement [`BlockMap`] and know nothing of what is
 //! above them.
+//!
+//! # Files
+//!
+//! - `chain`: merging a child into its parent, and another parent;
+//! - `compact`: giving unused blocks back to the host, in place, and laying blocks in the order of
+//!   the disk;
+//! - `flatten`: making a child a disk that stands alone;
+//! - `folders`: what lies in the folders where files named by images may be;
+//! - `foreign`: what a file is that is no VHD, VHDX or VMDK, and what opens it;
+//! - `levels`: merging several generations at once, and one from the middle of a chain;
+//! - `lifecycle`: another name for an image, and its end;
+//! - `meta`: what an image says about itself beside what its disk holds, for looking at and for
+//!   changing;
+//! - `naming`: an image under another name in its directory;
+//! - `open`: opening an image;
+//! - `ova`: disks in OVA archives;
+//! - `parents`: finding a child's parent;
+//! - `places`: where the files that an image names may be;
+//! - `plan`: changes to an image's files that nobody has open;
+//! - `profile`: what a program or cloud wants of an image;
+//! - `raw`: raw disks as images;
+//! - `references`: the gate for files that an image names;
+//! - `repair`: planning repairs, and carrying them out;
+//! - `report`: what a check finds, and how bad it is;
+//! - `resize`: another size of a virtual disk, in place;
+//! - `snapshot`: freezing an image, and going back;
+//! - `structures`: every structure of an image as it lies in its files;
+//! - `tree`: which images of a folder stand on which;
+//! - `vhd`: the VHD driver;
+//! - `vhdx`: the VHDX driver;
+//! - `vmdk`: the VMDK driver;
+//! - `whole`: making images that appear under their names only when they are complete.
 
 pub mod chain;
 pub mod compact;

@@ -27,6 +27,29 @@
 //! The kernel can ask for names and attributes in one request (readdirplus). Attributes of a flat
 //! file need a look into the image, so that capability is left off: `ls` of a large folder opens
 //! nothing, `ls -l` looks at each image once.
+//!
+//! # Files
+//!
+//! - `control`: the control socket;
+//! - `crew`: the same work on many things, of which any may hang;
+//! - `daemon`: the life of a mount;
+//! - `errno`: what a program sees of an [`Error`];
+//! - `facts`: what is known of images that are not open;
+//! - `filesystem`: `impl fuser::Filesystem`;
+//! - `handed`: mounts that somebody else made;
+//! - `image`: one flat file;
+//! - `lanes`: threads for requests, so that those that hang hold up no others;
+//! - `listing`: what a directory shows;
+//! - `mounts`: the host's mount table;
+//! - `options`: mount options;
+//! - `parts`: partitions that show as files of their own, and who writes which part of a disk;
+//! - `passthrough`: flat files that the kernel reads and writes by itself, without asking the
+//!   daemon;
+//! - `privileges`: what the daemon of root gives up before it serves anybody;
+//! - `remembered`: what was read of files, kept until they change;
+//! - `source`: the host directories behind a mount;
+//! - `tree`: the mounted tree;
+//! - `under_way`: what is under way, and since when.
 
 pub mod control;
 pub mod crew;

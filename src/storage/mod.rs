@@ -15,6 +15,19 @@
 //! - Nothing is durable until [`Storage::sync`] returned; before that any subset of the writes,
 //!   each torn at 512-byte sectors, may survive a crash, in any order.
 //! - A failed `sync` is final: the caller must not take a later success as covering its writes.
+//!
+//! # Further files
+//!
+//! - `device`: block devices, which a user names to copy from or to;
+//! - `file`: the host's file system;
+//! - `permissions`: permission bits, access lists included;
+//! - `replace`: replacing a small file in one step, so that it stays what it was in everything but
+//!   its contents;
+//! - `runs`: runs of units;
+//! - `share`: sharing blocks between two host files;
+//! - `staged`: new files that appear under their names only when all of them are complete;
+//! - `user`: opening files in another user's name;
+//! - `write_back`: beginning early to write to the device what is to be durable at the end.
 
 pub mod archive;
 #[doc(hidden)]

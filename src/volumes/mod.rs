@@ -7,6 +7,18 @@
 //! Everything here was written by a guest. Counts and sizes are bounded, offsets are checked, chains
 //! end, and one bad entry costs itself: it is listed with a warning, or the warning says why not.
 //! Nothing is written. Reading costs a few hundred KiB per volume, whatever the disk's size.
+//!
+//! # Files
+//!
+//! - `bytes`: fields of a structure that was read from a disk;
+//! - `content`: what a volume holds;
+//! - `files`: files of the file systems on a disk, read without a kernel and without privileges;
+//! - `gpt`: the GUID partition table, from either of its copies;
+//! - `mbr`: the partition table of the first sector, and the chain of logical partitions;
+//! - `os`: which systems are installed on a disk;
+//! - `relocate`: moving the second copy of a GPT to the end of a disk that became larger, or is
+//!   about to become smaller;
+//! - `types`: what partition types are called.
 
 mod bytes;
 mod content;

@@ -7,6 +7,14 @@
 //! file_system  mounting what is on the device
 //! programs     mounting without a device, by file systems that are programs
 //! ```
+//!
+//! # Files
+//!
+//! - `attachment`: attaching and detaching one image, step by step;
+//! - `file_system`: file systems on a loop device;
+//! - `loop_device`: loop devices, through the kernel's own interface (loop(4));
+//! - `programs`: file systems that are programs;
+//! - `slot`: what is known of an attached image while no process of `attach` runs.
 
 mod attachment;
 pub(super) mod file_system;

@@ -1,4 +1,8 @@
 //! `ls`, `cat` and `cp`: files out of images, without a mount and without privileges.
+//!
+//! # Files
+//!
+//! - `extract`: `cp`.
 
 mod extract;
 

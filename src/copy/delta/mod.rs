@@ -9,6 +9,11 @@
 //! Which parts may have changed is known from the tables of the images above the ancestor. Of those parts
 //! only, both generations are read and compared in units of [`UNIT`]: what is stored anew but holds what it
 //! held is left out, and what became zeroes is told as such.
+//!
+//! # Further files
+//!
+//! - `apply`: putting a delta onto a copy of the ancestor that it was made against;
+//! - `make`: writing a delta from a chain.
 
 mod apply;
 mod make;

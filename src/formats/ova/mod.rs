@@ -10,6 +10,10 @@
 //!
 //! Disks are read where they lie ([`crate::storage::archive`]); nothing is unpacked. `descriptor` writes the
 //! description of a machine with one disk.
+//!
+//! # Further files
+//!
+//! - `manifest`: the manifest.
 
 pub mod descriptor;
 mod manifest;

@@ -46,6 +46,17 @@
 //! *Another parent* (`relink`): a new dynamic header and new locators go behind the trailing footer,
 //! and are synced; then a footer behind them that leads to the new header, synced; then the copy. The
 //! last footer counts, so the link changes with that one sector.
+//!
+//! # Further files
+//!
+//! - `check`: checking an image without changing it;
+//! - `create`: making new images;
+//! - `info`: what `info` shows of a VHD image;
+//! - `lost`: putting the BAT right;
+//! - `meta`: what the footer says beside what the disk is, for looking at and for changing;
+//! - `split`: split images of Virtual PC;
+//! - `structures`: every structure of a VHD file, as `info --structures` lists them;
+//! - `tests`: tests of the whole driver.
 
 mod bat;
 mod batmap;

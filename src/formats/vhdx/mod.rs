@@ -54,6 +54,13 @@
 //! **Closing**: a flush; one more sync, for the pages in their places; headers without log GUID;
 //! the unused end of the file is cut off, and the log becomes a hole if it was one before. A crash leaves
 //! a log to replay, or a file that is too long.
+//!
+//! # Further files
+//!
+//! - `lost`: putting the BAT right;
+//! - `meta`: what the metadata says beside what the disk is, for looking at and for changing;
+//! - `structures`: every structure of a VHDX file, as `info --structures` lists them;
+//! - `tests`: tests of the driver as a whole, through the disk.
 
 mod bat;
 mod bitmap;

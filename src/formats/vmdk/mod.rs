@@ -39,6 +39,24 @@
 //! Freed grains become entry 0 on a disk without parent, which is how the image was made and what all
 //! readers take for zeroes; over a parent they become 1 where the image has zeroed grains, and are
 //! written with zeroes where it has not.
+//!
+//! # Further files
+//!
+//! - `check`: checking;
+//! - `child`: children;
+//! - `compact`: giving unused grains back;
+//! - `create`: creating disks;
+//! - `extent_file`: the files of a disk, each wrapped so that the driver knows which ones a flush
+//!   must sync, and that extents declared read-only stay as they are;
+//! - `layout`: on-disk layout of hosted sparse extents (`KDMV`);
+//! - `meta`: what the descriptor says beside what the disk is, for looking at and for changing;
+//! - `naming`: which files are a disk's own, and what they and the descriptor are called when the
+//!   disk gets another name;
+//! - `repair`: what can be rebuilt of sparse extents;
+//! - `settled`: a disk found sound, for changes of its files as a whole;
+//! - `structures`: every structure of a VMDK's files, as `info --structures` lists them;
+//! - `tables`: planned changes of grain tables;
+//! - `tests`: tests of the driver as a whole, through `formats::open` and [`Disk`].
 
 mod area;
 mod check;

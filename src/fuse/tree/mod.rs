@@ -15,6 +15,18 @@
 //! A number is computed from the host path and the host's inode, so it is the same in every
 //! listing, in every mount, and before the node exists. A replaced image is another node, and
 //! programs that have the old one open keep it.
+//!
+//! # Files
+//!
+//! - `anew`: flat files that a program writes anew;
+//! - `attributes`: attributes;
+//! - `children`: who was made from an image;
+//! - `files`: open files;
+//! - `layer`: throw-away layers of single images;
+//! - `names`: names;
+//! - `partitions`: files of partitions;
+//! - `tests`: tests of the tree without a kernel;
+//! - `upkeep`: what is done for all images at once.
 
 mod anew;
 mod attributes;

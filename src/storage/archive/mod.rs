@@ -6,6 +6,10 @@
 //! the other members and nowhere else ([`Inside`]).
 //!
 //! What is known of an archive is kept until the file changes ([`Archive::open`]).
+//!
+//! # Files
+//!
+//! - `tar`: the headers of tar archives.
 
 pub mod tar;
 

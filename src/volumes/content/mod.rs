@@ -3,6 +3,15 @@
 //! Containers are looked for before file systems: a member of a RAID or a volume group may show the
 //! old magic of a file system. Everything derived from a structure is held against the volume's size,
 //! so that a few stray bytes do not make a file system.
+//!
+//! # Files
+//!
+//! - `containers`: what holds volumes, or memory, rather than files;
+//! - `ext`: ext2, ext3 and ext4, by the first superblock or one of its copies;
+//! - `linux`: file systems of Linux beside ext;
+//! - `others`: file systems of optical discs, Apple and VMware;
+//! - `usage`: how much of NTFS and exFAT is free;
+//! - `windows`: file systems of Windows, and its encryption.
 
 mod containers;
 mod ext;

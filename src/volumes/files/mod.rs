@@ -5,6 +5,14 @@
 //! Whatever the file system says, every operation ends, and takes memory that does not depend on it:
 //! directories and the lists of a file's blocks are limited, blocks lie inside the volume, and symbolic
 //! links are followed a limited number of times, inside the file system.
+//!
+//! # Files
+//!
+//! - `ext`: ext2, ext3 and ext4;
+//! - `fat`: FAT12, FAT16 and FAT32, by the crate `fatfs`, which is given a volume that cannot be
+//!   written;
+//! - `ntfs`: NTFS, by the crate `ntfs`, and what that one leaves to its callers;
+//! - `throttle`: a volume as crates want it, with a limit to what one operation may read of it.
 
 mod ext;
 mod fat;

@@ -1,5 +1,14 @@
 //! Tests of the whole driver: opening and refusing, writing, checking, against a model and against
 //! other programs.
+//!
+//! # Files
+//!
+//! - `checking`: what a check finds, and where;
+//! - `differencing`: children;
+//! - `interop`: images of other programs, and ours in other programs;
+//! - `model`: random operations against a plain array of bytes;
+//! - `opening`: what opens, how, and what is refused;
+//! - `writing`: allocation, reopening, unmapping and what is on disk in between.
 
 mod checking;
 mod differencing;

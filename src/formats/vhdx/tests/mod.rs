@@ -1,4 +1,13 @@
 //! Tests of the driver as a whole, through the disk.
+//!
+//! # Files
+//!
+//! - `children`: children;
+//! - `corpus`: images made by other programs;
+//! - `damage`: images that contradict themselves;
+//! - `durability`: what a flush costs, and what opening, the first write and closing change;
+//! - `interop`: the same images under our driver and under QEMU;
+//! - `model`: random operations against a plain array of bytes.
 
 mod children;
 mod corpus;

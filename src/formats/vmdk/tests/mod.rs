@@ -1,4 +1,17 @@
 //! Tests of the driver as a whole, through `formats::open` and [`Disk`].
+//!
+//! # Files
+//!
+//! - `broken`: disks of which something is gone;
+//! - `chains`: children, and the ESX kinds of extents that chains are made of;
+//! - `corpus`: images made by other programs;
+//! - `crash`: power cuts, on disks that the crash tests of all formats do not have;
+//! - `hostile`: images with arbitrary bytes changed, and hosts that fail;
+//! - `model`: random operations against a plain vector;
+//! - `opening`: which images open, and why the others do not;
+//! - `qemu`: the same disks through QEMU's tools, in both directions;
+//! - `streaming`: stream-optimised images, in every layout that writers use;
+//! - `writing`: what writing leaves in the files.
 
 mod broken;
 mod chains;
