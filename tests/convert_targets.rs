@@ -105,9 +105,11 @@ fn no_target_is_larger_than_that_of_qemu_img() {
         // Blocks of our VHDs begin such that data lies on the host's blocks: less than one for each, and one
         // for the tables. Without that no block of a VHD could be shared.
         let aligning = if (format, subformat) == ("vhd", "dynamic") { 4096 * 3 } else { 0 };
+        // Space for tables is reserved before they are written, a host's block of it may stay empty.
+        let reserved = if subformat == "monolithicSparse" { 4096 } else { 0 };
         let (ours, theirs) = (sizes(&ours), sizes(&other));
         // A stream has its length only: what goes to a pipe has no holes.
-        let stored = subformat == "streamOptimized" || ours.0 <= theirs.0 + aligning;
+        let stored = subformat == "streamOptimized" || ours.0 <= theirs.0 + aligning + reserved;
         assert!(stored, "{format} {subformat}: {ours:?}, {theirs:?}");
         assert!(ours.1 <= theirs.1 + aligning, "{format} {subformat}: {ours:?}, {theirs:?}");
     }

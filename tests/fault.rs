@@ -131,10 +131,12 @@ impl<'a> Trial<'a> {
     /// Opens the disk anew, as after a crash of the program.
     fn reopen(&mut self) -> Result<(), String> {
         let runner = &mut self.runner;
-        runner.disk = runner
+        let opened = runner
             .kind
             .open(&runner.host, Access::Write)
             .map_err(|e| format!("the image does not open after the fault: {e}"))?;
+        // Whoever had it open is dead and closes nothing.
+        std::mem::forget(std::mem::replace(&mut runner.disk, opened));
         runner.history.lock().doubt();
         let legal = runner.history.lock().legal_at(runner.recorder.position());
         let found = read(&runner.disk, &legal).map_err(|e| format!("after reopening: {e}"))?;

@@ -354,7 +354,7 @@ fn picked(all: Vec<Case>) -> Vec<Case> {
 
 /// Distinct crash states to look at for each change.
 fn budget() -> usize {
-    number("FLATDISK_RESIZE_STATES", 300) as usize
+    number("FLATDISK_RESIZE_STATES", 100) as usize
 }
 
 /// Calls that change something, and all others.

@@ -5,9 +5,6 @@
 pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
     // What only promises: no tables changed, so no order is needed.
     ("payload", "payload", "payload", PROMISE),
-    ("payload", "payload", "vhd/fixed.rs unmap", PROMISE),
-    ("payload", "vhd/fixed.rs unmap", "payload", PROMISE),
-    ("payload", "vhd/fixed.rs unmap", "vhd/fixed.rs unmap", PROMISE),
     ("vhd/blocks.rs flush_tables", "*", "*", PROMISE),
     ("vhdx/session.rs flush_session 1", "payload", "payload", PROMISE),
     ("vmdk/write.rs flush_all by sync_written", "payload", "payload", PROMISE),
@@ -295,12 +292,6 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
         DISCARDED,
     ),
     ("vmdk/write.rs begin by sync_written", "vmdk/write.rs begin", "vmdk/space.rs grow", LONGER),
-    (
-        "vmdk/write.rs begin by sync_written",
-        "vmdk/walk.rs renew_redundant",
-        "vmdk/space.rs grow",
-        LONGER,
-    ),
     ("vmdk/write.rs flush_all by sync_written", "payload", "vmdk/space.rs grow", LONGER),
     (
         "vmdk/write.rs flush_all by sync_written",
@@ -438,12 +429,6 @@ pub const HARMLESS: &[(&str, &str, &str, &str)] = &[
         "vhdx repair: a header that names this log / *",
         "vhdx repair: a header that names this log",
         "vhdx repair: a header that names this log",
-        OTHER_HEADER,
-    ),
-    (
-        "vhdx repair: a header that names this log // *",
-        "vhdx repair: a header that names this log",
-        "vhdx repair: a header that says the file was changed",
         OTHER_HEADER,
     ),
     ("vhdx repair: block is given up*", "", "", HEADERS_FOLLOW),
