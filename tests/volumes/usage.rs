@@ -36,7 +36,8 @@ fn fat_free(path: &Path) -> u64 {
 
 #[test]
 fn free_space_is_what_other_programs_count() {
-    let kinds: [(&str, u64, &[&str], fn(&Path) -> u64); 6] = [
+    type Told = fn(&Path) -> u64;
+    let kinds: [(&str, u64, &[&str], Told); 6] = [
         ("fat12", 4, &["mkfs.vfat", "-F12"], fat_free),
         ("fat16", 32, &["mkfs.vfat", "-F16"], fat_free),
         ("fat32", 64, &["mkfs.vfat", "-F32"], fat_free),
