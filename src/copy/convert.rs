@@ -91,6 +91,10 @@ pub struct From<'a> {
 /// Those of reading the disk and of creating the target; [`ErrorKind::Exists`] for a target that is there and
 /// not to be replaced, [`ErrorKind::NoSpace`] on a full host, [`ErrorKind::Cancelled`] where `progress` ends
 /// the work. Nothing is left of the target then.
+///
+/// [`ErrorKind::Exists`]: crate::ErrorKind::Exists
+/// [`ErrorKind::NoSpace`]: crate::ErrorKind::NoSpace
+/// [`ErrorKind::Cancelled`]: crate::ErrorKind::Cancelled
 pub fn convert(
     host: &Arc<dyn Host>,
     from: &From<'_>,

@@ -35,7 +35,7 @@ pub struct Measured {
 ///
 /// # Errors
 ///
-/// Those of reading the disk; [`ErrorKind::InvalidInput`] for what the format cannot be.
+/// Those of reading the disk; [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput) for what the format cannot be.
 pub fn measure(
     from: Option<&Source>,
     target: Target,

@@ -163,7 +163,7 @@ pub struct WritePlan {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt) where the tables are damaged, and those of the host.
+/// [`ErrorKind::Corrupt`] where the tables are damaged, and those of the host.
 #[allow(clippy::missing_errors_doc)] // They are the trait's, above.
 pub trait BlockMap: Send + Sync {
     /// The disk's sizes.

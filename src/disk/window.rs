@@ -23,7 +23,7 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range does not lie inside the disk.
+    /// [`ErrorKind::OutOfRange`] if the range does not lie inside the disk.
     pub fn slice(&self, range: DiskRange) -> Result<Window<&Self>> {
         Window::new(self, range)
     }
@@ -34,7 +34,7 @@ impl<D: Deref<Target = Disk>> Window<D> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range does not lie inside the disk.
+    /// [`ErrorKind::OutOfRange`] if the range does not lie inside the disk.
     pub fn new(disk: D, range: DiskRange) -> Result<Self> {
         disk.check_range(range.start, range.end.saturating_sub(range.start))?;
         let end = range.end.max(range.start);

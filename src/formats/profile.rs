@@ -41,7 +41,7 @@ impl Profile {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidInput`] for a format, subformat or size that the profile excludes.
+    /// [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput) for a format, subformat or size that the profile excludes.
     pub fn apply(self, format: Option<&str>, spec: &mut CreateSpec) -> Result<&'static dyn Format> {
         let (wanted, subformat) = self.kind();
         let other = |asked: Option<&str>, is: &str| {

@@ -95,7 +95,7 @@ impl Primary {
     ///
     /// # Errors
     ///
-    /// Those of writing to the disk; [`ErrorKind::InvalidInput`] if partitions lie in the way.
+    /// Those of writing to the disk; [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput) if partitions lie in the way.
     pub fn move_copy(&self, disk: &Disk, size: u64) -> Result<()> {
         let last = (size / self.sector).saturating_sub(1);
         let array = last.saturating_sub(self.array_sectors());

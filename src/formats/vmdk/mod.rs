@@ -56,7 +56,7 @@
 //! - `settled`: a disk found sound, for changes of its files as a whole;
 //! - `structures`: every structure of a VMDK's files, as `info --structures` lists them;
 //! - `tables`: planned changes of grain tables;
-//! - `tests`: tests of the driver as a whole, through `formats::open` and [`Disk`].
+//! - `tests`: tests of the driver as a whole, through `formats::open` and `Disk`.
 
 mod area;
 mod check;
