@@ -36,13 +36,28 @@ fn list(place: &Path) -> String {
 
 #[test]
 fn a_user_without_privileges_mounts_what_is_in_an_image() {
-    let tools =
-        ["setpriv", "fusermount3", "unshare", "fuse2fs", "sfdisk", "mkfs.ext4", "mkfs.ntfs"];
+    let tools = [
+        "setpriv",
+        "fusermount3",
+        "unshare",
+        "fuse2fs",
+        "sfdisk",
+        "mkfs.ext4",
+        "mkfs.ntfs",
+        "ntfscp",
+    ];
     if !live::can_mount() || !have(&tools) {
         return;
     }
     let images = images(&["mkfs.ntfs", "-q", "-f", "-F"]);
     let scratch = scratch();
+    let file = scratch.path().join("file");
+    fs::write(&file, "from NTFS").unwrap();
+    let mount = Mount::new(images.path(), &["--partitions"]);
+    let part = mount.flat("a.vhdx.p2");
+    wait_until("the partition shows", || part.exists());
+    succeed(Command::new("ntfscp").arg("-qf").arg(&part).arg(&file).arg("hello.txt"));
+    assert!(mount.unmount().success());
     let script = r#"
         set -eux
         mknod "$T/fuse" c 10 229; chmod 666 "$T/fuse"; mount --bind "$T/fuse" /dev/fuse
@@ -66,6 +81,19 @@ fn a_user_without_privileges_mounts_what_is_in_an_image() {
         refused live "$T/mnt"
         [ "$(user "$T/flatdisk" cat "$IMAGES/a.vhdx:1/file")" = hello ]
         [ -z "$(ls "$T/run/flatdisk/attached")" ]
+
+        # One command takes a file out; and so do programs over the files of partitions.
+        [ "$(user "$T/flatdisk" cat "$IMAGES/a.vhdx:2/hello.txt")" = "from NTFS" ]
+        user "$T/flatdisk" cp "$IMAGES/a.vhdx:2/hello.txt" "$T/run/copy"
+        [ "$(cat "$T/run/copy")" = "from NTFS" ]
+        user "$T/flatdisk" mount --partitions "$IMAGES" "$T/flat"
+        stat "$T/flat/a.vhdx.p1.img" 2>"$T/err" && exit 8
+        user stat "$T/flat/a.vhdx.p1.img"
+        user fuse2fs "$T/flat/a.vhdx.p1.img" "$T/mnt"
+        [ "$(user cat "$T/mnt/file")" = hello ]
+        user fusermount3 -u "$T/mnt"
+        for try in $(seq 100); do user "$T/flatdisk" umount "$T/flat" && break; sleep 0.1; done
+        refused live "$T/flat"
 
         # Read-only, and all at once undone; what nobody attached stays until umount --all.
         user "$T/flatdisk" attach -r --json --fuse --mount "$T/mnt" --partition 1 "$IMAGES/a.vhdx" >"$T/json"

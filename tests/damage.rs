@@ -1,6 +1,7 @@
 //! Damaged images: whatever bytes a file holds, opening, reading, writing, checking and repairing it
 //! end soon, in little memory, without a panic; nothing is written unless somebody writes, what was
-//! written is there afterwards, and a repair changes nothing that could be read.
+//! written is there afterwards, and a repair changes nothing that could be read. Archives and partition
+//! tables likewise.
 //!
 //! `FLATDISK_DAMAGE_CASES` is the number of cases; `FLATDISK_SEED` and `FLATDISK_DAMAGE_CASE` repeat
 //! one of them.
@@ -353,6 +354,32 @@ fn damaged_images_neither_panic_nor_hang_nor_fill_the_memory() {
     let failures = failures.into_inner();
     let shown = failures.iter().take(30).cloned().collect::<Vec<_>>().join("\n");
     assert!(failures.is_empty(), "FLATDISK_SEED={}: {} fail\n{shown}", seed(), failures.len());
+}
+
+/// One case of these for every hundred images.
+#[test]
+fn damaged_archives_and_partition_tables_end_soon_and_in_little_memory() {
+    let cases = number("FLATDISK_DAMAGE_CASES", 1_000_000) / 100;
+    let good = hostile::disks::archive();
+    for case in 0..cases {
+        let seed = seed().wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(case);
+        let attempt = || {
+            let began = Instant::now();
+            let (outcome, peak) = meter::peak(|| {
+                catch_unwind(AssertUnwindSafe(|| {
+                    let mut rng = Rng::with_seed(seed);
+                    hostile::disks::try_archive(&good, &mut rng);
+                    hostile::disks::try_disk(&mut rng);
+                }))
+            });
+            assert!(outcome.is_ok(), "FLATDISK_SEED={}, case {case}", common::seed());
+            assert!(peak < MAX_MEMORY, "case {case} holds {} MiB", peak >> 20);
+            began.elapsed()
+        };
+        // A busy machine makes anything slow once.
+        let slow = (0..3).all(|_| attempt() > MAX_TIME);
+        assert!(!slow, "FLATDISK_SEED={}, case {case} is slow", common::seed());
+    }
 }
 
 impl Tally {

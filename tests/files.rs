@@ -13,7 +13,8 @@ use std::sync::Arc;
 use common::tools::{both, have, output, run};
 use flatdisk::Window;
 use flatdisk::disk::flat;
-use flatdisk::formats::{self, CreateSpec};
+use flatdisk::formats::{self, CreateSpec, OpenOptions};
+use flatdisk::storage::Host;
 use flatdisk::storage::file::HostFs;
 use flatdisk::storage::memory::MemoryFile;
 use flatdisk::volumes::files::{self, FileKind, FileSystem, Sink};
@@ -279,8 +280,76 @@ fn files_come_out_of_ntfs_as_they_went_in() {
     let half = cat("/half");
     assert!(half.len() as u64 == MIB && half[..12_288] == noise(MIB as usize)[..12_288]);
     assert!(half[12_288..].iter().all(|byte| *byte == 0));
+    let disk = formats::open(&(HostFs::shared() as Arc<dyn Host>), &image, &OpenOptions::default());
+    let mut opened = files::open(Window::whole(disk.unwrap().disk)).unwrap();
+    let wanted = [&noise(MIB as usize)[..12_288], &[0; 100_000]].concat();
+    for (at, len) in [(0, 5), (12_000, 500), (12_288, 1000), (90_000, 9000), (4095, 2)] {
+        let mut part = vec![1; len];
+        opened.read_at(b"half", at as u64, &mut part).unwrap();
+        assert!(part == wanted[at..at + len], "{at} {len}");
+    }
+    let e = opened.read_at(b"half", MIB - 1, &mut [0; 2]).unwrap_err();
+    assert_eq!(e.kind(), flatdisk::ErrorKind::OutOfRange);
     run(flatdisk().args(["cp", &inside(&image, "/Large file.bin")]).arg(dir.path().join("copy")));
     assert!(fs::read(dir.path().join("copy")).unwrap() == noise(3_000_000));
+}
+
+/// Names come and go, so that parts of the index are not in use and hold old ones. Clusters are larger and smaller than
+/// such a part.
+#[test]
+fn large_directories_of_ntfs_are_listed_whatever_the_size_of_clusters() {
+    if !have("mkfs.ntfs") || !have("ntfs-3g") || !Path::new("/dev/fuse").exists() {
+        return;
+    }
+    if !nix::unistd::geteuid().is_root() {
+        common::skip("mounting by ntfs-3g needs root here");
+        return;
+    }
+    let dir = common::folder();
+    for cluster in ["512", "4096", "8192", "65536"] {
+        let raw = dir.path().join("raw");
+        sized(&raw, 64);
+        run(Command::new("mkfs.ntfs").args(["-Fqfc", cluster]).arg(&raw));
+        let mounted = dir.path().join("mounted");
+        fs::create_dir(&mounted).unwrap();
+        run(Command::new("ntfs-3g").arg(&raw).arg(&mounted));
+        let name = |number: usize| format!("Ein Name, der länger ist, {number}");
+        fs::create_dir(mounted.join("Many")).unwrap();
+        let inside = mounted.join("Many");
+        for number in 0..1500 {
+            fs::write(inside.join(name(number)), number.to_string()).unwrap();
+        }
+        (300..1200).for_each(|number| fs::remove_file(inside.join(name(number))).unwrap());
+        fs::create_dir(inside.join("sub")).unwrap();
+        let mut names: Vec<_> = fs::read_dir(&inside)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        run(Command::new("umount").arg(&mounted));
+        fs::remove_dir(&mounted).unwrap();
+
+        let disk =
+            Arc::new(flat::raw(MemoryFile::new("/d", &fs::read(&raw).unwrap()), 512).unwrap());
+        let mut opened = files::open(Window::whole(disk)).unwrap();
+        let mut found: Vec<_> = opened
+            .list(b"many")
+            .unwrap_or_else(|e| panic!("clusters of {cluster}: {e}"))
+            .into_iter()
+            .map(|entry| String::from_utf8(entry.name).unwrap())
+            .collect();
+        found.sort();
+        assert!(found == names, "clusters of {cluster}: {} names", found.len());
+        for number in [0, 299, 1200, 1499] {
+            let path = format!("/MANY/{}", name(number).to_uppercase());
+            let wanted = number.to_string();
+            let mut bytes = vec![0; wanted.len()];
+            opened.read_at(path.as_bytes(), 0, &mut bytes).unwrap();
+            assert_eq!(bytes, wanted.as_bytes());
+        }
+        let gone = opened.stat(format!("/Many/{}", name(300)).as_bytes()).unwrap_err();
+        assert_eq!(gone.kind(), flatdisk::ErrorKind::NotFound);
+    }
 }
 
 #[test]

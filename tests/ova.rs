@@ -297,6 +297,47 @@ fn what_cannot_be_read_in_place_says_why() {
 }
 
 #[test]
+fn an_archive_is_opened_and_closed_in_a_live_mount() {
+    if !live::can_mount() {
+        return;
+    }
+    let dir = scratch();
+    let disk = raw(dir.path(), "disk.raw", 1 << 20);
+    let path = dir.path().join("x.ova");
+    convert(&disk, &path, &["--for", "esx"]);
+    fs::write(dir.path().join("none.ova"), "no archive").unwrap();
+    let empty = scratch();
+    let mount = Mount::new(empty.path(), &[]);
+    let open = |name: &str| {
+        let mut open = flatdisk();
+        open.arg("open").arg(dir.path().join(name)).arg(mount.path());
+        open
+    };
+    let shown = mount.path().join("x.ova");
+    let flat = shown.join("x-disk1.vmdk.img");
+    let told = succeed(&mut open("x.ova"));
+    assert_eq!(told.trim(), shown.to_str().unwrap());
+    assert_eq!(sha256(&flat), sha256(&disk));
+    assert!(refusal(&mut open("x.ova")).contains("is there already"));
+    let told = refusal(&mut open("none.ova"));
+    assert!(told.contains("not an archive"), "{told}");
+    let told = refusal(open("x.ova").arg("--nonpersistent"));
+    assert!(told.contains("only read") || told.contains("there already"), "{told}");
+    let used = fs::File::open(&flat).unwrap();
+    assert!(refusal(flatdisk().arg("close").arg(&shown)).contains("is open"));
+    drop(used);
+    live::wait_until("it is closed", || {
+        outcome(flatdisk().arg("close").arg(&shown)).status.success()
+    });
+    live::wait_until("it is gone", || names(mount.path()).is_empty());
+    std::os::unix::fs::symlink(&path, mount.path().join("link")).unwrap();
+    live::wait_until("it shows", || mount.path().join("link/x-disk1.vmdk.img").exists());
+    fs::remove_dir(mount.path().join("link")).unwrap();
+    assert!(path.exists());
+    assert!(mount.unmount().success());
+}
+
+#[test]
 fn a_thousand_archives_are_listed_in_a_second() {
     if !live::can_mount() {
         return;

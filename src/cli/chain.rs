@@ -27,9 +27,13 @@ pub struct ParentArgs {
     /// Directories besides the image's own in which parents may lie.
     #[arg(long, visible_alias = "parent-dir", value_name = "DIR")]
     allow_parent: Vec<PathBuf>,
-    /// A block device that a VMDK may name as its data, by the name that stands in it. It is only read.
+    /// A block device that a VMDK may name as its data, by the name that stands in it; a raw device mapping of ESX is
+    /// on the one that is named. It is only read, unless --rw is given.
     #[arg(long, value_name = "DEVICE")]
     allow_device: Vec<PathBuf>,
+    /// Let these devices be written, too. One that is mounted, or a part of another, is refused.
+    #[arg(long, requires = "allow_device")]
+    rw: bool,
 }
 
 impl ParentArgs {
@@ -38,17 +42,21 @@ impl ParentArgs {
         let spelling = Spelling { allow_parent: "--parent-dir DIR", ..Spelling::default() };
         let allow_parent = self.allow_parent.clone();
         let allow_device = self.allow_device.clone();
-        OpenOptions { allow_parent, allow_device, spelling, ..OpenOptions::new(access) }
+        let write_devices = self.rw;
+        let options = OpenOptions { allow_parent, allow_device, ..OpenOptions::new(access) };
+        OpenOptions { write_devices, spelling, ..options }
     }
 
     /// The same for a mount, as its `-o` takes it.
     pub fn mount_options(&self) -> Vec<OsString> {
-        let option = |dir: &PathBuf| {
-            let mut option = OsString::from("allow_parent=");
-            option.push(dir);
+        let option = |word: &str, path: &PathBuf| {
+            let mut option = OsString::from(word);
+            option.push(path);
             option
         };
-        self.allow_parent.iter().map(option).collect()
+        let parents = self.allow_parent.iter().map(|dir| option("allow_parent=", dir));
+        let devices = self.allow_device.iter().map(|device| option("allow_device=", device));
+        parents.chain(devices).chain(self.rw.then(|| "rw_devices".into())).collect()
     }
 }
 
@@ -348,8 +356,8 @@ pub fn rebase(args: &RebaseArgs) -> Result<u8> {
     let copied = chain::rebase(&host, &child, &parent, &options, only, &bar)?;
     drop(bar);
     // As every later command opens it that is told of no directory.
-    let alone =
-        ParentArgs { allow_parent: Vec::new(), allow_device: Vec::new() }.options(Access::Peek);
+    let alone = ParentArgs { allow_parent: Vec::new(), allow_device: Vec::new(), rw: false }
+        .options(Access::Peek);
     let refusal = formats::open(&host, &child, &alone).err();
     if let Some(e) = &refusal {
         complain(format_args!("without further options, later commands refuse it: {e}"));

@@ -131,10 +131,13 @@ pub fn convert(args: &ConvertArgs) -> Result<u8> {
     if args.in_place {
         return in_place(args, &host);
     }
-    let opened = open_source(args, &host)?;
-    let source = match &opened {
-        Some(opened) => disk_or_partition(args, opened)?,
-        None => standard_input(args)?,
+    let part = partition_of(&args.source);
+    let image = part.as_ref().map_or(&args.source, |(image, _)| image);
+    let opened = open_source(args, image, &host)?;
+    let source = match (&opened, &part) {
+        (None, _) => standard_input(args)?,
+        (Some(opened), None) => Source::Disk(opened.disk.clone()),
+        (Some(opened), Some((_, number))) => partition(args, opened, image, *number)?,
     };
     for note in opened.iter().flat_map(|opened| &opened.notes) {
         complain(format_args!("{}: {note}", args.source.display()));
@@ -231,27 +234,25 @@ fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-fn open_source(args: &ConvertArgs, host: &Arc<dyn Host>) -> Result<Option<Opened>> {
-    if is_dash(&args.source) {
+fn open_source(args: &ConvertArgs, image: &Path, host: &Arc<dyn Host>) -> Result<Option<Opened>> {
+    if is_dash(image) {
         return Ok(None);
     }
-    let named = partition_of(&args.source).map(|(image, _)| image);
-    let path = image_of(named.as_ref().unwrap_or(&args.source))?;
+    let path = image_of(image)?;
     let options = args.parents.options(Access::Read);
     Opened::open(host, &path, &options, args.from.is_some()).map(Some)
 }
 
-/// What is converted of an open disk: all of it, or a partition.
-fn disk_or_partition(args: &ConvertArgs, opened: &Opened) -> Result<Source> {
+/// A partition of an open disk, as what is converted.
+fn partition(args: &ConvertArgs, opened: &Opened, image: &Path, number: u32) -> Result<Source> {
     let disk = opened.disk.clone();
-    let Some((image, number)) = partition_of(&args.source) else { return Ok(Source::Disk(disk)) };
     if args.keep_id {
         let what = "a partition has not the identity of the disk that it is on";
         return Err(Error::invalid(what).hint("leave --keep-id away"));
     }
-    let range = volumes(&disk)?.place(Some(number)).in_file(&image)?;
+    let range = volumes(&disk)?.place(Some(number)).in_file(image)?;
     if !(range.end - range.start).is_multiple_of(Geometry::SECTOR) {
-        return Err(Error::unsupported("a partition that ends within a sector").in_file(&image));
+        return Err(Error::unsupported("a partition that ends within a sector").in_file(image));
     }
     Ok(Source::Part(disk, range))
 }

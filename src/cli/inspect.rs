@@ -476,6 +476,11 @@ fn repaired(args: &CheckArgs, path: &Path, scope: RepairScope) -> Result<Repair>
         }
     };
     let options = args.parents.options(Access::Write)?;
+    if ova::is_ova(&HostFs, path) {
+        let bar = args.progress.start("checking", args.quiet || args.output.json())?;
+        let options = args.parents.options(Access::Read)?;
+        return ova::repair(&HostFs::shared(), path, &options, args.dry_run, &bar);
+    }
     let _bar = args.progress.watch(&format!("repairing {}", printable(path.display())), args.quiet);
     formats::repair(&HostFs::shared(), path, &options, scope, args.dry_run)
 }

@@ -136,6 +136,13 @@ struct Words {
     /// may be given more than once.
     #[arg(long, value_name = "DIR")]
     allow_parent: Vec<OsString>,
+    /// A block device that a VMDK may name as its data, by the name that stands in it; may be given more than once. It
+    /// is only read, unless --rw is given. Images of other users reach none.
+    #[arg(long, value_name = "DEVICE")]
+    allow_device: Vec<OsString>,
+    /// Let these devices be written, too. One that is mounted, or a part of another, is refused.
+    #[arg(long, requires = "allow_device")]
+    rw: bool,
     /// The parent of the image, where one image is mounted, instead of looking where it says.
     #[arg(long, value_name = "FILE")]
     parent: Option<OsString>,
@@ -157,6 +164,7 @@ impl Words {
             ("nowriteback", self.nowriteback),
             ("nopassthrough", self.nopassthrough),
             ("partitions", self.partitions),
+            ("rw_devices", self.rw),
             ("force", self.force),
         ];
         for (word, _) in flags.iter().filter(|(_, given)| *given) {
@@ -182,6 +190,8 @@ impl Words {
         if let Some(dir) = &self.nonpersistent {
             options.set("nonpersistent", dir.as_deref())?;
         }
+        let mut devices = self.allow_device.iter();
+        devices.try_for_each(|device| options.set("allow_device", Some(device)))?;
         self.allow_parent.iter().try_for_each(|dir| options.set("allow_parent", Some(dir)))
     }
 }

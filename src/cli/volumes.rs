@@ -30,8 +30,8 @@ pub struct VolumesArgs {
     /// Also show how much of each file system is used, as far as it says.
     #[arg(long)]
     usage: bool,
-    /// Also tell which systems are installed: what os-release says of a Linux on ext, NTFS or FAT, and that there
-    /// is a Windows, whose version is not read.
+    /// Also tell which systems are installed: what os-release says of a Linux, and the registry of a Windows, on ext,
+    /// NTFS or FAT.
     #[arg(long)]
     os: bool,
     /// Read on where the image contradicts itself, or its parent is missing or another.
@@ -143,11 +143,12 @@ fn print_entry(entry: &Entry<'_>, usage: bool) -> Result<()> {
 fn system_words(system: &System) -> String {
     let name = match (&system.name, &*system.family) {
         (Some(name), _) => escaped(name),
-        (None, "windows") => {
-            "Windows (which one, the registry knows, and it is not read here)".to_owned()
-        }
+        (None, "windows") => "Windows (its registry does not say which)".to_owned(),
         (None, family) => escaped(family),
     };
+    let version = system.version.iter().filter(|_| system.family == "windows");
+    let version: String = version.map(|version| format!(" ({})", escaped(version))).collect();
+    let name = name + &version;
     match system.partition {
         Some(number) => format!("  system: {name}, root on partition {number}"),
         None => format!("  system: {name}"),

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::formats::chain::file_identity;
 use crate::formats::places::directory_of;
 use crate::formats::{self, Image, OpenOptions};
-use crate::storage::{Access, FileIdentity, Host};
+use crate::storage::device::{DeviceFile, is_device};
+use crate::storage::{Access, FileIdentity, Host, Storage};
 
 /// Refuses a target that is a file of the source.
 pub(super) fn refuse_source(host: &Arc<dyn Host>, from: &From<'_>, path: &Path) -> Result<()> {
@@ -22,12 +23,19 @@ pub(super) fn refuse_source(host: &Arc<dyn Host>, from: &From<'_>, path: &Path) 
     Err(Error::invalid("the target is the source, or a part of it").in_file(path))
 }
 
-/// The files that the source's disk is in.
+fn identity_of(file: &dyn Storage) -> Result<FileIdentity> {
+    file.identity().map_err(|e| Error::io("stat", &e).in_file(file.path()))
+}
+
+/// The files that the source's disk is in, and the devices.
 pub(super) fn source_files(host: &Arc<dyn Host>, from: &From<'_>) -> Result<Vec<FileIdentity>> {
     let mut files = Vec::new();
     for image in from.image.into_iter().flat_map(Image::chain) {
         for path in std::iter::once(&image.path).chain(&image.info.extents) {
-            files.push(file_identity(host, path)?);
+            files.push(match is_device(path) {
+                true => identity_of(&DeviceFile::open(path, false)?)?,
+                false => file_identity(host, path)?,
+            });
         }
     }
     if let Source::Disk(disk) = from.source {

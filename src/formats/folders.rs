@@ -15,7 +15,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use unicode_normalization::UnicodeNormalization;
@@ -23,7 +23,8 @@ use unicode_normalization::UnicodeNormalization;
 use super::{Identity, OpenContext, OpenOptions, Opened, by_extension, recognise};
 use crate::error::ErrorKind::{Corrupt, NotThisFormat, Unsupported};
 use crate::error::Result;
-use crate::storage::{Access, Entry, FileIdentity, Host, Storage};
+use crate::storage::remembered::{Remembered, Stamp};
+use crate::storage::{Access, Entry, Host, Storage};
 
 /// Entries of one folder that are looked at.
 const MAX_ENTRIES: usize = 1 << 16;
@@ -39,8 +40,6 @@ const MAX_REMEMBERED: usize = 8;
 const MAX_LABELS: usize = 1 << 15;
 /// How many times longer than reading it took a folder is taken for unchanged.
 const TRUST: u32 = 10;
-/// How old a file's last change must be for the next one to show in its times, on any file system.
-const CLOCK_STEP: Duration = Duration::from_secs(3);
 
 /// Which disk an image is, and whose child.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,15 +106,22 @@ pub struct Disks {
 }
 
 /// See the module's documentation. Shared by all images of a process.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Folders {
-    names: Mutex<Remembered<Names>>,
-    disks: Mutex<Remembered<Labels>>,
-    labels: Mutex<HashMap<FileIdentity, (Stamp, Option<Label>)>>,
+    names: Mutex<ByFolder<Names>>,
+    disks: Mutex<ByFolder<Labels>>,
+    labels: Remembered<Option<Label>>,
+}
+
+impl Default for Folders {
+    fn default() -> Self {
+        let labels = Remembered::new(MAX_LABELS);
+        Self { names: Mutex::default(), disks: Mutex::default(), labels }
+    }
 }
 
 /// What was read of folders, by root and folder beneath it, and by who read it.
-type Remembered<T> = HashMap<(PathBuf, PathBuf, Vec<u32>), Arc<Read<T>>>;
+type ByFolder<T> = HashMap<(PathBuf, PathBuf, Vec<u32>), Arc<Read<T>>>;
 
 /// Something read, and until when it is good.
 #[derive(Debug)]
@@ -145,31 +151,6 @@ struct Names {
 struct Labels {
     images: Vec<(PathBuf, Label)>,
     incomplete: bool,
-}
-
-/// What tells a file's contents from later ones.
-#[derive(Debug, PartialEq, Eq)]
-struct Stamp {
-    file: FileIdentity,
-    len: u64,
-    modified: SystemTime,
-    changed: SystemTime,
-}
-
-impl Stamp {
-    fn of(file: &dyn Storage) -> Option<Self> {
-        Some(Self {
-            file: file.identity().ok()?,
-            len: file.len().ok()?,
-            modified: file.modified()?,
-            changed: file.changed()?,
-        })
-    }
-
-    fn settled(&self) -> bool {
-        let last = self.modified.max(self.changed);
-        SystemTime::now().duration_since(last).is_ok_and(|age| age > CLOCK_STEP)
-    }
 }
 
 impl Folders {
@@ -220,29 +201,16 @@ impl Folders {
 
     /// What the headers of the image in `file` say; `None` where they say nothing.
     pub fn label(&self, host: &Arc<dyn Host>, file: Arc<dyn Storage>) -> Option<Label> {
-        let stamp = Stamp::of(&*file);
-        if let Some(stamp) = &stamp
-            && let Some((known, label)) = self.labels.lock().get(&stamp.file)
-            && known == stamp
-        {
-            return label.clone();
-        }
-        let options = OpenOptions { force: true, ..OpenOptions::new(Access::Peek) };
-        let ctx = OpenContext::new(host, &*file, &options);
-        let label = recognise(&*file).and_then(|format| format.label(file, &ctx));
-        let told = match &label {
-            Ok(_) => true,
-            Err(e) => matches!(e.kind(), Corrupt | NotThisFormat | Unsupported),
-        };
-        let label = label.ok();
-        if let Some(stamp) = stamp.filter(|stamp| told && stamp.settled()) {
-            let mut labels = self.labels.lock();
-            if labels.len() >= MAX_LABELS {
-                labels.clear();
+        let told = self.labels.try_get(Stamp::of_file(&*file), || {
+            let options = OpenOptions { force: true, ..OpenOptions::new(Access::Peek) };
+            let ctx = OpenContext::new(host, &*file, &options);
+            match recognise(&*file).and_then(|format| format.label(file, &ctx)) {
+                Ok(label) => Ok(Some(label)),
+                Err(e) if matches!(e.kind(), Corrupt | NotThisFormat | Unsupported) => Ok(None),
+                Err(e) => Err(e),
             }
-            labels.insert(stamp.file, (stamp, label.clone()));
-        }
-        label
+        });
+        told.ok().flatten()
     }
 
     fn names(&self, host: &dyn Host, root: &Path, dir: &Path) -> Result<Arc<Read<Names>>> {
@@ -283,7 +251,7 @@ impl Folders {
 
 /// What is remembered under `key`, or was just read.
 fn remembered<T>(
-    all: &Mutex<Remembered<T>>,
+    all: &Mutex<ByFolder<T>>,
     key: (PathBuf, PathBuf, Vec<u32>),
     read: impl FnOnce() -> Result<T>,
 ) -> Result<Arc<Read<T>>> {

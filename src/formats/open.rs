@@ -61,8 +61,11 @@ pub struct OpenOptions {
     pub budget: Arc<CacheBudget>,
     /// What is known of folders, shared by all images of a process.
     pub folders: Arc<Folders>,
-    /// Block devices that an image may name as its extents. They are only read.
+    /// Block devices that an image may name as its extents. Where there is one, it stands for the device of a raw
+    /// device mapping, too.
     pub allow_device: Vec<PathBuf>,
+    /// Whether these may be written.
+    pub write_devices: bool,
     /// What hints call the options.
     pub spelling: Spelling,
 }
@@ -87,6 +90,7 @@ impl OpenOptions {
             budget: CacheBudget::new(CacheBudget::DEFAULT),
             folders: Arc::default(),
             allow_device: Vec::new(),
+            write_devices: false,
             spelling: Spelling::default(),
         }
     }
@@ -158,6 +162,8 @@ pub struct OpenContext {
     folders: Arc<Folders>,
     allow_parent: Vec<PathBuf>,
     allow_device: Vec<PathBuf>,
+    /// See [`OpenOptions::write_devices`].
+    pub write_devices: bool,
     spelling: Spelling,
 }
 
@@ -178,6 +184,7 @@ impl OpenContext {
                 Some(_) => Vec::new(),
                 None => options.allow_device.clone(),
             },
+            write_devices: options.write_devices,
             spelling: options.spelling,
         }
     }
@@ -192,17 +199,30 @@ impl OpenContext {
         &self.host
     }
 
-    /// Whether the image may name the block device `name` as an extent.
-    pub fn permits_device(&self, name: &str) -> bool {
-        self.allow_device.iter().any(|device| device == Path::new(name))
+    /// The block device that the image may name as an extent called `name`. A `mapping` names none of this
+    /// machine's; what the user named stands for it.
+    pub fn device(&self, name: &str, mapping: bool) -> Option<&Path> {
+        match (mapping, &self.allow_device[..]) {
+            (true, [only]) => Some(only),
+            (true, _) => None,
+            (false, all) => all.iter().map(|device| &**device).find(|d| *d == Path::new(name)),
+        }
     }
 
-    /// Opens an extent file that the image names, with the image's own access; a block device that is permitted
-    /// only for reading.
-    pub fn open_extent(&self, name: &str) -> Result<Arc<dyn Storage>> {
-        if self.permits_device(name) {
-            return Ok(Arc::new(DeviceFile::open(Path::new(name), false)?));
+    /// Opens a block device that is permitted; for writing only where both the image and devices are written. Images of
+    /// others reach none: whoever permitted it meant his own.
+    pub fn open_device(&self, device: &Path) -> Result<Arc<dyn Storage>> {
+        if let Some(uid) = self.host.users().first() {
+            let what = format!("the image that names it is user {uid}'s, and devices are root's");
+            let hint = "make the image your own, if it is the one that is meant";
+            return Err(Error::new(ErrorKind::Denied, what).in_file(device).hint(hint));
         }
+        let write = self.write() && self.write_devices;
+        Ok(Arc::new(DeviceFile::open(device, write)?))
+    }
+
+    /// Opens an extent file that the image names, with the image's own access.
+    pub fn open_extent(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let (places, refusal) =
             places::of_extent(&self.dir, name, &self.allow_parent, &self.spelling);
         let opened = places::open_first(&*self.host, &self.folders, &places, name, self.access);

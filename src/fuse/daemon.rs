@@ -124,6 +124,8 @@ impl Prepared {
         let mut open_options = OpenOptions::new(Access::Read);
         open_options.force = options.force;
         open_options.allow_parent.clone_from(&options.allow_parent);
+        open_options.allow_device.clone_from(&options.allow_device);
+        open_options.write_devices = options.rw_devices;
         for source in &request.sources {
             let real =
                 fs::canonicalize(source).map_err(|e| Error::io("open", &e).in_file(source))?;
@@ -230,7 +232,6 @@ impl Prepared {
         notify("STOPPING=1");
         // Failures are kept, and reported at the end.
         self.tree.flush_all(PARTING);
-        self.tree.take_back();
         if let Err(e) = unmount_own(device, lazy) {
             log::error!("{e}; a second signal unmounts all the same");
             notify(&format!("READY=1\nSTATUS={e}"));

@@ -21,12 +21,13 @@ use parking_lot::{Condvar, Mutex};
 
 use super::mounts;
 use super::parts::{Part, parts_of};
-use super::source::{self, BELIEVED, Place, Stamp, identity};
+use super::source::Place;
 use crate::disk::map::DiskRange;
 use crate::error::{Error, Result};
 use crate::formats::{self, Id, Identity, Image, ImageInfo, Label, OpenOptions};
 use crate::storage::permissions::Permissions;
 use crate::storage::reach::{Reach, Root};
+use crate::storage::remembered::{BELIEVED, Stamp, identity};
 use crate::storage::{Access, FileIdentity, Host};
 
 /// Images remembered at most; beyond that the cache starts again from nothing, but for open ones.
@@ -522,7 +523,7 @@ impl FactsCache {
             by_file.chain(by_name).filter_map(entry).collect()
         };
         for (place, stamp) in children {
-            if place.stat().is_ok_and(|meta| source::identity(&meta) == stamp.identity) {
+            if place.stat().is_ok_and(|meta| Stamp::of(&meta).identity == stamp.identity) {
                 return Some(place);
             }
             self.known.lock().remove(&key(&place));

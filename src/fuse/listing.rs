@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 use nix::dir::Dir;
 use nix::fcntl::OFlag;
 
-use super::remembered::Remembered;
-use super::source::{Place, Stamp};
+use super::source::Place;
 use crate::error::{Error, Result};
 use crate::formats::{self, Probe};
 use crate::storage::archive::{self, Archive};
+use crate::storage::remembered::{Remembered, Stamp};
 use crate::storage::staged::is_unfinished;
 use crate::storage::{Access, FileIdentity, Host};
 

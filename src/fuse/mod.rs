@@ -17,7 +17,6 @@
 //! parts       partitions as files, and who writes which part of a disk
 //! facts       what is known of images that are not open
 //! listing     what a directory or an archive shows
-//! remembered  what was read of files, until they change
 //! source      the directories behind it, confined
 //! errno       error kind -> errno
 //! ```
@@ -46,7 +45,6 @@
 //! - `passthrough`: flat files that the kernel reads and writes by itself, without asking the
 //!   daemon;
 //! - `privileges`: what the daemon of root gives up before it serves anybody;
-//! - `remembered`: what was read of files, kept until they change;
 //! - `source`: the host directories behind a mount;
 //! - `tree`: the mounted tree;
 //! - `under_way`: what is under way, and since when.
@@ -66,7 +64,6 @@ pub mod options;
 mod parts;
 mod passthrough;
 mod privileges;
-mod remembered;
 pub mod source;
 pub mod tree;
 mod under_way;

@@ -12,6 +12,7 @@ use nix::unistd::{Group, User};
 
 use crate::disk::tables::CacheBudget;
 use crate::error::{Error, Result};
+use crate::storage::device::is_device;
 
 /// Who may use a mount besides the user who made it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +56,10 @@ pub struct MountOptions {
     pub partitions: bool,
     /// Directories in which parents may lie.
     pub allow_parent: Vec<PathBuf>,
+    /// Block devices that images may name as extents.
+    pub allow_device: Vec<PathBuf>,
+    /// These may be written.
+    pub rw_devices: bool,
     /// The parent of the one image that is mounted.
     pub parent: Option<PathBuf>,
     /// Read on where an image contradicts itself or its parent changed.
@@ -86,6 +91,8 @@ impl Default for MountOptions {
             passthrough: true,
             partitions: false,
             allow_parent: Vec::new(),
+            allow_device: Vec::new(),
+            rw_devices: false,
             parent: None,
             force: false,
             suffix: ".img".into(),
@@ -132,6 +139,8 @@ const TABLE: &[(&str, Meaning)] = &[
     ("passthrough", Flag(|o| o.passthrough = true)),
     ("nopassthrough", Flag(|o| o.passthrough = false)),
     ("allow_parent", Value(|o, v| directory(v).map(|dir| o.allow_parent.push(dir)))),
+    ("allow_device", Value(|o, v| device(v).map(|path| o.allow_device.push(path)))),
+    ("rw_devices", Flag(|o| o.rw_devices = true)),
     ("force", Flag(|o| o.force = true)),
     ("suffix", Value(|o, v| suffix(v).map(|s| o.suffix = s))),
     ("nonpersistent", Either(|o, v| scratch_dir(v).map(|dir| o.nonpersistent = Some(dir)))),
@@ -359,6 +368,15 @@ fn directory(value: &OsStr) -> Result<PathBuf> {
         Ok(path)
     } else {
         Err(Error::invalid(format!("`{}` is no directory", value.display())))
+    }
+}
+
+/// A block device, by the name that images have for it.
+fn device(value: &OsStr) -> Result<PathBuf> {
+    let path = PathBuf::from(value);
+    match path.is_absolute() && is_device(&path) {
+        true => Ok(path),
+        false => Err(Error::invalid(format!("`{}` is no block device", value.display()))),
     }
 }
 

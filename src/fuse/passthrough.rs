@@ -26,10 +26,10 @@ use fuser::{BackingId, Errno, FileHandle, FopenFlags, ReplyOpen};
 use nix::sys::statfs::fstatfs;
 use parking_lot::{Condvar, Mutex};
 
-use super::source::{CLOCK_STEP, Stamp};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
+use crate::storage::remembered::{CLOCK_STEP, Stamp};
 
 /// The backing files known to the kernel.
 #[derive(Debug, Default)]

@@ -12,7 +12,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{OFlag, readlinkat};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
@@ -22,85 +21,11 @@ use super::mounts;
 use crate::error::{Error, Result};
 use crate::storage::permissions::{self, Permissions};
 use crate::storage::reach::{Reach, Root, or_of_archive};
-use crate::storage::{FileIdentity, user};
+use crate::storage::remembered::identity;
+use crate::storage::user;
 
 /// Longest chain of symlinks from a name to an image.
 const MAX_LINKS: usize = 16;
-
-/// File times move in steps of up to ten milliseconds: a change shortly after a stamp was taken may
-/// leave the same stamp.
-pub const CLOCK_STEP: Duration = Duration::from_millis(50);
-
-/// The steps of file systems that keep whole seconds, or even ones, and a little more.
-const COARSE_STEP: Duration = Duration::from_millis(2500);
-
-/// How long anything is believed that may have changed without a sign. The kernel believes names and
-/// attributes for as long.
-pub const BELIEVED: Duration = Duration::from_secs(1);
-
-/// What tells a file's contents from other contents without reading them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stamp {
-    /// Which file.
-    pub identity: FileIdentity,
-    size: u64,
-    mtime: (i64, i64),
-    ctime: (i64, i64),
-}
-
-impl Default for Stamp {
-    fn default() -> Self {
-        let identity = FileIdentity { device: 0, inode: 0, part: 0 };
-        Self { identity, size: 0, mtime: (0, 0), ctime: (0, 0) }
-    }
-}
-
-impl Stamp {
-    /// The stamp in a file's metadata.
-    pub fn of(meta: &Metadata) -> Self {
-        Self {
-            identity: identity(meta),
-            size: meta.size(),
-            mtime: (meta.mtime(), meta.mtime_nsec()),
-            ctime: (meta.ctime(), meta.ctime_nsec()),
-        }
-    }
-
-    /// Whether the host keeps whole seconds only, or even ones, as some file systems and network
-    /// protocols do: a later change need not show in such a stamp.
-    pub fn coarse(&self) -> bool {
-        // Programs can set the other time to whole seconds.
-        self.ctime.1 == 0
-    }
-
-    /// Whether the last change is old enough for every later one to show in the stamp. With coarse times
-    /// never: how old a change is, only the clock that told its time knows, and that may be another
-    /// machine's.
-    pub fn settled(&self) -> bool {
-        !self.coarse() && self.older_than(CLOCK_STEP)
-    }
-
-    /// How long what was read just now may be believed while the stamp stays this one.
-    pub fn life(&self) -> Duration {
-        match self.settled() {
-            true => Duration::MAX,
-            false if self.coarse() && self.older_than(COARSE_STEP) => BELIEVED,
-            false => Duration::ZERO,
-        }
-    }
-
-    fn older_than(&self, step: Duration) -> bool {
-        let (seconds, nanos) = self.ctime.max(self.mtime);
-        let Ok(seconds) = u64::try_from(seconds) else { return true };
-        let changed = UNIX_EPOCH + Duration::new(seconds, nanos as u32);
-        SystemTime::now().duration_since(changed).is_ok_and(|age| age > step)
-    }
-}
-
-/// Device and inode in a file's metadata.
-pub fn identity(meta: &Metadata) -> FileIdentity {
-    FileIdentity { device: meta.dev(), inode: meta.ino(), part: 0 }
-}
 
 /// A host directory that the user named.
 #[derive(Debug)]

@@ -35,7 +35,7 @@ pub enum Call {
     Open,
     /// [`Host::create`].
     Create,
-    /// [`Host::replace`].
+    /// [`Host::replace`] and [`Host::rename`].
     Replace,
     /// [`Host::remove`].
     Remove,
@@ -306,6 +306,11 @@ impl Host for FaultyHost {
     fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
         self.faults.pass_host(Call::Replace, path)?;
         self.inner.replace(path, contents)
+    }
+
+    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+        self.faults.pass_host(Call::Replace, to)?;
+        self.inner.rename(from, to, replace)
     }
 
     fn remove(&self, path: &Path) -> Result<()> {

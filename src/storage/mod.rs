@@ -21,6 +21,7 @@
 //! - `device`: block devices, which a user names to copy from or to;
 //! - `file`: the host's file system;
 //! - `permissions`: permission bits, access lists included;
+//! - `remembered`: what tells that a file changed, and what was read of files, kept until then;
 //! - `replace`: replacing a small file in one step, so that it stays what it was in everything but
 //!   its contents;
 //! - `runs`: runs of units;
@@ -31,13 +32,11 @@
 
 pub mod archive;
 #[doc(hidden)]
-#[doc(hidden)]
 pub mod crash;
 #[doc(hidden)]
 pub mod device;
 #[doc(hidden)]
 pub mod draft;
-#[doc(hidden)]
 #[doc(hidden)]
 pub mod faulty;
 pub mod file;
@@ -49,8 +48,9 @@ pub mod permissions;
 #[doc(hidden)]
 pub mod reach;
 #[doc(hidden)]
-#[doc(hidden)]
 pub mod recording;
+#[doc(hidden)]
+pub mod remembered;
 mod replace;
 #[doc(hidden)]
 pub mod runs;

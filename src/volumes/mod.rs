@@ -14,6 +14,7 @@
 //! - `content`: what a volume holds;
 //! - `files`: files of the file systems on a disk, read without a kernel and without privileges;
 //! - `gpt`: the GUID partition table, from either of its copies;
+//! - `hive`: hives of the Windows registry;
 //! - `mbr`: the partition table of the first sector, and the chain of logical partitions;
 //! - `os`: which systems are installed on a disk;
 //! - `relocate`: moving the second copy of a GPT to the end of a disk that became larger, or is
@@ -24,6 +25,7 @@ mod bytes;
 mod content;
 pub mod files;
 mod gpt;
+mod hive;
 mod mbr;
 pub mod os;
 pub mod relocate;

@@ -1,13 +1,14 @@
 //! Which systems are installed on a disk: [`systems`].
 //!
-//! A Linux or BSD tells it in `os-release` (os-release(5)) on the volume that is its root. A Windows is told by the
-//! part of its registry that says which one it is; the registry itself is not read, so its version stays unknown.
-//! Only file systems count whose files are read here ([`files`]).
+//! A Linux or BSD tells it in `os-release` (os-release(5)) on the volume that is its root, a Windows in the part
+//! SOFTWARE of its registry, under `Microsoft\Windows NT\CurrentVersion`. Only file systems count whose files are read here ([`files`]).
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::hive::{Hive, Value};
 use super::{Volumes, files};
 use crate::disk::Disk;
 use crate::disk::window::Window;
@@ -20,7 +21,7 @@ const MAX_VOLUMES: usize = 128;
 
 /// Where a Linux has it; the first that is there counts.
 const RELEASES: [&[u8]; 2] = [b"etc/os-release", b"usr/lib/os-release"];
-/// Where a Windows says which one it is.
+/// Where a Windows has the hive that says which one it is.
 const SOFTWARE: [&[u8]; 2] =
     [b"Windows/System32/config/SOFTWARE", b"WINDOWS/system32/config/software"];
 
@@ -62,14 +63,45 @@ fn installed(volume: Window<Arc<Disk>>) -> Option<System> {
             _ => return Some(released(&String::from_utf8_lossy(&text.0))),
         }
     }
-    let windows = SOFTWARE.iter().any(|path| files.stat(path).is_ok());
-    windows.then(|| System {
+    let hive = SOFTWARE.iter().find(|path| files.stat(path).is_ok())?;
+    let mut hive = Hive::new(|at, buf: &mut [u8]| files.read_at(hive, at, buf));
+    let values = hive.values(&["Microsoft", "Windows NT", "CurrentVersion"]);
+    Some(windows(&values.unwrap_or_default()))
+}
+
+/// What a Windows says of itself.
+fn windows(values: &HashMap<String, Value>) -> System {
+    let text = |name: &str| match values.get(name) {
+        Some(Value::Text(text)) if !text.is_empty() => Some(text.clone()),
+        _ => None,
+    };
+    let number = |name: &str| match values.get(name) {
+        Some(Value::Number(number)) => Some(*number),
+        _ => None,
+    };
+    let build = text("CurrentBuildNumber").or_else(|| text("CurrentBuild"));
+    let release = match (number("CurrentMajorVersionNumber"), number("CurrentMinorVersionNumber")) {
+        (Some(major), Some(minor)) => Some(format!("{major}.{minor}")),
+        // Windows before 10; later ones say 6.3 here for ever.
+        _ => text("CurrentVersion"),
+    };
+    let revision = number("UBR").map(|revision| revision.to_string());
+    let parts: Vec<_> = [release, build.clone(), revision].into_iter().flatten().collect();
+    // Windows 11 goes on calling itself 10.
+    let eleven =
+        build.and_then(|build| build.parse().ok()).is_some_and(|build: u32| build >= 22_000);
+    let product = text("ProductName").map(|name| match name.strip_prefix("Windows 10") {
+        Some(rest) if eleven => format!("Windows 11{rest}"),
+        _ => name,
+    });
+    let name: Vec<_> = [product, text("DisplayVersion")].into_iter().flatten().collect();
+    System {
         family: "windows".to_owned(),
-        name: None,
+        name: (!name.is_empty()).then(|| name.join(" ")),
         id: None,
-        version: None,
+        version: (!parts.is_empty()).then(|| parts.join(".")),
         partition: None,
-    })
+    }
 }
 
 /// What an `os-release` says.
@@ -140,5 +172,64 @@ mod tests {
         assert_eq!(found.family, "linux");
         assert_eq!(released("ID=freebsd").family, "freebsd");
         assert_eq!(released("nonsense \u{0}").name, None);
+    }
+
+    #[test]
+    fn the_registry_of_a_windows_is_read_where_it_lies() {
+        let key = ["Microsoft", "Windows NT", "CurrentVersion"];
+        let values = [
+            ("ProductName", Value::Text("Windows Server 2022".to_owned())),
+            ("CurrentBuild", Value::Text("20348".to_owned())),
+        ];
+        let hive = crate::volumes::hive::tests::made(&key, &values);
+        for (hive, wanted) in
+            [(&hive[..], Some("Windows Server 2022")), (b"regf, and no more", None)]
+        {
+            let mut bytes = std::io::Cursor::new(vec![0; 8 << 20]);
+            fatfs::format_volume(&mut bytes, fatfs::FormatVolumeOptions::new()).unwrap();
+            let fat = fatfs::FileSystem::new(&mut bytes, fatfs::FsOptions::new()).unwrap();
+            let windows = fat.root_dir().create_dir("Windows").unwrap();
+            let config = windows.create_dir("System32").unwrap().create_dir("config").unwrap();
+            let mut software = config.create_file("SOFTWARE").unwrap();
+            std::io::Write::write_all(&mut software, hive).unwrap();
+            drop((software, config, windows));
+            fat.unmount().unwrap();
+            let file = crate::storage::memory::MemoryFile::new("/disk", bytes.get_ref());
+            let disk = Arc::new(crate::disk::flat::raw(file, 512).unwrap());
+            let found = systems(&disk, &crate::volumes::volumes(&disk).unwrap());
+            assert_eq!((found.len(), &*found[0].family), (1, "windows"));
+            assert_eq!(found[0].name.as_deref(), wanted);
+        }
+    }
+
+    #[test]
+    fn a_windows_is_called_what_it_is() {
+        let told = |values: &[(&str, &str)], numbers: &[(&str, u32)]| {
+            let texts = values.iter().map(|(n, v)| ((*n).to_owned(), Value::Text((*v).to_owned())));
+            let numbers = numbers.iter().map(|(n, v)| ((*n).to_owned(), Value::Number(*v)));
+            let system = windows(&texts.chain(numbers).collect());
+            (system.name.unwrap_or_default(), system.version.unwrap_or_default())
+        };
+        let major =
+            [("CurrentMajorVersionNumber", 10), ("CurrentMinorVersionNumber", 0), ("UBR", 3803)];
+        let words = |build| {
+            [
+                ("ProductName", "Windows 10 Pro"),
+                ("DisplayVersion", "22H2"),
+                ("CurrentVersion", "6.3"),
+                ("CurrentBuildNumber", build),
+            ]
+        };
+        let (name, version) = told(&words("19045"), &major);
+        assert_eq!((&*name, &*version), ("Windows 10 Pro 22H2", "10.0.19045.3803"));
+        assert_eq!(told(&words("22631"), &major).0, "Windows 11 Pro 22H2");
+        let seven = [
+            ("ProductName", "Windows 7 Ultimate"),
+            ("CurrentVersion", "6.1"),
+            ("CurrentBuild", "7601"),
+        ];
+        let (name, version) = told(&seven, &[]);
+        assert_eq!((&*name, &*version), ("Windows 7 Ultimate", "6.1.7601"));
+        assert_eq!(told(&[], &[]), (String::new(), String::new()));
     }
 }

@@ -12,6 +12,7 @@
 //! - [`without`]: recordings from which one sync after the other is taken away;
 //! - [`chains`]: images that stand on one another, and what a crash may leave of changing them;
 //! - [`toy`]: a format so simple that only the harness can be wrong, with flaws on request;
+//! - [`partitions`]: partition tables with whatever is wanted in them;
 //! - [`corpus`], [`tools`]: files and programs from outside;
 //! - [`skip`]: what cannot run here.
 //!
@@ -31,6 +32,7 @@ pub mod crash;
 pub mod drawn;
 pub mod history;
 pub mod images;
+pub mod partitions;
 pub mod pattern;
 pub mod repairs;
 pub mod sizes;

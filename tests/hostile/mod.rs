@@ -8,6 +8,7 @@
 #![allow(dead_code)]
 
 pub mod bases;
+pub mod disks;
 pub mod guard;
 pub mod meter;
 pub mod mutate;

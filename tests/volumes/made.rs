@@ -19,7 +19,7 @@ const fn made(name: &'static str, make: fn(&Path) -> bool) -> Made {
     Made { name, sector: 512, sound: true, make }
 }
 
-pub const MADE: [Made; 27] = [
+pub const MADE: [Made; 31] = [
     made("ext2", |p| mkfs(p, 16, &["mkfs.ext2", "-q", "-L", "two"])),
     made("ext3", |p| mkfs(p, 16, &["mkfs.ext3", "-q", "-L", "three"])),
     made("ext4", |p| mkfs(p, 64, &["mkfs.ext4", "-q", "-L", "a longer label 4"])),
@@ -38,6 +38,10 @@ pub const MADE: [Made; 27] = [
     made("swap", |p| mkfs(p, 8, &["mkswap", "-L", "memory"])),
     made("f2fs", |p| mkfs(p, 64, &["mkfs.f2fs", "-q", "-l", "flash"])),
     made("lvm", lvm),
+    made("raid-1.0", |p| raid(p, (16 << 20) - 0x2000)),
+    made("raid-1.1", |p| raid(p, 0)),
+    made("raid-1.2", |p| raid(p, 4096)),
+    made("bitlocker", bitlocker),
     made("luks1", |p| luks(p, "luks1")),
     made("luks2", |p| luks(p, "luks2")),
     made("erofs", |p| packed(p, "mkfs.erofs", |to, from| vec![to, from])),
@@ -177,8 +181,46 @@ fn lvm(path: &Path) -> bool {
         (0..8).fold(sum ^ u32::from(*byte), |sum, _| (sum >> 1) ^ (0xedb8_8320 * (sum & 1)))
     });
     label[16..20].copy_from_slice(&sum.to_le_bytes());
+    put(path, 512, &label);
+    true
+}
+
+fn put(path: &Path, at: u64, bytes: &[u8]) {
     let file = File::options().write(true).open(path).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &label, 512).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, bytes, at).unwrap();
+}
+
+/// A member of a RAID with its superblock at a place. mdadm takes devices only.
+fn raid(path: &Path, at: u64) -> bool {
+    sized(path, 16);
+    let mut block = [0; 256];
+    block[..8].copy_from_slice(&[0xfc, 0x4e, 0x2b, 0xa9, 1, 0, 0, 0]);
+    block[16..32].copy_from_slice(&std::array::from_fn::<u8, 16, _>(|at| at as u8 + 1));
+    block[32..41].copy_from_slice(b"host:raid");
+    (block[72], block[92]) = (1, 2);
+    for (place, number) in [(128, 2048), (136, (16 << 11) - 2048), (144, at / 512)] {
+        block[place..place + 8].copy_from_slice(&u64::to_le_bytes(number));
+    }
+    let words = block.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap()));
+    let sum: u64 = words.map(u64::from).sum();
+    let sum = (sum & u64::from(u32::MAX)) + (sum >> 32);
+    block[216..220].copy_from_slice(&(sum as u32).to_le_bytes());
+    put(path, at, &block);
+    true
+}
+
+/// The boot sector of a volume that Windows has encrypted, and the three blocks that it names.
+fn bitlocker(path: &Path) -> bool {
+    sized(path, 16);
+    let mut sector = [0; 512];
+    sector[..11].copy_from_slice(b"\xeb\x58\x90-FVE-FS-");
+    sector[11..14].copy_from_slice(&[0, 2, 8]);
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    for (number, place) in (1..4u64).zip([176, 184, 192]) {
+        sector[place..place + 8].copy_from_slice(&(number << 20).to_le_bytes());
+        put(path, number << 20, b"-FVE-FS-\x64\0\x02\0");
+    }
+    put(path, 0, &sector);
     true
 }
 

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::formats::{Report, Severity};
 use crate::progress::Progress;
 use crate::storage::Storage;
-use crate::storage::archive::Archive;
+use crate::storage::archive::{Archive, Member};
 
 /// Bytes of a manifest that is read.
 const MAX_LEN: u64 = 4 << 20;
@@ -46,6 +46,43 @@ fn hasher(algorithm: &str) -> Option<Box<dyn DynDigest>> {
     }
 }
 
+/// The manifest of an archive.
+pub(super) fn find(archive: &Archive) -> Option<&Member> {
+    archive.members().iter().find(|member| has_extension(&member.name, "mf"))
+}
+
+/// The manifest `text` with digests of `contents` for the file called `name`, as long as it was.
+pub(super) fn with_digest(text: &[u8], name: &Path, contents: &[u8]) -> Result<Vec<u8>> {
+    let mut new = Vec::new();
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        let words = std::str::from_utf8(line).ok().filter(|words| !words.trim().is_empty());
+        let Some(told) = words.and_then(parse).filter(|told| Path::new(told.name) == name) else {
+            new.extend(line);
+            continue;
+        };
+        let Some(mut hasher) = hasher(&told.algorithm) else {
+            let what =
+                format!("its digest of the description is of a kind not known, {}", told.algorithm);
+            return Err(Error::unsupported(what));
+        };
+        hasher.update(contents);
+        let digest = hex(&hasher.finalize());
+        let at = line.iter().rposition(|byte| *byte == b'=').map_or(0, |at| at + 1);
+        let at = at + line[at..].iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+        if told.digest.len() != digest.len() {
+            return Err(Error::corrupt("its digest of the description is of a wrong length"));
+        }
+        new.extend(&line[..at]);
+        new.extend(digest.as_bytes());
+        new.extend(&line[at + digest.len()..]);
+    }
+    Ok(new)
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Compares all files of an archive with what its manifest says.
 pub(super) fn check(
     archive: &Arc<Archive>,
@@ -53,7 +90,7 @@ pub(super) fn check(
     progress: &dyn Progress,
 ) -> Result<()> {
     let members = archive.members();
-    let Some(manifest) = members.iter().find(|member| has_extension(&member.name, "mf")) else {
+    let Some(manifest) = find(archive) else {
         report.add(
             Severity::Notice,
             None,
@@ -148,7 +185,7 @@ fn verify(
         at += part.len() as u64;
         progress.advance(part.len() as u64);
     }
-    let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let found = hex(&hasher.finalize());
     if found != digest {
         let what = format!(
             "{algorithm} is {found}, by the manifest {digest}: the file was changed or is damaged"
@@ -173,6 +210,18 @@ mod tests {
         assert_eq!(parse("SHA256(a(1).vmdk)= 0aff"), Some(wanted("a(1).vmdk")));
         for line in ["", "SHA256", "SHA256(a", "SHA256(a) 0aff", ")("] {
             assert_eq!(parse(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_digest_changes_in_its_line_alone() {
+        let old =
+            format!("SHA1(a.ovf)= {}\r\n\nSHA1 (b.vmdk) = {}\n", "AB".repeat(20), "0".repeat(40));
+        let new = with_digest(old.as_bytes(), Path::new("a.ovf"), b"abc").unwrap();
+        let wanted = old.replace(&"AB".repeat(20), "a9993e364706816aba3e25717850c26c9cd0d89d");
+        assert_eq!(String::from_utf8(new).unwrap(), wanted);
+        for line in ["SHA1(a.ovf)= 00", "MD5(a.ovf)= 00"] {
+            assert!(with_digest(line.as_bytes(), Path::new("a.ovf"), b"abc").is_err(), "{line}");
         }
     }
 }

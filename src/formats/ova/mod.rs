@@ -13,8 +13,10 @@
 //!
 //! # Further files
 //!
+//! - `describe`: another description for an archive, its disks left where they are;
 //! - `manifest`: the manifest.
 
+pub mod describe;
 pub mod descriptor;
 mod manifest;
 
@@ -23,11 +25,16 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use describe::Tail;
+
 use super::open::open_alone;
-use super::{Image, OpenOptions, Probe, Report, Severity, by_extension, check as check_image};
+use super::{
+    Image, OpenOptions, Probe, Repair, Report, Severity, by_extension, check as check_image,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
 use crate::storage::archive::{self, Archive, Inside};
+use crate::storage::draft::Draft;
 use crate::storage::{Access, Host};
 
 /// Members of an archive whose contents are looked at because their names say nothing.
@@ -149,6 +156,18 @@ pub fn check(
             report.add(Severity::Notice, None, what);
         }
     }
+    match describe::tail(&archive)? {
+        Tail::Clean => {}
+        Tail::Begun(at) => {
+            let len = archive.file().len().unwrap_or(at);
+            report.leak(at, len.saturating_sub(at), "what an interrupted change left");
+        }
+        Tail::Ready(at, _) => {
+            let what = "the description was being replaced: --repair brings that to its end";
+            report.error(at, what);
+        }
+        Tail::Foreign(at) => report.notice(at, "something lies behind the end of the archive"),
+    }
     manifest::check(&archive, &mut report, progress)?;
     for disk in disks(host, path)? {
         progress.go_on()?;
@@ -158,6 +177,35 @@ pub fn check(
         }
     }
     Ok(report)
+}
+
+/// Brings a change of the archive at `path` to its end that was interrupted. A `dry_run` does it to a draft of the
+/// archive.
+///
+/// # Errors
+/// [`ErrorKind::Busy`] while somebody has the archive open, those of [`check`], and those of writing.
+pub fn repair(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    options: &OpenOptions,
+    dry_run: bool,
+    progress: &dyn Progress,
+) -> Result<Repair> {
+    let host: &Arc<dyn Host> = &match dry_run {
+        true => Draft::over(host)?,
+        false => host.clone(),
+    };
+    let before = check(host, path, options, progress)?;
+    let file = host.open(path, Access::Write)?;
+    let steps = describe::finishing(&file)?;
+    let changes = steps.changes();
+    if changes.is_empty() {
+        return Ok(Repair { after: before.clone(), before, changes });
+    }
+    steps.carry_out(&())?;
+    drop((steps, file));
+    let after = check(host, path, options, progress)?;
+    Ok(Repair { before, after, changes })
 }
 
 fn has_extension(name: &Path, extension: &str) -> bool {

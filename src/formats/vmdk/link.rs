@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::codec;
@@ -252,22 +252,36 @@ fn refuse_unsupported(d: &Descriptor, ctx: &OpenContext) -> Result<()> {
     for line in &d.extents {
         let name = line.name.as_deref().unwrap_or_default();
         let device = name.starts_with("/dev/") || name.starts_with(r"\\.\");
+        if device_of(line, ctx).is_some() && (d.extents.len() == 1 || !is_mapping(line)) {
+            continue;
+        }
         let reason = match line.kind {
             ExtentType::VmfsRdm => "a raw device mapping",
             ExtentType::VmfsRaw => "a raw device",
             ExtentType::VsanSparse => "an object of a vSAN",
             _ if name.starts_with("vsan:") || name.starts_with("vvol:") => "a remote object",
-            _ if device && line.access != ExtentAccess::None && !ctx.permits_device(name) => {
-                "a raw device"
-            }
+            _ if device && line.access != ExtentAccess::None => "a raw device",
             _ => continue,
         };
         let what = format!("createType {}: an extent is {reason}", d.create_type());
-        let hint = format!("commands that read take `--allow-device {name}`");
-        let device = name.starts_with("/dev/");
-        return Err(Error::unsupported(what).hinting(device.then_some(hint)));
+        let named = name.starts_with("/dev/").then_some(name);
+        let device = named.or_else(|| (is_mapping(line)).then_some("DEVICE"));
+        let hint = device.map(|device| {
+            format!("`--allow-device {device}` lets it be read, with `--rw` written")
+        });
+        return Err(Error::unsupported(what).hinting(hint));
     }
     Ok(())
+}
+
+/// Whether an extent is what ESX knows a device by, which means nothing elsewhere.
+fn is_mapping(line: &ExtentLine) -> bool {
+    matches!(line.kind, ExtentType::VmfsRdm | ExtentType::VmfsRaw)
+}
+
+/// The device that the user permits an extent to be on.
+fn device_of<'a>(line: &ExtentLine, ctx: &'a OpenContext) -> Option<&'a Path> {
+    ctx.device(line.name.as_deref().unwrap_or_default(), is_mapping(line))
 }
 
 /// Collects extents line by line.
@@ -326,6 +340,7 @@ impl<'a> Builder<'a> {
             (_, ExtentType::Zero) => Backing::Zero,
             (ExtentAccess::None, _) => Backing::NoAccess,
             (_, ExtentType::Flat | ExtentType::Vmfs) => self.flat(line, start, len)?,
+            (_, ExtentType::VmfsRdm | ExtentType::VmfsRaw) => self.flat(line, start, len)?,
             _ => self.sparse(index, line, len)?,
         };
         self.push(len, backing);
@@ -378,7 +393,10 @@ impl<'a> Builder<'a> {
                 if own.file_name().is_some_and(|own| path.as_os_str() == own) {
                     return Err(Error::corrupt(format!("`{name}` is the descriptor itself")));
                 }
-                let storage = self.ctx.open_extent(name)?;
+                let storage = match device_of(line, self.ctx) {
+                    Some(device) => self.ctx.open_device(device)?,
+                    None => self.ctx.open_extent(name)?,
+                };
                 let identity = storage
                     .identity()
                     .map_err(|e| Error::io("stat", &e).in_file(storage.path()))?;
@@ -404,8 +422,8 @@ impl<'a> Builder<'a> {
             .filter(|at| at.checked_add(len).is_some_and(|end| end <= i64::MAX as u64))
             .ok_or_else(|| Error::corrupt("the extent begins beyond the end of any file"))?;
         let (file, storage) = self.file(line, at..at + len)?;
-        if line.name.as_deref().is_some_and(|name| self.ctx.permits_device(name)) {
-            self.read_only(|| "it is on a device, which is only read".to_owned());
+        if device_of(line, self.ctx).is_some() && !self.ctx.write_devices {
+            self.read_only(|| "it is on a device, which is only read without --rw".to_owned());
         }
         let file_len = storage.len().map_err(|e| Error::io("stat", &e).in_file(storage.path()))?;
         let present = file_len.saturating_sub(at).min(len) / SECTOR * SECTOR;

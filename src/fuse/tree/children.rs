@@ -20,9 +20,10 @@ use crate::formats::Label;
 use crate::fuse::crew::Crew;
 use crate::fuse::facts::Facts;
 use crate::fuse::image::ImageFile;
-use crate::fuse::source::{self, Place};
+use crate::fuse::source::Place;
 use crate::names::printable;
 use crate::storage::FileIdentity;
+use crate::storage::remembered::identity;
 
 /// Folders that are searched at most.
 const MAX_WALKED: usize = 1 << 14;
@@ -175,7 +176,7 @@ impl Tree {
             asked.note(place.path());
             match place.stat() {
                 Ok(_) if folder => shown.push_back(place),
-                Ok(meta) if wanted(&place, source::identity(&meta)) => return Some(place),
+                Ok(meta) if wanted(&place, identity(&meta)) => return Some(place),
                 _ => {}
             }
         }

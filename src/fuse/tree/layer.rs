@@ -12,8 +12,8 @@ use crate::disk::Disk;
 use crate::disk::layers::{self, Content, Run};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::formats::{OpenOptions, snapshot};
-use crate::storage::Access;
 use crate::storage::file::HostFs;
+use crate::storage::{Access, archive};
 
 /// Bytes copied at a time.
 const CHUNK: u64 = 1 << 20;
@@ -28,6 +28,10 @@ impl Tree {
             return Err(Error::new(ErrorKind::Exists, what)
                 .in_file(path)
                 .hint("`flatdisk mount --nonpersistent` writes to no image of a mount"));
+        }
+        if archive::has_name(&real) {
+            let what = "the disks of an archive are only read";
+            return Err(Error::new(ErrorKind::ReadOnly, what).in_file(path));
         }
         let shown = self.pin(path, None)?;
         if let Some(pinned) = self.pinned.read().get(&shown) {

@@ -21,7 +21,6 @@
 //! - `anew`: flat files that a program writes anew;
 //! - `attributes`: attributes;
 //! - `children`: who was made from an image;
-//! - `devices`: images whose host file a loop device uses by itself;
 //! - `files`: open files;
 //! - `layer`: throw-away layers of single images;
 //! - `names`: names;
@@ -32,7 +31,6 @@
 mod anew;
 mod attributes;
 mod children;
-mod devices;
 mod files;
 mod layer;
 mod names;
@@ -46,7 +44,7 @@ use std::ffi::{OsStr, OsString};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
@@ -68,7 +66,6 @@ use crate::fuse::under_way::UnderWay;
 use crate::storage::FileIdentity;
 use anew::Anew;
 use children::Searches;
-use devices::Given;
 
 /// Inode number of the root.
 pub const ROOT: u64 = 1;
@@ -222,6 +219,13 @@ impl Node {
         }
     }
 
+    /// Whether it is a disk in the archive at `path` that somebody uses.
+    fn in_use_beneath(&self, path: &Path) -> bool {
+        let What::Image(image) = &self.what else { return false };
+        let own = image.place.path();
+        own != path && own.starts_with(path) && image.in_use()
+    }
+
     /// Whether somebody uses it, so that it stays when the kernel has forgotten it.
     fn needed(&self) -> bool {
         match &self.what {
@@ -300,8 +304,6 @@ pub struct Tree {
     handles: Mutex<HashMap<u64, Handle>>,
     next_handle: AtomicU64,
     anew: Anew,
-    /// Images that were given to loop devices.
-    given: Mutex<Vec<Given>>,
     old_pages: OnceLock<Box<OldPages>>,
     failures: Arc<Failures>,
     /// Searches for children that are under way.
@@ -331,7 +333,6 @@ impl Tree {
             handles: Mutex::default(),
             next_handle: AtomicU64::new(FIRST_HANDLE),
             anew: Anew::default(),
-            given: Mutex::default(),
             old_pages: OnceLock::new(),
             failures: Arc::default(),
             searches: Arc::default(),

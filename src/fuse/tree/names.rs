@@ -19,7 +19,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::crew::Crew;
 use crate::fuse::image::stale;
 use crate::fuse::listing::{ImageEntry, Listing};
-use crate::fuse::source::{Place, Source, identity, normalise};
+use crate::fuse::source::{Place, Source, normalise};
+use crate::storage::remembered::identity;
 use crate::storage::{FileIdentity, archive};
 
 /// How long files may take to say whether they are images: together, and each of very many.
@@ -292,7 +293,7 @@ impl Tree {
         self.handles.lock().remove(&handle);
     }
 
-    /// Shows the image at `path` in the root as `name`, or under its own name.
+    /// Shows the image at `path` in the root as `name`, or under its own name; an archive as a folder of its disks.
     pub fn pin(&self, path: &Path, name: Option<&OsStr>) -> Result<OsString> {
         let absolute = normalise(path).filter(|_| path.is_absolute());
         let absolute = absolute
@@ -301,8 +302,10 @@ impl Tree {
         let failed = |e: io::Error| Error::io("open", &e).in_file(path);
         let real = std::fs::canonicalize(&absolute).map_err(failed)?;
         self.refuse_own(&real)?;
+        let folder = archive::has_name(&real);
         let shown = match (name, absolute.file_name()) {
             (Some(name), _) => name.to_owned(),
+            (None, Some(own)) if folder => own.to_owned(),
             (None, Some(own)) => self.shown(own),
             (None, None) => return Err(Error::invalid("not a file").in_file(path)),
         };
@@ -315,12 +318,16 @@ impl Tree {
             return Err(exists());
         }
         let place = place_of(&real)?;
-        self.images.examine(&place)?;
+        if folder {
+            place.archive()?;
+        } else {
+            self.images.examine(&place)?;
+        }
         let mut pinned = self.pinned.write();
         if pinned.contains_key(&shown) {
             return Err(exists());
         }
-        pinned.insert(shown.clone(), Pinned { place, folder: false, partitions: false });
+        pinned.insert(shown.clone(), Pinned { place, folder, partitions: false });
         Ok(shown)
     }
 
@@ -349,7 +356,7 @@ impl Tree {
         attributes
     }
 
-    /// `rm`: takes an image that the user named out of the root. The image itself stays.
+    /// `rm`, and `rmdir` for an archive: takes what the user named out of the root. The file itself stays.
     pub fn unpin(&self, parent: u64, name: &OsStr) -> Result<()> {
         let parent = self.node(parent)?;
         let found = self.find(&parent, name)?;
@@ -357,10 +364,16 @@ impl Tree {
             || Error::new(ErrorKind::ReadOnly, "only images opened by name can be closed");
         let (ino, place) = match &found {
             Found::Image(place, _) | Found::Problem(place, _) => (found.ino(), place.path()),
+            Found::Folder(place, _) if place.stat().is_ok_and(|meta| meta.is_file()) => {
+                (found.ino(), place.path())
+            }
             Found::Folder(..) | Found::Part(..) => return Err(read_only()),
         };
         if parent.ino != ROOT {
             return Err(read_only());
+        }
+        if self.nodes.read().values().any(|node| node.in_use_beneath(&place)) {
+            return Err(Error::new(ErrorKind::Busy, "a disk in it is open").in_file(&place));
         }
         let mut pinned = self.pinned.write();
         let key = pinned.iter().find(|(key, pinned)| {

@@ -10,8 +10,8 @@ use super::*;
 use crate::disk::Disk;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source as Bytes, WritePlan};
 use crate::formats::{Identity, Image, ImageInfo, Label, ParentLink};
-use crate::fuse::source::identity;
 use crate::storage::memory::MemoryFile;
+use crate::storage::remembered::identity;
 use crate::storage::{Access, Storage};
 
 /// Size of every disk here.

@@ -13,7 +13,6 @@
 
 pub mod tar;
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fmt;
 use std::io;
@@ -21,10 +20,9 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, LazyLock};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use parking_lot::Mutex;
-
+use super::remembered::{Remembered, Stamp};
 use super::{Access, Entry, FileIdentity, Host, Namer, Storage};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -32,14 +30,14 @@ use crate::error::{Error, ErrorKind, Result};
 const EXTENSION: &str = "ova";
 /// Members of all archives that are remembered.
 const MAX_REMEMBERED: usize = 1 << 17;
-/// How old a file's last change must be for the next one to show in its times, on any file system.
-const CLOCK_STEP: Duration = Duration::from_secs(3);
 
 /// One file of an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
     /// Its path in the archive: no root, no `..`.
     pub name: PathBuf,
+    /// Where the first of its headers begins in the archive.
+    pub begins: u64,
     /// Where its first byte is in the archive.
     pub at: u64,
     /// Bytes it has.
@@ -50,7 +48,8 @@ pub struct Member {
 
 impl Member {
     /// A member whose name, as it stands in the archive, leads to a place inside it.
-    fn new(name: &[u8], at: u64, size: u64, problem: Option<&'static str>) -> Option<Self> {
+    fn new(name: &[u8], place: Place, problem: Option<&'static str>) -> Option<Self> {
+        let Place { begins, at, size } = place;
         let mut plain = PathBuf::new();
         for component in Path::new(OsStr::from_bytes(name)).components() {
             match component {
@@ -65,17 +64,35 @@ impl Member {
             .is_some_and(|part| part.len() == 9 && part.as_bytes().iter().all(u8::is_ascii_digit));
         let chunk = chunk.then_some("it is one of the chunks of a file: unpack and join them");
         let file = !name.ends_with(b"/") && !plain.as_os_str().is_empty();
-        file.then_some(Self { name: plain, at, size, problem: problem.or(chunk) })
+        file.then_some(Self { name: plain, begins, at, size, problem: problem.or(chunk) })
+    }
+
+    /// Where what belongs to it ends in the archive, its last block filled up.
+    pub fn ends(&self) -> u64 {
+        self.at + self.size.next_multiple_of(tar::BLOCK)
     }
 }
 
-/// The members of an archive.
-pub type Index = Arc<[Member]>;
+/// Where a member is; see [`Member`].
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    begins: u64,
+    at: u64,
+    size: u64,
+}
+
+/// What is in an archive.
+#[derive(Debug)]
+pub struct Index {
+    members: Vec<Member>,
+    /// Where its last header ends with what belongs to it; empty blocks follow.
+    end: u64,
+}
 
 /// An open archive.
 pub struct Archive {
     file: Arc<dyn Storage>,
-    members: Index,
+    index: Arc<Index>,
 }
 
 impl fmt::Debug for Archive {
@@ -84,26 +101,9 @@ impl fmt::Debug for Archive {
     }
 }
 
-/// What tells a file's contents from later ones.
-#[derive(PartialEq, Eq, Clone, Copy)]
-struct Stamp {
-    len: u64,
-    modified: SystemTime,
-    changed: SystemTime,
-}
-
-impl Stamp {
-    fn of(file: &dyn Storage) -> Option<Self> {
-        let (modified, changed) = (file.modified()?, file.changed()?);
-        let age = SystemTime::now().duration_since(modified.max(changed));
-        let settled = age.is_ok_and(|age| age > CLOCK_STEP);
-        settled.then_some(Self { len: file.len().ok()?, modified, changed })
-    }
-}
-
 /// Archives by their file.
-static KNOWN: LazyLock<Mutex<HashMap<FileIdentity, (Stamp, Index)>>> =
-    LazyLock::new(Mutex::default);
+static KNOWN: LazyLock<Remembered<Arc<Index>>> =
+    LazyLock::new(|| Remembered::weighing(MAX_REMEMBERED, |index| index.members.len().max(1)));
 
 impl Archive {
     /// The archive in `file`.
@@ -111,32 +111,24 @@ impl Archive {
     /// # Errors
     /// The file is no tar archive ([`ErrorKind::NotThisFormat`]), or a damaged one.
     pub fn open(file: Arc<dyn Storage>) -> Result<Arc<Self>> {
-        let stamp = Stamp::of(&*file);
-        let identity = file.identity().map_err(|e| Error::io("stat", &e).in_file(file.path()))?;
-        if let Some((known, members)) = KNOWN.lock().get(&identity)
-            && Some(*known) == stamp
-        {
-            return Ok(Arc::new(Self { members: members.clone(), file }));
-        }
-        if !is_archive(&*file) {
-            let what = "not an archive (OVA)";
-            return Err(Error::new(ErrorKind::NotThisFormat, what).in_file(file.path()));
-        }
-        let members: Index = tar::index(&*file)?.into();
-        if let Some(stamp) = stamp {
-            let mut known = KNOWN.lock();
-            let count: usize = known.values().map(|(_, members)| members.len().max(1)).sum();
-            if count + members.len() > MAX_REMEMBERED {
-                known.clear();
+        let index = KNOWN.try_get(Stamp::of_file(&*file), || {
+            if !is_archive(&*file) {
+                let what = "not an archive (OVA)";
+                return Err(Error::new(ErrorKind::NotThisFormat, what).in_file(file.path()));
             }
-            known.insert(identity, (stamp, members.clone()));
-        }
-        Ok(Arc::new(Self { file, members }))
+            Ok(Arc::new(tar::index(&*file)?))
+        })?;
+        Ok(Arc::new(Self { file, index }))
     }
 
     /// Its files, in the order of the archive; of several of one name the last one counts.
-    pub fn members(&self) -> &Index {
-        &self.members
+    pub fn members(&self) -> &[Member] {
+        &self.index.members
+    }
+
+    /// Where the last of its files ends; empty blocks follow.
+    pub fn end(&self) -> u64 {
+        self.index.end
     }
 
     /// The archive's own file.
@@ -150,12 +142,13 @@ impl Archive {
     /// There is none ([`ErrorKind::NotFound`]), or it cannot be read in place ([`ErrorKind::Unsupported`]).
     pub fn member(self: &Arc<Self>, name: &Path) -> Result<Arc<MemberFile>> {
         let path = self.file.path().join(name);
-        let found = self.members.iter().rposition(|member| member.name == name);
+        let members = self.members();
+        let found = members.iter().rposition(|member| member.name == name);
         let Some(index) = found else {
             let what = "the archive has no such file";
             return Err(Error::new(ErrorKind::NotFound, what).in_file(&path));
         };
-        let member = self.members[index].clone();
+        let member = members[index].clone();
         match member.problem {
             Some(problem) => Err(Error::unsupported(problem).in_file(&path)),
             None => Ok(Arc::new(MemberFile { archive: self.clone(), path, member })),
@@ -166,7 +159,7 @@ impl Archive {
     pub fn list(&self, dir: &Path) -> Vec<Entry> {
         let mut found: Vec<Entry> = Vec::new();
         let mut known = std::collections::HashSet::new();
-        for member in &*self.members {
+        for member in self.members() {
             let Ok(below) = member.name.strip_prefix(dir) else { continue };
             let mut parts = below.components();
             let Some(first) = parts.next() else { continue };

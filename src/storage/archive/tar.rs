@@ -10,7 +10,7 @@
 //! name or size; it goes forward only, and how far is limited ([`MAX_HEADERS`], [`MAX_RECORDS`],
 //! [`MAX_NAMES`]).
 
-use super::Member;
+use super::{Index, Member, Place};
 use crate::error::{Error, Result};
 use crate::storage::Storage;
 
@@ -50,31 +50,32 @@ pub fn is_header(block: &[u8]) -> bool {
     told == plain || i64::try_from(told) == Ok(signed)
 }
 
-/// The members of the archive in `file`, in its order. Directories and links are left out.
+/// What is in the archive in `file`, in its order. Directories and links are left out.
 ///
 /// # Errors
 /// The archive is damaged ([`crate::ErrorKind::Corrupt`]) or has more members than are looked at.
-pub fn index(file: &dyn Storage) -> Result<Vec<Member>> {
+pub fn index(file: &dyn Storage) -> Result<Index> {
     let failed = |e: std::io::Error| Error::io("read", &e).in_file(file.path());
     let damaged = |at: u64, what: String| Error::corrupt(what).in_file(file.path()).at(at);
     let len = file.len().map_err(failed)?;
     let (mut at, mut names) = (0u64, 0);
     let mut members = Vec::new();
     let mut told = Told::default();
+    let mut begins = None;
     for _ in 0..MAX_HEADERS {
         let mut block = [0; BLOCK as usize];
         if at.checked_add(BLOCK).is_none_or(|end| end > len) {
             // Some programs leave the two empty blocks away that end an archive.
             let whole = at >= len;
             return if whole {
-                Ok(members)
+                Ok(Index { members, end: at })
             } else {
                 Err(damaged(at, "archive: it ends in a header".into()))
             };
         }
         file.read_at(at, &mut block).map_err(failed)?;
         if block.iter().all(|byte| *byte == 0) {
-            return Ok(members);
+            return Ok(Index { members, end: at });
         }
         let header = decode(&block).map_err(|what| damaged(at, what))?;
         let data = at + BLOCK;
@@ -84,6 +85,9 @@ pub fn index(file: &dyn Storage) -> Result<Vec<Member>> {
         let Some(end) = end else {
             return Err(damaged(at, format!("archive: a member of {size} bytes")));
         };
+        if header.kind != b'g' {
+            begins.get_or_insert(at);
+        }
         match header.kind {
             b'x' | b'L' => {
                 if size > MAX_RECORDS || data + size > len {
@@ -101,6 +105,7 @@ pub fn index(file: &dyn Storage) -> Result<Vec<Member>> {
             b'K' | b'g' => {}
             kind => {
                 let told = std::mem::take(&mut told);
+                let begins = begins.take().unwrap_or(at);
                 let name = told.name.unwrap_or(header.name);
                 names += name.len();
                 if names > MAX_NAMES {
@@ -118,7 +123,8 @@ pub fn index(file: &dyn Storage) -> Result<Vec<Member>> {
                     } else {
                         None
                     };
-                    members.extend(Member::new(&name, data, size, problem));
+                    let place = Place { begins, at: data, size };
+                    members.extend(Member::new(&name, place, problem));
                 }
             }
         }
@@ -196,19 +202,32 @@ pub fn encode(name: &str, size: u64, modified: u64) -> Option<[u8; BLOCK as usiz
     block[100..108].copy_from_slice(b"0000644\0");
     block[108..116].copy_from_slice(b"0000000\0");
     block[116..124].copy_from_slice(b"0000000\0");
-    let digits = |number: u64| format!("{number:011o}\0");
-    if size < 1 << 33 {
+    block[136..148].copy_from_slice(digits(modified.min(MAX_DIGITS)).as_bytes());
+    block[156] = b'0';
+    block[257..265].copy_from_slice(b"ustar\x0000");
+    Some(resized(block, size))
+}
+
+/// The same header for a member of `size` bytes.
+pub fn resized(mut block: [u8; BLOCK as usize], size: u64) -> [u8; BLOCK as usize] {
+    if size <= MAX_DIGITS {
         block[124..136].copy_from_slice(digits(size).as_bytes());
     } else {
+        block[124..136].fill(0);
         block[124] = 0x80;
         block[128..136].copy_from_slice(&size.to_be_bytes());
     }
-    block[136..148].copy_from_slice(digits(modified.min((1 << 33) - 1)).as_bytes());
-    block[156] = b'0';
-    block[257..265].copy_from_slice(b"ustar\x0000");
-    let sum: u64 = block.iter().map(|byte| u64::from(*byte)).sum::<u64>() + 8 * u64::from(b' ');
+    block[148..156].fill(b' ');
+    let sum: u64 = block.iter().map(|byte| u64::from(*byte)).sum();
     block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    Some(block)
+    block
+}
+
+/// The largest number that has room in digits.
+const MAX_DIGITS: u64 = (1 << 33) - 1;
+
+fn digits(number: u64) -> String {
+    format!("{number:011o}\0")
 }
 
 #[cfg(test)]
@@ -218,7 +237,7 @@ mod tests {
     use crate::storage::memory::MemoryFile;
 
     fn archive(parts: &[&[u8]]) -> Result<Vec<Member>> {
-        index(&*MemoryFile::new("/x.ova", &parts.concat()))
+        index(&*MemoryFile::new("/x.ova", &parts.concat())).map(|index| index.members)
     }
 
     fn sealed(mut block: [u8; 512]) -> [u8; 512] {
@@ -292,8 +311,9 @@ mod tests {
             &encode("next.vhd", 0, 0).unwrap(),
         ]);
         let members = members.unwrap();
-        let found: Vec<_> = members.iter().map(|m| (m.name.to_str().unwrap(), m.size)).collect();
-        assert_eq!(found, [("renamed.vhd", 512), ("next.vhd", 0)]);
+        let found: Vec<_> =
+            members.iter().map(|m| (m.name.to_str().unwrap(), m.size, m.begins)).collect();
+        assert_eq!(found, [("renamed.vhd", 512, 0), ("next.vhd", 0, 4 * BLOCK)]);
     }
 
     #[test]

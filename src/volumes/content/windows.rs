@@ -26,14 +26,27 @@ impl Boot {
 
 pub(super) fn bitlocker(probe: &Probe<'_>) -> Option<Content> {
     let head = probe.head();
-    let jump = head.has(0, &[0xeb, 0x52, 0x90]) || head.has(0, &[0xeb, 0x58, 0x90]);
+    // Vista's jump, which says nothing of metadata, and that of later ones.
+    let vista = head.has(0, &[0xeb, 0x52, 0x90]);
+    if !vista && !head.has(0, &[0xeb, 0x58, 0x90]) {
+        return None;
+    }
     let marked = head.has(3, b"-FVE-FS-");
+    let metadata = |at: usize| {
+        let at = head.le64(at).filter(|at| *at > 0)?;
+        probe.read(at, 12).filter(|bytes| bytes.starts_with(b"-FVE-FS-"))
+    };
     // On removable disks it looks like FAT, and only the place of its metadata tells.
-    let to_go = head.has(3, b"MSWIN4.1")
-        && head.le64(440).is_some_and(|at| {
-            at > 0 && probe.read(at, 8).is_some_and(|metadata| metadata == b"-FVE-FS-")
-        });
-    (jump && (marked || to_go)).then(|| Content::new(Kind::Encrypted, "BitLocker"))
+    let found = match marked {
+        true if vista => None,
+        true => metadata(176),
+        false => Some(head.has(3, b"MSWIN4.1").then(|| metadata(440))??),
+    };
+    let version = found.and_then(|bytes| Bytes(&bytes).le16(10));
+    Some(Content {
+        version: version.map(|version| version.to_string()),
+        ..Content::new(Kind::Encrypted, "BitLocker")
+    })
 }
 
 pub(super) fn ntfs(probe: &Probe<'_>) -> Option<Content> {

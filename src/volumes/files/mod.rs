@@ -12,11 +12,13 @@
 //! - `fat`: FAT12, FAT16 and FAT32, by the crate `fatfs`, which is given a volume that cannot be
 //!   written;
 //! - `ntfs`: NTFS, by the crate `ntfs`, and what that one leaves to its callers;
+//! - `ntfs_index`: directories of NTFS;
 //! - `throttle`: a volume as crates want it, with a limit to what one operation may read of it.
 
 mod ext;
 mod fat;
 mod ntfs;
+mod ntfs_index;
 mod throttle;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -90,8 +92,52 @@ pub trait FileSystem {
     fn list(&mut self, path: &[u8]) -> Result<Vec<Entry>>;
     /// Reads a regular file. `follow` says whether the last name may be a symbolic link.
     fn read(&mut self, path: &[u8], follow: bool, sink: &mut dyn Sink) -> Result<()>;
+    /// Fills `buf` with bytes of a regular file from byte `at`; [`ErrorKind::OutOfRange`] where it ends before.
+    fn read_at(&mut self, path: &[u8], at: u64, buf: &mut [u8]) -> Result<()> {
+        let mut part = Part { at, buf, pos: 0 };
+        match self.read(path, true, &mut part) {
+            _ if part.full() => Ok(()),
+            Ok(()) => Err(past_end(path)),
+            Err(e) => Err(e),
+        }
+    }
     /// Where a symbolic link leads to.
     fn target(&mut self, path: &[u8]) -> Result<Vec<u8>>;
+}
+
+/// A part of a file that is read from its beginning.
+struct Part<'a> {
+    at: u64,
+    buf: &'a mut [u8],
+    pos: u64,
+}
+
+impl Part<'_> {
+    fn full(&self) -> bool {
+        self.pos >= self.at.saturating_add(self.buf.len() as u64)
+    }
+
+    /// The next `len` bytes, of which `copy` puts those that are wanted, from a number of them on.
+    fn next(&mut self, len: u64, copy: impl FnOnce(&mut [u8], usize)) -> Result<()> {
+        let (from, end) = (self.pos.max(self.at), self.pos.saturating_add(len));
+        let to = end.min(self.at.saturating_add(self.buf.len() as u64));
+        if from < to {
+            let wanted = (from - self.at) as usize..(to - self.at) as usize;
+            copy(&mut self.buf[wanted], (from - self.pos) as usize);
+        }
+        self.pos = end;
+        if self.full() { Err(Error::new(ErrorKind::OutOfRange, "enough")) } else { Ok(()) }
+    }
+}
+
+impl Sink for Part<'_> {
+    fn data(&mut self, bytes: &[u8]) -> Result<()> {
+        self.next(bytes.len() as u64, |to, from| to.copy_from_slice(&bytes[from..from + to.len()]))
+    }
+
+    fn hole(&mut self, len: u64) -> Result<()> {
+        self.next(len, |to, _| to.fill(0))
+    }
 }
 
 /// Opens the file system in a volume.
@@ -149,6 +195,10 @@ impl FileSystem for Guarded {
         guarded(|| self.0.read(path, follow, sink))
     }
 
+    fn read_at(&mut self, path: &[u8], at: u64, buf: &mut [u8]) -> Result<()> {
+        guarded(|| self.0.read_at(path, at, buf))
+    }
+
     fn target(&mut self, path: &[u8]) -> Result<Vec<u8>> {
         guarded(|| self.0.target(path))
     }
@@ -174,6 +224,10 @@ fn names(path: &[u8]) -> Vec<&[u8]> {
 
 fn not_found(path: &[u8]) -> Error {
     Error::new(ErrorKind::NotFound, format!("{}: no such file or directory", shown(path)))
+}
+
+fn past_end(path: &[u8]) -> Error {
+    Error::new(ErrorKind::OutOfRange, format!("{}: the file ends before", shown(path)))
 }
 
 fn shown(path: &[u8]) -> String {
