@@ -56,9 +56,28 @@ pub fn write_all(file: &dyn Storage, at: u64, data: &[u8], what: &str) -> Result
         .map_err(|e| Error::io(format!("writing {what}"), &e).in_file(file.path()).at(at))
 }
 
+/// Whether all bytes are zero. Compares pages, for which processors have wide instructions.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    static ZEROES: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROES.len()).all(|page| page == &ZEROES[..page.len()])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_byte_that_is_not_zero_is_found_wherever_it_is() {
+        for len in [0, 1, 511, 4096, 4097, 3 * 4096 + 5] {
+            let mut bytes = vec![0; len];
+            assert!(is_zero(&bytes));
+            for at in 0..len {
+                bytes[at] = 1;
+                assert!(!is_zero(&bytes), "{at} of {len}");
+                bytes[at] = 0;
+            }
+        }
+    }
 
     #[test]
     fn utf16_both_ways_and_with_lone_surrogates() {

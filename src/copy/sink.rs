@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use super::Sharing;
 use super::pipeline::{CHUNK, Sink};
+use crate::codec::is_zero;
 use crate::disk::Disk;
 use crate::disk::share::Foreign;
 use crate::error::{Error, ErrorKind, Result};
@@ -19,13 +20,6 @@ pub const ZERO_RUN: usize = 4096;
 
 /// Bytes that are written before the host's device is told to begin with them.
 const WRITE_BACK: u64 = 32 << 20;
-
-static ZEROES: [u8; ZERO_RUN] = [0; ZERO_RUN];
-
-/// Whether all of at most [`ZERO_RUN`] bytes are zero.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    ZEROES.get(..bytes.len()).is_some_and(|zeroes| bytes == zeroes)
-}
 
 /// Calls `found` with every run of units of [`ZERO_RUN`] bytes of `data` that `stored` wants, as a range
 /// in `data`.
@@ -168,7 +162,7 @@ impl Sink for DeltaSink {
         let differs = |place: usize, unit: &[u8]| base[place..place + unit.len()] != *unit;
         runs(data, differs, |run| {
             let place = at + run.start as u64;
-            if data[run.clone()].chunks(ZERO_RUN).all(is_zero) {
+            if is_zero(&data[run.clone()]) {
                 // The parent's data must not come back, so this stores zeroes where it has to.
                 return self.child.discard(place, run.len() as u64);
             }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use parking_lot::Mutex;
 
 use super::pipeline::Sink;
-use super::sink::{ZERO_RUN, is_zero};
+use crate::codec::is_zero;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::vmdk::{GRAIN, Packer, StreamWriter};
 
@@ -51,7 +51,7 @@ impl<W: Write + Send> Sink for StreamSink<W> {
         grains.clear();
         bytes.clear();
         for (grain, number) in data.chunks(GRAIN as usize).zip(at / GRAIN..) {
-            if !grain.chunks(ZERO_RUN).all(is_zero) {
+            if !is_zero(grain) {
                 grains.push((number, packer.pack(number, grain, bytes)?));
             }
         }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::plan::Steps;
-use super::{OpenContext, OpenOptions, recognise};
+use super::{OpenContext, OpenOptions, recognise, zeroes};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::progress::Progress;
 use crate::storage::draft::Draft;
@@ -34,12 +34,8 @@ use crate::storage::{Access, Host, Storage};
 const BATCH: u64 = 64 << 20;
 /// Most blocks of one batch.
 const MAX_BATCH: usize = 4096;
-/// Runs of zeroes of at least this many bytes become holes in parts without blocks.
-const HOLE: usize = 64 << 10;
 /// Data that begins at a multiple of this many bytes is read and written without detours.
 const ALIGNMENT: u64 = 4096;
-/// Bytes of such parts looked at for one batch.
-const LOOK: u64 = 1 << 20;
 
 /// How to compact.
 #[derive(Debug, Clone, Copy, Default)]
@@ -113,7 +109,7 @@ pub struct Move {
 ///
 /// Those of reading the tables.
 #[allow(clippy::missing_errors_doc)] // They are the trait's, above.
-pub trait Blocks {
+pub trait Blocks: Sync {
     /// The file.
     fn file(&self) -> &Arc<dyn Storage>;
 
@@ -137,8 +133,9 @@ pub trait Blocks {
     /// The first place in free space from `from` to `to` where a block can lie.
     fn place(&self, from: u64, to: u64) -> Option<u64>;
 
-    /// Whether a block reads as zeroes, and the format could say so without it.
-    fn is_needless(&self, block: Block) -> Result<bool>;
+    /// The bytes of the file for which a block is stored: if they are zeroes, the format can say so without
+    /// it. `None` if it is needed whatever they are.
+    fn needed_for(&self, block: Block) -> Result<Option<Range<u64>>>;
 
     /// Length of a file in which everything in use ends at byte `end`.
     fn length(&self, end: u64) -> u64 {
@@ -278,7 +275,7 @@ impl Packing {
         match &mut self.part {
             Part::Flat(file, range) => {
                 let range = if self.how.quick { 0..0 } else { range.clone() };
-                punch_zeroes(file, range, self.how.dry_run, progress, done)?;
+                done.zeroes += zeroes::punch(file, range, self.how.dry_run, progress)?;
                 Ok(0)
             }
             Part::Blocks(blocks) => {
@@ -350,14 +347,13 @@ impl<'a> Layout<'a> {
     /// Gives up what reads as zeroes; how many bytes that is.
     fn give_up(&mut self, progress: &dyn Progress) -> Result<u64> {
         let len = self.blocks.stride();
-        let mut numbers = Vec::new();
-        for block in &self.stored {
-            progress.go_on()?;
-            if self.blocks.is_needless(*block)? {
-                numbers.push(block.number);
-            }
-            progress.advance(len);
-        }
+        let range = |index: usize| match self.stored.get(index) {
+            Some(block) => self.blocks.needed_for(*block),
+            None => Ok(None),
+        };
+        let found = zeroes::find(&**self.blocks.file(), self.stored.len(), len, &range, progress)?;
+        let mut numbers: Vec<u32> =
+            found.into_iter().map(|index| self.stored[index].number).collect();
         let bytes = numbers.len() as u64 * len;
         numbers.sort_unstable();
         for batch in numbers.chunks(MAX_BATCH) {
@@ -551,99 +547,5 @@ impl<'a> Layout<'a> {
             plan.carry_out(&())?;
         }
         Ok(len.saturating_sub(self.blocks.length(end)))
-    }
-}
-
-/// Whether a range of a file reads as zeroes. What the host calls a hole is not read.
-///
-/// # Errors
-///
-/// Those of the host.
-pub fn is_zero(file: &dyn Storage, range: Range<u64>) -> Result<bool> {
-    const FIRST: u64 = 16 << 10;
-    const CHUNK: u64 = 1 << 20;
-    let failed = |at| move |e| Error::io("reading a block", &e).in_file(file.path()).at(at);
-    // The end of the data is not asked for: some hosts look at every page up to it, for every block again.
-    let (mut at, mut step) = (range.start, FIRST);
-    let mut buf = Vec::new();
-    // What a file is too short for counts as zero.
-    let end = range.end.min(file.len().map_err(failed(at))?);
-    while at < end {
-        let data = file.first_data(at).map_err(failed(at))?;
-        let Some(data) = data.filter(|data| *data < end) else { return Ok(true) };
-        at = data.max(at);
-        // Most blocks with data show it at once.
-        let len = step.min(end - at);
-        step = CHUNK;
-        buf.resize(len as usize, 0);
-        file.read_at(at, &mut buf).map_err(failed(at))?;
-        if buf.iter().any(|byte| *byte != 0) {
-            return Ok(false);
-        }
-        at += len;
-    }
-    Ok(true)
-}
-
-/// Makes holes of the zeroes that a range of a file stores.
-fn punch_zeroes(
-    file: &Arc<dyn Storage>,
-    range: Range<u64>,
-    dry_run: bool,
-    progress: &dyn Progress,
-    done: &mut Compacted,
-) -> Result<()> {
-    let failed = |at| move |e| Error::io("reading", &e).in_file(file.path()).at(at);
-    let mut buf = vec![0; LOOK as usize];
-    // Asked once for each run: some hosts look at every page of it.
-    let mut data = 0..0;
-    let mut at = range.start;
-    while at < range.end {
-        progress.go_on()?;
-        if at >= data.end {
-            data = file.next_data(at).map_err(failed(at))?.unwrap_or(u64::MAX..u64::MAX);
-        }
-        if data.start >= range.end {
-            break;
-        }
-        progress.advance(data.start.max(at) - at);
-        at = data.start.max(at);
-        // Looks begin and end where host blocks do, as far as they can.
-        let stop = data.end.min(range.end).min((at / LOOK + 1) * LOOK);
-        let buf = &mut buf[..(stop - at) as usize];
-        file.read_at(at, buf).map_err(failed(at))?;
-        let mut plan = Steps::new();
-        let skip = (HOLE - (at % HOLE as u64) as usize).min(buf.len()) % HOLE;
-        for (index, piece) in buf[skip..].chunks_exact(HOLE).enumerate() {
-            if piece.iter().all(|byte| *byte == 0) {
-                let from = at + (skip + index * HOLE) as u64;
-                plan.punch(file, from..from + HOLE as u64, "zeroes");
-                done.zeroes += HOLE as u64;
-            }
-        }
-        if !plan.is_empty() && !dry_run {
-            plan.carry_out(&())?;
-        }
-        progress.advance(stop - at);
-        at = stop;
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::storage::memory::MemoryFile;
-
-    #[test]
-    fn what_a_file_is_too_short_for_counts_as_zero() {
-        let mut bytes = [0; 3000];
-        let file = MemoryFile::new("/a", &bytes);
-        assert!(is_zero(&*file, 0..4096).unwrap());
-        assert!(is_zero(&*file, 4096..8192).unwrap());
-        bytes[2999] = 1;
-        let file = MemoryFile::new("/a", &bytes);
-        assert!(!is_zero(&*file, 0..4096).unwrap());
-        assert!(is_zero(&*file, 0..2999).unwrap());
     }
 }

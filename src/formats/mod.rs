@@ -16,6 +16,7 @@
 //! - `lifecycle`: another name for an image, and its end;
 //! - `meta`: what an image says about itself beside what its disk holds, for looking at and for
 //!   changing;
+//! - `moving`: copying inside a file;
 //! - `naming`: an image under another name in its directory;
 //! - `open`: opening an image;
 //! - `ova`: disks in OVA archives;
@@ -34,7 +35,8 @@
 //! - `vhd`: the VHD driver;
 //! - `vhdx`: the VHDX driver;
 //! - `vmdk`: the VMDK driver;
-//! - `whole`: making images that appear under their names only when they are complete.
+//! - `whole`: making images that appear under their names only when they are complete;
+//! - `zeroes`: looking for zeroes in files of the host.
 
 pub mod chain;
 pub mod compact;
@@ -45,6 +47,7 @@ mod foreign;
 pub mod levels;
 pub mod lifecycle;
 pub mod meta;
+mod moving;
 mod naming;
 #[doc(hidden)]
 pub mod open;
@@ -72,6 +75,7 @@ pub mod vhdx;
 #[doc(hidden)]
 pub mod vmdk;
 pub mod whole;
+mod zeroes;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::moving::{Copies, Copy};
 use crate::codec;
 use crate::disk::sync_file;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,8 +21,8 @@ use crate::storage::{Host, Storage};
 
 /// Bytes of memory beyond which steps are better carried out before there are more.
 const MAX_BYTES: usize = 32 << 20;
-/// Bytes that are copied at once.
-const COPIED: u64 = 1 << 20;
+/// Bytes that are filled at once.
+const FILLED: u64 = 1 << 20;
 
 #[derive(Debug, Clone)]
 enum Action {
@@ -190,7 +191,30 @@ impl Steps {
     /// Carries the steps out; durable on return. `progress` gets the bytes copied, and is not asked
     /// whether to go on.
     pub fn carry_out(&self, progress: &dyn Progress) -> Result<()> {
-        self.steps.iter().try_for_each(|step| step.carry_out(progress))?;
+        // Copies that do not depend on one another are done together.
+        let mut together: Option<(&Arc<dyn Storage>, Copies<'_>)> = None;
+        for step in &self.steps {
+            if let Step::Inside(file, Action::Copy { from, to, what }) = step {
+                let copy = Copy { from: from.clone(), to: *to, what };
+                if let Some((same, copies)) = &mut together
+                    && Arc::ptr_eq(same, file)
+                    && copies.add(&copy)
+                {
+                    continue;
+                }
+                if let Some((file, copies)) = together.replace((file, Copies::of(copy))) {
+                    copies.carry_out(file, progress)?;
+                }
+                continue;
+            }
+            if let Some((file, copies)) = together.take() {
+                copies.carry_out(file, progress)?;
+            }
+            step.carry_out()?;
+        }
+        if let Some((file, copies)) = together {
+            copies.carry_out(file, progress)?;
+        }
         let mut done: Vec<&Arc<dyn Storage>> = Vec::new();
         for step in self.steps.iter().rev() {
             let Step::Inside(file, action) = step else { continue };
@@ -206,25 +230,27 @@ impl Steps {
 }
 
 impl Step {
-    fn carry_out(&self, progress: &dyn Progress) -> Result<()> {
+    fn carry_out(&self) -> Result<()> {
         let (file, action) = match self {
             Self::Whole(host, whole) => return whole.carry_out(&**host),
-            Self::Inside(file, action) => (&**file, action),
+            Self::Inside(file, action) => (file, action),
         };
         let failed = |doing: &'static str, at: u64| {
             move |e: std::io::Error| Error::io(doing, &e).in_file(file.path()).at(at)
         };
         match action {
-            Action::Write { at, data, what } => codec::write_all(file, *at, data, what),
-            Action::Fill { range, byte, what } => fill(file, range, *byte, what),
-            Action::Copy { from, to, what } => copy(file, from, *to, what, progress),
+            Action::Write { at, data, what } => codec::write_all(&**file, *at, data, what),
+            Action::Fill { range, byte, what } => fill(&**file, range, *byte, what),
+            Action::Copy { from, to, what } => {
+                Copies::of(Copy { from: from.clone(), to: *to, what }).carry_out(file, &())
+            }
             Action::Punch { range, .. } => file
                 .punch_hole(range.start, range.end - range.start)
                 .map_err(failed("giving space back", range.start)),
             Action::SetLen { len, .. } => {
                 file.set_len(*len).map_err(failed("setting the file's length", *len))
             }
-            Action::Sync => sync_file(file),
+            Action::Sync => sync_file(&**file),
         }
     }
 
@@ -288,35 +314,11 @@ impl Whole {
     }
 }
 
-/// Copies inside a file, piece by piece. Pieces of zeroes become holes.
-fn copy(
-    file: &dyn Storage,
-    from: &Range<u64>,
-    to: u64,
-    what: &str,
-    progress: &dyn Progress,
-) -> Result<()> {
-    let mut buf = vec![0; COPIED.min(from.end - from.start) as usize];
-    for at in from.clone().step_by(COPIED as usize) {
-        let piece = &mut buf[..COPIED.min(from.end - at) as usize];
-        let (place, len) = (to + (at - from.start), piece.len() as u64);
-        codec::read_exact(file, at, piece, what)?;
-        if piece.iter().any(|byte| *byte != 0) {
-            codec::write_all(file, place, piece, what)?;
-        } else {
-            let failed = |e| Error::io("clearing", &e).in_file(file.path()).at(place);
-            file.punch_hole(place, len).map_err(failed)?;
-        }
-        progress.advance(len);
-    }
-    Ok(())
-}
-
 /// Fills a range, piece by piece.
 fn fill(file: &dyn Storage, range: &Range<u64>, byte: u8, what: &str) -> Result<()> {
-    let buf = vec![byte; COPIED.min(range.end - range.start) as usize];
-    for at in range.clone().step_by(COPIED as usize) {
-        codec::write_all(file, at, &buf[..COPIED.min(range.end - at) as usize], what)?;
+    let buf = vec![byte; FILLED.min(range.end - range.start) as usize];
+    for at in range.clone().step_by(FILLED as usize) {
+        codec::write_all(file, at, &buf[..FILLED.min(range.end - at) as usize], what)?;
     }
     Ok(())
 }
@@ -372,22 +374,6 @@ mod tests {
         );
         steps.carry_out(&()).unwrap();
         assert_eq!(file.len().unwrap(), 1024);
-    }
-
-    #[test]
-    fn a_copy_is_exact_and_zeroes_in_it_become_a_hole() {
-        let mib = COPIED as usize;
-        let mut bytes = vec![7; 4 * mib];
-        bytes[mib..2 * mib].fill(0);
-        let file: Arc<dyn Storage> = MemoryFile::new("a", &bytes);
-        let mut steps = Steps::new();
-        steps.copy(&file, 100..2 * COPIED, 2 * COPIED, "a block");
-        steps.carry_out(&()).unwrap();
-        let mut found = vec![1; 4 * mib];
-        file.read_at(0, &mut found).unwrap();
-        assert!(found[2 * mib..4 * mib - 100] == bytes[100..2 * mib]);
-        assert!(found[..2 * mib] == bytes[..2 * mib]);
-        assert!(found[4 * mib - 100..].iter().all(|byte| *byte == 7));
     }
 
     #[test]

@@ -31,6 +31,7 @@ use nix::fcntl::{
     AT_FDCWD, FallocateFlags, FcntlArg, OFlag, RenameFlags, fallocate, fcntl, openat, renameat2,
 };
 use nix::sys::stat::{Mode, fstat};
+use nix::sys::statfs::{XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, geteuid, lseek64};
 
 use super::archive;
@@ -318,6 +319,11 @@ impl Storage for HostFile {
             self.least_len.fetch_max(at + len, Ordering::AcqRel);
         }
         Ok(shared)
+    }
+
+    fn frees_moved_blocks(&self) -> bool {
+        // btrfs shares blocks too, but keeps whole extents.
+        fstatfs(&self.file).is_ok_and(|fs| fs.filesystem_type() == XFS_SUPER_MAGIC)
     }
 
     fn blocks(&self) -> Option<&File> {

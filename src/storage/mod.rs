@@ -162,6 +162,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(false)
     }
 
+    /// Whether the host takes back what only the old place of blocks has that got a new one by
+    /// [`Self::share_from`] of the file itself. Some keep all of an extent that anything of is in use.
+    fn frees_moved_blocks(&self) -> bool {
+        false
+    }
+
     /// The open host file, where there is one, for [`Self::share_from`] of another to take blocks of.
     fn blocks(&self) -> Option<&std::fs::File> {
         None

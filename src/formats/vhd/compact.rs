@@ -17,9 +17,9 @@ use super::sound::{Entries, Sound, move_footer};
 use super::structure::Structure;
 use crate::error::{Error, Result};
 use crate::formats::OpenContext;
-use crate::formats::compact::{Block, Blocks, Move, Part, is_zero};
+use crate::formats::compact::{Block, Blocks, Move, Part};
 use crate::formats::plan::Steps;
-use crate::formats::repair::stored;
+use crate::formats::zeroes::is_zero;
 use crate::storage::Storage;
 
 /// Data of blocks begins at a multiple of this many bytes, where most do.
@@ -108,14 +108,14 @@ impl Blocks for Sparse {
         Some(aligned).filter(fits).or_else(|| from.checked_next_multiple_of(SECTOR).filter(fits))
     }
 
-    fn is_needless(&self, block: Block) -> Result<bool> {
+    fn needed_for(&self, block: Block) -> Result<Option<Range<u64>>> {
         if self.footers.disk_type != DiskType::Dynamic {
             // Nothing in the format hides the parent's data but a block.
-            return Ok(false);
+            return Ok(None);
         }
         let data = self.data_at(block);
         let range = self.structure.block_range(block.number.into());
-        is_zero(&*self.file, data..data + (range.end - range.start))
+        Ok(Some(data..data + (range.end - range.start)))
     }
 
     fn length(&self, end: u64) -> u64 {
@@ -151,7 +151,7 @@ impl Blocks for Sparse {
 
     fn finish(&mut self, end: u64, free: &[Range<u64>], plan: &mut Steps) -> Result<()> {
         for range in free.iter().filter(|range| range.end - range.start >= ALIGNMENT) {
-            if stored(&*self.file, range.clone())? > 0 {
+            if !is_zero(&*self.file, range.clone())? {
                 plan.punch(&self.file, range.clone(), "nothing uses this space");
             }
         }

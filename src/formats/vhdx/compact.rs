@@ -21,9 +21,9 @@ use super::settled::Settled;
 use crate::codec::read_array;
 use crate::error::{Error, Result};
 use crate::formats::OpenContext;
-use crate::formats::compact::{Block, Blocks, Move, Part, is_zero};
+use crate::formats::compact::{Block, Blocks, Move, Part};
 use crate::formats::plan::Steps;
-use crate::formats::repair::stored;
+use crate::formats::zeroes::is_zero;
 use crate::storage::Storage;
 
 /// The parts of the image in `file`.
@@ -155,15 +155,15 @@ impl Blocks for Dynamic {
         (end <= to && end <= MAX_FILE).then_some(at)
     }
 
-    fn is_needless(&self, block: Block) -> Result<bool> {
+    fn needed_for(&self, block: Block) -> Result<Option<Range<u64>>> {
         // Of a partial block the parent shows, too.
         if self.shape.has_parent && self.entry(block.number)?.state() != State::Present {
-            return Ok(false);
+            return Ok(None);
         }
         let at = u64::from(block.at) * MIB;
         let range = self.shape.block_range(block.number.into());
         let len = range.end.min(self.shape.geometry.size) - range.start;
-        is_zero(&*self.parts.file, at..at + len)
+        Ok(Some(at..at + len))
     }
 
     fn prepare(&mut self, free: &[Range<u64>], plan: &mut Steps) -> Result<()> {
@@ -224,7 +224,7 @@ impl Blocks for Dynamic {
         let file = self.parts.file.clone();
         let mut needed = Vec::new();
         for range in free {
-            if stored(&*file, range.clone())? > 0 {
+            if !is_zero(&*file, range.clone())? {
                 needed.push(range.clone());
             }
         }

@@ -16,9 +16,9 @@ use std::sync::Arc;
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::formats::OpenContext;
-use crate::formats::compact::{Block, Blocks, Move, Part, is_zero};
+use crate::formats::compact::{Block, Blocks, Move, Part};
 use crate::formats::plan::Steps;
-use crate::formats::repair::stored;
+use crate::formats::zeroes::is_zero;
 use crate::storage::Storage;
 
 use super::cowd;
@@ -164,13 +164,13 @@ impl Blocks for Sparse {
         (end <= to && end / SECTOR < u64::from(u32::MAX)).then_some(at)
     }
 
-    fn is_needless(&self, block: Block) -> Result<bool> {
+    fn needed_for(&self, block: Block) -> Result<Option<Range<u64>>> {
         if self.zeroes.is_none() {
-            return Ok(false);
+            return Ok(None);
         }
         let (at, grain) = (u64::from(block.at) * SECTOR, self.stride());
         let start = u64::from(block.number) * grain;
-        is_zero(&*self.file, at..at + grain.min(self.extent.tables.len.saturating_sub(start)))
+        Ok(Some(at..at + grain.min(self.extent.tables.len.saturating_sub(start))))
     }
 
     fn give_up(&mut self, numbers: &[u32], plan: &mut Steps) -> Result<()> {
@@ -207,7 +207,7 @@ impl Blocks for Sparse {
     fn finish(&mut self, end: u64, free: &[Range<u64>], plan: &mut Steps) -> Result<()> {
         let mut needed = Vec::new();
         for range in free {
-            if stored(&*self.file, range.clone())? > 0 {
+            if !is_zero(&*self.file, range.clone())? {
                 needed.push(range.clone());
             }
         }
