@@ -117,3 +117,65 @@ fn raw_disks_are_written_onto_flat_files_by_the_usual_programs() {
         assert_eq!(checked["errors"], 0, "{}: {checked}", kind.image);
     }
 }
+
+#[test]
+fn a_mounted_image_changes_its_size_while_nobody_has_it_open() {
+    if !can_mount() {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    let images = scratch();
+    for name in ["a.vhd", "a.vhdx", "a.vmdk"] {
+        create(&images.path().join(name), "24M", &[]);
+    }
+    let mount = Mount::new(images.path(), &[]);
+    for name in ["a.vhd", "a.vhdx", "a.vmdk"] {
+        let (flat, image) = (mount.flat(name), images.path().join(name));
+        let len = |path: &Path| fs::metadata(path).unwrap().len();
+        // The first half becomes zeroes, which stay stored.
+        let mut bytes = vec![7; 16 * MIB as usize];
+        fs::write(&flat, &bytes).unwrap();
+        bytes[..8 * MIB as usize].fill(0);
+        let file = File::options().write(true).open(&flat).unwrap();
+        file.write_all_at(&bytes, 0).unwrap();
+        bytes.resize(24 * MIB as usize, 0);
+        // It is in use: whoever has it is named, and nothing happens.
+        let before = fs::read(&image).unwrap();
+        for arguments in [&["compact"][..], &["resize", "30M"]] {
+            let refused = outcome(flatdisk().arg(arguments[0]).arg(&flat).args(&arguments[1..]));
+            let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+            assert_eq!(refused.status.code(), Some(1), "{name}: {said}");
+            let who = format!("process {} (flatdisk at {})", mount.pid(), mount.path().display());
+            assert!(said.contains("in use") && said.contains(&who), "{name}: {said}");
+        }
+        assert!(fs::read(&image).unwrap() == before, "{name}");
+        file.sync_all().unwrap();
+        drop(file);
+        // The kernel tells the daemon of the end of a file's use in its own time.
+        live::wait_until("nobody has the image open", || {
+            mount.open_files(images.path()).is_empty()
+        });
+        let stored = len(&image);
+        succeed(flatdisk().arg("compact").arg(&flat));
+        assert!(len(&image) < stored - 4 * MIB, "{name}: {stored} → {}", len(&image));
+        assert!(fs::read(&flat).unwrap() == bytes, "{name}");
+        live::wait_until("nobody has the image open", || {
+            mount.open_files(images.path()).is_empty()
+        });
+        let answer = succeed(flatdisk().args(["resize", "--json"]).arg(&flat).arg("40M"));
+        let answer: Value = serde_json::from_str(&answer).unwrap();
+        assert_eq!(answer["filename"], image.to_str().unwrap(), "{answer}");
+        live::wait_until("the mount shows the new size", || len(&flat) == 40 * MIB);
+        bytes.resize(40 * MIB as usize, 0);
+        assert!(fs::read(&flat).unwrap() == bytes, "{name}");
+        let file = File::options().write(true).open(&flat).unwrap();
+        file.write_all_at(&[9; 512], 40 * MIB - 512).unwrap();
+        file.sync_all().unwrap();
+        bytes[40 * MIB as usize - 512..].fill(9);
+        assert!(fs::read(&flat).unwrap() == bytes, "{name}");
+    }
+    assert!(mount.unmount().success());
+    for name in ["a.vhd", "a.vhdx", "a.vmdk"] {
+        succeed(flatdisk().arg("check").arg(images.path().join(name)));
+    }
+}

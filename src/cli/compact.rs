@@ -7,8 +7,10 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::chain::ParentArgs;
+use super::holders::naming_them;
 use super::output::{complain, iec, print_json, print_line};
 use super::progress::Bar;
+use super::source::file_of;
 use super::trim;
 use super::work::WorkArgs;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,6 +19,7 @@ use crate::formats::{self, OpenOptions};
 use crate::progress::Progress;
 use crate::storage::file::HostFs;
 use crate::storage::{Access, Host};
+use crate::volumes::{self, Content};
 
 /// Arguments of `flatdisk compact`.
 #[derive(Debug, Args)]
@@ -35,7 +38,7 @@ Exit status:
   0   success, also where nothing was won
   1   an image could not be compacted, or wrong usage")]
 pub struct CompactArgs {
-    /// Images, and folders of images; nobody may have them open. Of a folder children are left out.
+    /// Images, their flat files in a mount, and folders of images; nobody may have them open. Of a folder children are left out.
     #[arg(required = true)]
     images: Vec<PathBuf>,
     /// Give up only what is free already: the blocks are not read.
@@ -81,7 +84,14 @@ pub fn compact(args: &CompactArgs) -> Result<u8> {
     }
     for path in &images {
         match one(&host, path, args, &bar) {
-            Ok(done) => outcome.add(path, &done, args)?,
+            Ok(done) => {
+                let stored = done.allocated.unwrap_or(done.allocated_before - won(&done));
+                let free = match args.trim {
+                    true => None,
+                    false => free_but_stored(&host, path, args, stored),
+                };
+                outcome.add(path, &done, free, args)?;
+            }
             Err(e) if e.kind() == ErrorKind::Cancelled => {
                 return Err(e.in_file(path).hint("what was done stays; run it again to go on"));
             }
@@ -116,15 +126,21 @@ fn one(host: &Arc<dyn Host>, path: &Path, args: &CompactArgs, bar: &Bar) -> Resu
     }
     let options = args.parents.options(Access::Write);
     let how = Compacting { quick: args.quick, defragment: args.defragment, dry_run: args.dry_run };
-    compact::compact(host, path, &options, how, bar)
+    compact::compact(host, path, &options, how, bar).map_err(naming_them)
 }
 
 impl Outcome {
-    fn add(&mut self, path: &Path, done: &Compacted, args: &CompactArgs) -> Result<()> {
+    fn add(
+        &mut self,
+        path: &Path,
+        done: &Compacted,
+        free: Option<u64>,
+        args: &CompactArgs,
+    ) -> Result<()> {
         let won = won(done);
         self.won += won;
         if args.work.json() {
-            let mut entry = json!({ "filename": path, "won": won });
+            let mut entry = json!({ "filename": path, "won": won, "free_but_stored": free });
             if let (Value::Object(entry), Ok(Value::Object(more))) =
                 (&mut entry, serde_json::to_value(done))
             {
@@ -133,8 +149,53 @@ impl Outcome {
             self.images.push(entry);
             return Ok(());
         }
-        if args.work.quiet() { Ok(()) } else { print_line(&describe(path, done, won, args)) }
+        if args.work.quiet() {
+            return Ok(());
+        }
+        print_line(&describe(path, done, won, args))?;
+        match free {
+            None => Ok(()),
+            Some(free) => print_line(&format!(
+                "  next: {} are stored that its file systems say are free: fstrim in the guest, or --trim as root, \
+                 gives them up",
+                iec(free)
+            )),
+        }
     }
+}
+
+/// Bytes of `stored` ones that the file systems of an image say are free, if they are worth a word.
+fn free_but_stored(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    args: &CompactArgs,
+    stored: u64,
+) -> Option<u64> {
+    const LEAST: u64 = 16 << 20;
+    let image = formats::open(host, path, &args.parents.options(Access::Peek)).ok()?;
+    if image.parent.is_some() {
+        // What of it lies in which file nobody tells.
+        return None;
+    }
+    let volumes = volumes::volumes(&image.disk).ok()?;
+    let trims = |content: &Content| {
+        let known = ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "ntfs", "vfat", "exfat"];
+        content.type_name.is_some_and(|name| known.contains(&name))
+    };
+    let used = |size: u64, content: Option<&Content>| match content {
+        Some(Content { size: Some(size), free: Some(free), .. }) => size.saturating_sub(*free),
+        _ => size,
+    };
+    let parts = volumes.partitions.iter().filter(|part| !part.extended);
+    let mut parts: Vec<_> = parts.map(|part| (part.size, part.content.as_ref())).collect();
+    if volumes.table.is_none() {
+        parts.push((image.disk.size(), volumes.content.as_ref()));
+    }
+    let used =
+        parts.iter().map(|(size, content)| used(*size, *content)).fold(0, u64::saturating_add);
+    let free = stored.saturating_sub(used);
+    let any = parts.iter().filter_map(|(_, content)| *content).any(trims);
+    (any && free >= LEAST.max(stored / 20)).then_some(free)
 }
 
 /// Bytes that the host gets back.
@@ -154,7 +215,8 @@ fn describe(path: &Path, done: &Compacted, won: u64, args: &CompactArgs) -> Stri
     let would = if args.dry_run { "would be " } else { "" };
     let (before, after) = (done.length_before, done.length);
     let mut line = match won {
-        0 if before == after => format!("{name}: {}, nothing {would}won", iec(after)),
+        // The last sectors may go, which is nothing to speak of.
+        0 if iec(before) == iec(after) => format!("{name}: {}, nothing {would}won", iec(after)),
         _ if before == after => {
             format!("{name}: {} of {} {would}won", iec(won), iec(done.allocated_before))
         }
@@ -182,7 +244,7 @@ fn find(host: &Arc<dyn Host>, args: &CompactArgs) -> Result<(Vec<PathBuf>, Skipp
     let (mut images, mut skipped) = (Vec::new(), Skipped::new());
     for path in &args.images {
         if !path.is_dir() {
-            images.push(path.clone());
+            images.push(file_of(path)?);
             continue;
         }
         let peek = args.parents.options(Access::Peek);

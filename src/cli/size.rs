@@ -1,13 +1,15 @@
 //! `resize`: another size of the virtual disk.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
 use serde_json::json;
 
 use super::chain::ParentArgs;
+use super::holders::naming_them;
 use super::output::{iec, parse_size, print_json, print_line};
+use super::source::image_of;
 use super::work::WorkArgs;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
@@ -30,7 +32,7 @@ Examples:
   See what that would change in the file:
     flatdisk resize --dry-run server.vhdx 100G")]
 pub struct ResizeArgs {
-    /// The image. Nobody may have it open, and no other image may stand on it.
+    /// The image, or its flat file in a mount. Nobody may have it open, and no other image may stand on it.
     image: PathBuf,
     /// The new size, such as 100G; +20G or -20G for so much more or less; `min` for the end of what the
     /// partition table or the file system claims. Suffixes are powers of 1024.
@@ -170,39 +172,41 @@ impl Contents {
 /// Makes a disk larger or smaller.
 pub fn resize(args: &ResizeArgs) -> Result<u8> {
     let host = HostFs::shared();
+    let path = &image_of(&args.image)?;
     let peek = args.parents.options(Access::Peek);
-    let image = formats::open(&host, &args.image, &peek)?;
+    let image = formats::open(&host, path, &peek)?;
     let before = image.disk.size();
     let contents = Contents::of(&image.disk)?;
     drop(image);
-    let size = wanted(args, before, &contents)?;
+    let size = wanted(args, path, before, &contents)?;
     let bar = args.work.start("resizing")?;
     let options = args.parents.options(Access::Write);
     let moves = args.move_gpt && !args.dry_run;
     if moves && size < before {
         // Refused here is refused before anything is written.
-        resize::resize(&host, &args.image, &options, size, true, &())?;
-        move_gpt(&host, args, size)?;
+        resize::resize(&host, path, &options, size, true, &()).map_err(naming_them)?;
+        move_gpt(&host, args, path, size)?;
     }
-    let resized = resize::resize(&host, &args.image, &options, size, args.dry_run, &bar)?;
+    let resized = resize::resize(&host, path, &options, size, args.dry_run, &bar);
+    let resized = resized.map_err(naming_them)?;
     if moves && size >= before {
-        move_gpt(&host, args, size)?;
+        move_gpt(&host, args, path, size)?;
     }
     drop(bar);
     let steps = match args.dry_run {
         true => contents.next_steps(size, size > before),
         false => {
-            let image = formats::open(&host, &args.image, &peek)?;
+            let image = formats::open(&host, path, &peek)?;
             Contents::of(&image.disk)?.next_steps(size, size > before)
         }
     };
-    print(args, &resized, &steps)?;
+    print(args, path, &resized, &steps)?;
     Ok(0)
 }
 
 /// The size that is asked for, if it is one that may be.
-fn wanted(args: &ResizeArgs, before: u64, contents: &Contents) -> Result<u64> {
-    let invalid = |what: String| Error::invalid(what).in_file(&args.image);
+fn wanted(args: &ResizeArgs, image: &Path, before: u64, contents: &Contents) -> Result<u64> {
+    let invalid = |what: String| Error::invalid(what).in_file(image);
     let used = contents.used();
     let size = args.size.of(before, used).ok_or_else(|| match args.size {
         NewSize::Minimum => {
@@ -230,26 +234,26 @@ fn wanted(args: &ResizeArgs, before: u64, contents: &Contents) -> Result<u64> {
 }
 
 /// Moves the second copy of the image's GPT, if it has one, to the end of its first `size` bytes.
-fn move_gpt(host: &Arc<dyn Host>, args: &ResizeArgs, size: u64) -> Result<()> {
-    let image = formats::open(host, &args.image, &args.parents.options(Access::Write))?;
+fn move_gpt(host: &Arc<dyn Host>, args: &ResizeArgs, path: &Path, size: u64) -> Result<()> {
+    let image = formats::open(host, path, &args.parents.options(Access::Write))?;
     if let Some(why) = &image.read_only {
-        return Err(Error::new(ErrorKind::ReadOnly, why.clone()).in_file(&args.image));
+        return Err(Error::new(ErrorKind::ReadOnly, why.clone()).in_file(path));
     }
     let Some(primary) = Primary::read(&image.disk)? else {
         let what = "the disk has no GPT whose first copy is intact";
-        return Err(Error::invalid(what).in_file(&args.image));
+        return Err(Error::invalid(what).in_file(path));
     };
     if !primary.is_at_end(size) {
         let moved = primary.move_copy(&image.disk, size);
-        moved.and_then(|()| image.disk.close()).map_err(|e| e.in_file(&args.image))?;
+        moved.and_then(|()| image.disk.close()).map_err(|e| e.in_file(path))?;
     }
     Ok(())
 }
 
-fn print(args: &ResizeArgs, resized: &Resized, steps: &[String]) -> Result<()> {
+fn print(args: &ResizeArgs, image: &Path, resized: &Resized, steps: &[String]) -> Result<()> {
     if args.work.json() {
         return print_json(&json!({
-            "filename": args.image,
+            "filename": image,
             "virtual_size_before": resized.before,
             "virtual_size": resized.after,
             "dry_run": args.dry_run,
@@ -266,10 +270,10 @@ fn print(args: &ResizeArgs, resized: &Resized, steps: &[String]) -> Result<()> {
     let would = if args.dry_run { "would be" } else { "is" };
     let (before, after) = (resized.before, resized.after);
     print_line(&match before == after {
-        true => format!("{}: {} already", args.image.display(), iec(after)),
+        true => format!("{}: {} already", image.display(), iec(after)),
         false => format!(
             "{}: {would} {} ({after} bytes) now, was {}",
-            args.image.display(),
+            image.display(),
             iec(after),
             iec(before)
         ),

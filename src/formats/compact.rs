@@ -6,15 +6,17 @@
 //! # In order
 //!
 //! 1. Blocks that read as zeroes are given up, where the format can say that they do. What the host
-//!    tells to be a hole is not read.
+//!    tells to be a hole is not read; several threads look.
 //! 2. The highest blocks move into the lowest free places: each is copied, and only when the copy is
 //!    durable its entry changes; the old place is free when that is durable.
 //! 3. If asked to, blocks move until they lie in the order of the disk: those in the way of a stretch of
 //!    them to any free place, then the stretch to where it belongs.
 //! 4. The file is cut off behind the last block.
 //!
-//! All of it goes in batches, each of which leaves a good image. Work that is ended, or killed, leaves
-//! what is done; a second run goes on from there. Memory is 16 bytes for each block that is stored.
+//! All of it goes in batches, each of which leaves a good image and costs the few syncs that its format
+//! needs, however many blocks it has; how they are copied is told in [`moving`](super::moving). Work that
+//! is ended, or killed, leaves what is done; a second run goes on from there. Memory is 16 bytes for each
+//! block that is stored.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
