@@ -226,12 +226,12 @@ fn becomes_short(guest: &Guest, name: &str, options: &[&str], trims: bool) {
     println!("{what}: {needed} MiB are needed, {len} bytes are there");
     assert!(len <= (needed << 20) * 102 / 100 + (4 << 20), "{what}: {len} bytes for {needed} MiB");
     // Ten files are left of thirty.
-    assert!((40..100).contains(&needed), "{what}: {needed} MiB");
+    assert!((40..110).contains(&needed), "{what}: {needed} MiB");
 }
 
 #[test]
 fn a_disk_that_was_full_once_is_as_short_as_what_is_left_when_compacted() {
-    if !live::can_mount() || !have(&["losetup", "fstrim"]) {
+    if !live::can_mount() || !have(&["losetup", "fstrim", "mkfs.ext4"]) {
         return;
     }
     for guest in &GUESTS {
@@ -242,6 +242,6 @@ fn a_disk_that_was_full_once_is_as_short_as_what_is_left_when_compacted() {
         for trims in [true, false] {
             becomes_short(guest, "disk.vhdx", &["--block-size", "1M"], trims);
         }
-        becomes_short(guest, "disk.vmdk", &[], false);
     }
+    becomes_short(&GUESTS[0], "disk.vmdk", &[], false);
 }
