@@ -332,6 +332,53 @@ fn records_before_the_header_stay_with_it() {
     }
 }
 
+/// Some programs leave out the empty blocks at the end, and what fills up the last file.
+#[test]
+fn an_archive_without_its_end_is_as_good() {
+    let old = description("old", 300);
+    let disk = noise();
+    for text in [description("new", 300), description("new", 3000)] {
+        let whole = archive(&[("m.ovf", &old), ("data", &disk)]);
+        let end = 512 + 512 + 512 + disk.len();
+        for len in [end, end + 10, end.next_multiple_of(512), end.next_multiple_of(512) + 512] {
+            let memory = host(&whole[..len]);
+            let dynamic: Arc<dyn Host> = memory.clone();
+            let path = Path::new(PATH);
+            describe::describe(&dynamic, path, &text, false, &()).unwrap();
+            assert_eq!(said(&dynamic), text);
+            assert_eq!(check(&dynamic).unwrap().errors, 0);
+            let found = Archive::open(dynamic.open(path, Access::Peek).unwrap()).unwrap();
+            let mut bytes = vec![0; disk.len()];
+            found.member(Path::new("data")).unwrap().read_at(0, &mut bytes).unwrap();
+            assert!(bytes == disk, "{len}");
+        }
+        // Something of it is lost.
+        let dynamic: Arc<dyn Host> = host(&whole[..end - 1]);
+        let e = describe::describe(&dynamic, Path::new(PATH), &text, false, &()).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
+    }
+    // So much of nothing is none of the archive's.
+    let mut long = archive(&[("m.ovf", &old)]);
+    long.resize(2 << 20, 0);
+    let dynamic: Arc<dyn Host> = host(&long);
+    let e = describe::describe(&dynamic, Path::new(PATH), &old, false, &()).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+}
+
+#[test]
+fn what_a_symlink_leads_to_gets_the_description() {
+    let setup = Setup::new(&[("m.ovf", &description("old", 300))]);
+    let real = setup.dir.path().join("real.ova");
+    fs::rename(&setup.ova, &real).unwrap();
+    std::os::unix::fs::symlink("real.ova", &setup.ova).unwrap();
+    for text in [description("new", 300), description("new", 3000)] {
+        let (done, told) = setup.put(&text, &[]);
+        assert!(done && setup.ova.is_symlink(), "{told}");
+        let now = run(flatdisk().args(["meta", "--ovf"]).arg(&real));
+        assert_eq!(now.as_bytes(), text);
+    }
+}
+
 #[test]
 fn what_cannot_be_is_refused_and_changes_nothing() {
     let old = description("old", 300);

@@ -537,3 +537,21 @@ fn throw_away_layers_have_partitions_of_their_own() {
         succeed(flatdisk().args(["volumes", "--json"]).arg(folder.path().join("disk.vhdx")));
     assert!(volumes.contains("\"table\": null"), "{volumes}");
 }
+
+/// The kernel makes a node of 1 KiB of an extended partition, for boot loaders; what is of use are those in it.
+#[test]
+fn logical_partitions_show_and_the_extended_one_around_them_does_not() {
+    let Some(setup) = Setup::new("disk.vhdx", &[], &[]) else { return };
+    partition(
+        &setup.whole(),
+        "label: dos\nstart=2048, size=8192, type=83\nstart=16384, size=81920, type=5\n\
+         start=18432, size=16384, type=83\nstart=40960, size=16384, type=83\n",
+    );
+    let expected = ["disk.vhdx.img", "disk.vhdx.p1.img", "disk.vhdx.p5.img", "disk.vhdx.p6.img"];
+    wait_until("the new table shows", || names(setup.mount.path()) == expected);
+    wait_until("the old name goes", || !setup.part(2).exists());
+    write(&setup.part(6)).write_all_at(&[6; 512], 0).unwrap();
+    assert_eq!(bytes(&read(&setup.whole()), 20 * MIB, 512), [6; 512]);
+    assert_eq!(fs::metadata(setup.part(5)).unwrap().len(), 8 * MIB);
+    setup.end();
+}

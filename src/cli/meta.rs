@@ -95,6 +95,8 @@ fn put_description(args: &MetaArgs, from: &Path) -> Result<u8> {
     }
     .map_err(failed)?;
     let path = file_of(&args.image)?;
+    // What a symlink leads to is replaced, not the symlink.
+    let path = std::fs::canonicalize(&path).map_err(|e| Error::io("open", &e).in_file(&path))?;
     let bar = args.progress.start("copying", args.quiet)?;
     let done = describe::describe(&HostFs::shared(), &path, &text, args.force, &bar)?;
     drop(bar);

@@ -230,7 +230,7 @@ pub(super) mod tests {
             let mut put = |at: usize, number: u32| {
                 key[at..at + 4].copy_from_slice(&number.to_le_bytes());
             };
-            [16, 28, 32, 40, 44, 48].map(|at| put(at, u32::MAX));
+            [16, 28, 32, 40, 44, 48].into_iter().for_each(|at| put(at, u32::MAX));
             if let Some(child) = below {
                 let list = [&b"lh\x01\0"[..], &u32::to_le_bytes(child), &[0; 4]].concat();
                 put(20, 1);

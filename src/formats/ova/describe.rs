@@ -49,7 +49,7 @@ use crate::storage::{Access, Host, SHARED_BLOCK, Storage};
 
 /// Bytes of a description.
 const MAX_TEXT: usize = 4 << 20;
-/// Bytes of empty blocks at the end that are searched for a mark.
+/// Bytes of empty blocks at the end, among which a mark is searched for; more are taken for something else.
 const MAX_TAIL: u64 = 1 << 20;
 /// How a mark begins.
 const MARK: &[u8; 16] = b"flatdisk redo 1\n";
@@ -127,8 +127,9 @@ pub fn describe(
     finish(&file)?;
     let archive = Archive::open(file.clone())?;
     let member = find(&archive)?;
-    if let Some(cut) = archive.members().iter().find(|member| member.ends() > archive.end()) {
-        let what = "the archive is not whole";
+    let len = file.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
+    if let Some(cut) = archive.members().iter().find(|member| member.at + member.size > len) {
+        let what = "the archive ends before this file of it does";
         return Err(Error::corrupt(what).in_file(&path.join(&cut.name)).at(cut.at));
     }
     if let Tail::Foreign(at) = tail(&archive)? {
@@ -141,11 +142,10 @@ pub fn describe(
         return Err(Error::invalid(what).in_file(path).hint("--force leaves the signature out"));
     }
     let missing = missing(&archive, &text);
-    let len = file.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
     let alone = member.begins + BLOCK == member.at;
     // With records before its header one of those may tell the size, too.
     let room = if alone { member.ends() - member.at } else { member.size };
-    if !signed && text.len() as u64 <= room && len - archive.end() <= MAX_TAIL {
+    if !signed && text.len() as u64 <= room {
         let text = filled(text, room);
         let mut changes = manifest_changes(&archive, &member, &text)?;
         if room != member.size {
@@ -217,9 +217,14 @@ pub(super) fn tail(archive: &Archive) -> Result<Tail> {
     let file = archive.file();
     let failed = |e: std::io::Error| Error::io("read", &e).in_file(file.path());
     let (from, len) = (archive.end(), file.len().map_err(failed)?);
-    let mut bytes = vec![0; len.saturating_sub(from).min(MAX_TAIL + 2 * GAP) as usize];
+    // The last file need not be filled up to a whole block.
+    let Some(behind) = len.checked_sub(from) else { return Ok(Tail::Clean) };
+    let mut bytes = vec![0; behind.min(MAX_TAIL + 2 * GAP) as usize];
     file.read_at(from, &mut bytes).map_err(failed)?;
-    let Some(first) = bytes.iter().position(|byte| *byte != 0) else { return Ok(Tail::Clean) };
+    let Some(first) = bytes.iter().position(|byte| *byte != 0) else {
+        let more = behind > MAX_TAIL;
+        return Ok(if more { Tail::Foreign(from + MAX_TAIL) } else { Tail::Clean });
+    };
     let at = from + first as u64;
     let mark = &bytes[first..];
     let number = |mark: &[u8], at: usize| {
@@ -229,7 +234,7 @@ pub(super) fn tail(archive: &Archive) -> Result<Tail> {
         return Ok(Tail::Foreign(at));
     };
     let place = old.checked_next_multiple_of(BLOCK).and_then(|end| end.checked_add(GAP));
-    if !mark.starts_with(MARK) || old < from || place != Some(at) || size > MAX_RECORD {
+    if !mark.starts_with(MARK) || place != Some(at) || at < from + GAP || size > MAX_RECORD {
         return Ok(Tail::Foreign(at));
     }
     let mut record = vec![0; size as usize];
@@ -264,7 +269,8 @@ fn write_anew(
 ) -> Result<Described> {
     let old = archive.file();
     let path = old.path();
-    let mut kept: Vec<_> = std::iter::once(0..archive.end()).collect();
+    let len = old.len().map_err(|e| Error::io("asking for the size", &e).in_file(path))?;
+    let mut kept: Vec<_> = std::iter::once(0..archive.end().min(len)).collect();
     let signatures = archive.members().iter().filter(|member| is_signature(member));
     for gone in signatures.chain([member]) {
         kept =
@@ -294,7 +300,7 @@ fn write_anew(
     let explained = |e: Error| staged.explain(e);
     let new = staged.create(path)?;
     let all: u64 = kept.iter().map(|range| range.end - range.start).sum();
-    let len = head.len() as u64 + all + GAP;
+    let len = (head.len() as u64 + all).next_multiple_of(BLOCK) + GAP;
     new.set_len(len).map_err(|e| explained(Error::io("extend", &e).in_file(new.path())))?;
     codec::write_all(&*new, 0, &head, "the description").map_err(explained)?;
     progress.total(all);
