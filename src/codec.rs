@@ -30,6 +30,11 @@ pub fn to_utf16(text: &str, big_endian: bool) -> Vec<u8> {
         .collect()
 }
 
+/// Bytes as lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Reads `N` bytes of a structure called `what`; a file that ends before is reported as damage.
 pub fn read_array<const N: usize>(file: &dyn Storage, at: u64, what: &str) -> Result<[u8; N]> {
     let mut bytes = [0; N];

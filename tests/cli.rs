@@ -190,13 +190,19 @@ fn wrong_arguments_and_failed_mounts_are_json_where_json_is_wanted() {
 #[test]
 fn a_name_that_says_another_format_is_remarked_and_the_image_is_made() {
     let dir = scratch();
-    let image = dir.path().join("x.vhdx");
-    let output = outcome(flatdisk().args(["create", "-q", "-O", "vhd", "-s1M"]).arg(&image));
-    assert!(output.status.success());
-    let said = stderr(&output);
-    assert!(said.contains("a VHD with the extension of a VHDX") && said.lines().count() == 1);
-    let info = succeed(flatdisk().arg("info").arg(&image));
-    assert!(info.contains("VHD dynamic"), "{info}");
+    let image = |name: &str| dir.path().join(name);
+    let mut create = flatdisk();
+    create.args(["create", "-q", "-O", "vhd", "-s1M"]).arg(image("x.vhdx"));
+    let mut convert = flatdisk();
+    convert.args(["convert", "-q", "-O", "vhd"]).args([image("x.vhdx"), image("y.vhdx")]);
+    for (mut command, made) in [(create, "x.vhdx"), (convert, "y.vhdx")] {
+        let output = outcome(&mut command);
+        assert!(output.status.success());
+        let said = stderr(&output);
+        assert!(said.contains("a VHD with the extension of a VHDX") && said.lines().count() == 1);
+        let info = succeed(flatdisk().arg("info").arg(image(made)));
+        assert!(info.contains("VHD dynamic"), "{info}");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 mod live;
 
 use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt, FileExt, chown};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -47,6 +47,7 @@ impl Waiting {
         let program = |number: usize| {
             let mut dd = Command::new("dd");
             match kind {
+                Kind::Stat => unreachable!("nobody waits for it in this way"),
                 Kind::Sync => dd.args(["if=/dev/zero", "conv=notrunc,fsync"]).arg(of(flat)),
                 Kind::Read => dd.args(["of=/dev/null", "iflag=direct"]).arg(source(flat)),
             };
@@ -201,6 +202,62 @@ fn an_image_whose_reads_hang_holds_up_nothing_of_the_others() {
         let sync = outcome(flatdisk().arg("sync").arg(mount.path()));
         assert!(sync.status.success(), "{}", said(&sync));
     });
+}
+
+/// The kernel holds a directory while a name in it is looked up; who opens with O_CREAT waits for that.
+#[test]
+fn a_source_that_hangs_does_not_hold_the_root() {
+    if !live::can_mount() {
+        return;
+    }
+    let folder = scratch();
+    let path = |name: &str| folder.path().join(name);
+    create(&path("a.vhd"), "8M", &[]);
+    create(&path("hung.vhd"), "8M", &["--subformat", "fixed"]);
+    let disk = HangingDisk::new("hung.vhd", fs::read(path("hung.vhd")).unwrap());
+    let hung = disk.file().parent().unwrap().to_owned();
+    let mut command = flatdisk();
+    command.args(["mount", "-f"]).arg(path("a.vhd")).arg(&hung).arg(disk.file());
+    let mount = Mount::start(&mut command);
+    let shown = mount.path().join(hung.file_name().unwrap());
+    let flats = [shown.join("hung.vhd.img"), mount.flat("hung.vhd"), shown];
+    flats.iter().for_each(|flat| _ = fs::metadata(flat).unwrap());
+    let names = live::names(mount.path());
+    assert_eq!(names.len(), 3, "{names:?}");
+
+    let hangs = disk.hold(Kind::Stat);
+    let stat = |flat: &PathBuf| {
+        Command::new("stat").arg(flat).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    // The kernel knows the names for a while.
+    let mut waiting = Waiting(Vec::new());
+    wait_until("names are looked up", || {
+        waiting.0.retain_mut(|stat| stat.try_wait().unwrap().is_none());
+        if waiting.0.len() < flats.len() {
+            waiting.0.extend(flats.iter().map(stat));
+        }
+        hangs.hangs() && waiting.0.len() >= flats.len()
+    });
+    let own = mount.flat("a.vhd");
+    let begun = std::time::Instant::now();
+    // Whether the image that hangs needs this one as it is, only who writes has to know.
+    File::options().read(true).custom_flags(libc::O_CREAT).open(&own).unwrap();
+    assert!(fs::create_dir(mount.path().join("new")).is_err());
+    assert_eq!(live::names(mount.path()), names);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(20), "{:?}", begun.elapsed());
+    let status = outcome(flatdisk().args(["status", "--json"]).arg(mount.path()));
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    for path in [hung, disk.file()] {
+        let images = status["mounts"][0]["images"].as_array().unwrap();
+        let named = |entry: &serde_json::Value| {
+            entry["image"] == *path.to_string_lossy() && entry["silent_seconds"].is_u64()
+        };
+        assert!(images.iter().any(named), "{}: {status}", path.display());
+    }
+    drop(hangs);
+    drop(waiting);
+    wait_until("all is as it was", || flats.iter().all(|flat| fs::metadata(flat).is_ok()));
+    assert!(mount.unmount().success());
 }
 
 #[test]

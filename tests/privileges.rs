@@ -51,15 +51,16 @@ fn folder(mode: u32) -> (tempfile::TempDir, PathBuf) {
     (folder, image)
 }
 
-/// The numbers behind `name` in the status of all of a process's threads.
+/// The numbers behind `name` in the status of all of a process's threads. One that ends while it is
+/// looked at has none.
 fn thread_status(pid: u32, name: &str) -> Vec<u64> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let value = |thread: fs::DirEntry| {
-        let status = fs::read_to_string(thread.path().join("status")).unwrap();
+        let status = fs::read_to_string(thread.path().join("status")).ok()?;
         let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":"));
-        u64::from_str_radix(value.unwrap().trim(), 16).unwrap()
+        Some(u64::from_str_radix(value.unwrap().trim(), 16).unwrap())
     };
-    threads.map(|thread| value(thread.unwrap())).collect()
+    threads.filter_map(|thread| value(thread.ok()?)).collect()
 }
 
 #[test]

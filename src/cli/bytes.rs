@@ -15,6 +15,7 @@ use super::output::{OutputArgs, iec, parse_size, print_json, print_line};
 use super::progress::ProgressArgs;
 use super::source::image_of;
 use super::spec::SpecArgs;
+use crate::codec::hex;
 use crate::copy::digest::{Algorithm, digest};
 use crate::copy::measure::measure as measure_disk;
 use crate::copy::pipeline::{self, Copying};
@@ -195,10 +196,6 @@ fn answer(args: &CompareArgs, value: serde_json::Value, what: &str, status: u8) 
         print_line(what)?;
     }
     Ok(status)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Arguments of `flatdisk hash`.

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use serde_json::json;
 
 use super::chain::ParentArgs;
-use super::output::{complain, iec, parse_size, print_json, print_line};
+use super::output::{complain, iec, mind_extension, parse_size, print_json, print_line};
 use super::source::{image_of, partition_of};
 use super::spec::SpecArgs;
 use super::work::WorkArgs;
@@ -226,6 +226,9 @@ fn run(
     }
     if args.to_device {
         return Err(Error::invalid("the target is no block device").in_file(&args.target));
+    }
+    if let Target::Image(format) = target {
+        mind_extension(&args.target, format.name());
     }
     convert_disk(host, from, &args.target, target, options, progress)
 }

@@ -11,6 +11,7 @@ use super::chain::{ChainArgs, ParentArgs, generation};
 use super::output::{OutputArgs, iec, print_json, print_line};
 use super::progress::ProgressArgs;
 use super::source::image_of;
+use super::work::WorkArgs;
 use crate::copy::delta::{self, Summary};
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::places::directory_of;
@@ -132,13 +133,8 @@ pub struct ApplyArgs {
     target: PathBuf,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    progress: ProgressArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    work: WorkArgs,
 }
 
 /// Puts a delta onto an image.
@@ -146,11 +142,11 @@ pub fn apply(args: &ApplyArgs) -> Result<u8> {
     let target = image_of(&args.target)?;
     let options = args.parents.options(Access::Write);
     let mut file = delta_file(&args.delta, &target)?;
-    let bar = args.progress.start("applying", args.quiet)?;
+    let bar = args.work.start("applying")?;
     let applied = delta::apply(&HostFs::shared(), &mut file, &target, &options, &bar)
         .map_err(|e| if e.path().is_none() { e.in_file(&args.delta) } else { e })?;
     drop(bar);
-    if args.output.json() {
+    if args.work.json() {
         print_json(&json!({
             "filename": Name::from(&*target),
             "already": applied.already,
@@ -159,7 +155,7 @@ pub fn apply(args: &ApplyArgs) -> Result<u8> {
             "identity": applied.header.after.to_string(),
             "delta": applied.summary,
         }))?;
-    } else if !args.quiet {
+    } else if !args.work.quiet() {
         let name = target.display();
         let done = match (applied.already, applied.resumed) {
             (true, _) => "the delta is on it already".to_owned(),

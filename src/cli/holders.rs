@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind};
 use crate::fuse::control::Connection;
-use crate::fuse::mounts::{self, MountEntry};
+use crate::fuse::mounts::{self, MountEntry, processes_using};
 
 /// The error with who has the file open that it is about, as far as that can be seen.
 pub fn naming_them(error: Error) -> Error {
@@ -18,25 +18,12 @@ pub fn naming_them(error: Error) -> Error {
     }
 }
 
-/// A process that has the file at `path` open. Names alone are read, which never waits for a file system.
+/// A process that has the file at `path` open.
 fn holder(path: &Path) -> Option<String> {
-    let wanted = fs::canonicalize(path).ok()?;
-    let own = std::process::id().to_string();
-    for process in fs::read_dir("/proc").ok()?.flatten() {
-        let number = process.file_name();
-        let Some(number) = number.to_str().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) else {
-            continue;
-        };
-        let open = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-        let mut open = open.filter_map(|file| fs::read_link(file.path()).ok());
-        if number != own && open.any(|file| file == wanted) {
-            let program = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            let place = place_of(number).map(|place| format!(" at {}", place.display()));
-            let place = place.unwrap_or_default();
-            return Some(format!("process {number} ({}{place})", program.trim()));
-        }
-    }
-    None
+    let users = processes_using(&fs::canonicalize(path).ok()?);
+    let user = users.first()?;
+    let place = place_of(&user.process).map(|place| format!(" at {}", place.display()));
+    Some(format!("process {} ({}{})", user.process, user.program, place.unwrap_or_default()))
 }
 
 /// Where the daemon with this process id shows its images, if it is one of ours.

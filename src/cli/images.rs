@@ -6,9 +6,10 @@ use clap::Args;
 use serde_json::json;
 
 use super::chain::ParentArgs;
-use super::output::{OutputArgs, iec, mind_extension, parse_size, print_json, print_line};
+use super::output::{iec, mind_extension, parse_size, print_json, print_line};
 use super::source::image_of;
 use super::spec::SpecArgs;
+use super::work::DoneArgs;
 use crate::copy::in_place;
 use crate::disk::map::Geometry;
 use crate::error::{Error, Result};
@@ -63,11 +64,8 @@ pub struct CreateArgs {
     spec: SpecArgs,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    output: OutputArgs,
+    done: DoneArgs,
 }
 
 impl CreateArgs {
@@ -145,14 +143,14 @@ fn created(
     size: u64,
     parent: Option<&Image>,
 ) -> Result<u8> {
-    if args.output.json() {
+    if args.done.json() {
         print_json(&json!({
             "filename": Name::from(image),
             "format": format.name(),
             "virtual_size": size,
             "parent": parent.map(|parent| Name::from(&*parent.path)),
         }))?;
-    } else if !args.quiet {
+    } else if !args.done.quiet() {
         let (image, format) = (image.display(), format.name().to_uppercase());
         print_line(&format!("created {image}: {format} {what}, {}", iec(size)))?;
     }

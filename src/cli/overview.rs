@@ -22,22 +22,25 @@ const GROUPS: &[(&str, &[&str])] = &[
     ("The program itself", &[]),
 ];
 
+/// The command that clap adds, and what it says of it.
+const HELP: (&str, &str) = ("help", "Print this message or the help of the given subcommand(s)");
+
 /// The command line, with its commands in groups.
 pub(super) fn command() -> Command {
-    let mut command = Cli::command();
-    // What clap adds on its own, `help`, is there only once the command is built.
-    command.build();
+    let command = Cli::command();
     let text = format!(
         "{{before-help}}{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{}\
          Options:\n{{options}}{{after-help}}",
         groups(&command)
     );
-    Cli::command().help_template(text)
+    command.help_template(text)
 }
 
 /// Every group with its commands, a line each.
 fn groups(command: &Command) -> String {
-    let names: Vec<&str> = command.get_subcommands().map(Command::get_name).collect();
+    let own = command.get_subcommands().map(Command::get_name);
+    // Clap adds it on its own, once the command is built.
+    let names: Vec<&str> = own.chain([HELP.0]).collect();
     let width = names.iter().map(|name| name.len()).max().unwrap_or(0);
     let in_none = |name: &&str| !GROUPS.iter().any(|(_, commands)| commands.contains(name));
     let mut text = String::new();
@@ -49,7 +52,7 @@ fn groups(command: &Command) -> String {
         let _ = writeln!(text, "{heading}:");
         for name in commands.iter().copied().chain(rest) {
             let about = command.find_subcommand(name).and_then(Command::get_about);
-            let about = about.map(ToString::to_string).unwrap_or_default();
+            let about = about.map_or(HELP.1.to_owned(), ToString::to_string);
             let _ = writeln!(text, "  {name:width$}  {about}");
         }
         text.push('\n');
@@ -71,6 +74,8 @@ mod tests {
             let start = format!("  {name} ");
             let lines = help.lines().filter(|line| line.starts_with(&start)).count();
             assert_eq!(lines, 1, "{name}\n{help}");
+            let about = subcommand.get_about().unwrap().to_string();
+            assert!(help.contains(&about), "{name}: {about}\n{help}");
         }
         for name in GROUPS.iter().flat_map(|(_, commands)| *commands) {
             assert!(whole.find_subcommand(name).is_some(), "there is no command {name}");

@@ -12,6 +12,11 @@ pub fn prepare() {
     raise_file_limit();
 }
 
+/// What a crate does not expect of a file system ends in an error of the command, not in a report of a bug.
+pub fn panics_are_errors() {
+    std::panic::set_hook(Box::new(|_| ()));
+}
+
 /// A write beyond the limit of file sizes (`ulimit -f`) fails with EFBIG; its signal would end the
 /// process. It is caught, not ignored: programs that this one starts would inherit that.
 fn survive_file_size_limit() {

@@ -7,8 +7,9 @@ use serde_json::json;
 
 use super::chain::ParentArgs;
 use super::holders::naming_them;
-use super::output::{OutputArgs, print_json, print_line};
+use super::output::{print_json, print_line};
 use super::source::image_of;
+use super::work::DoneArgs;
 use crate::error::Result;
 use crate::formats::lifecycle;
 use crate::names::Name;
@@ -37,11 +38,8 @@ pub struct RenameArgs {
     children: bool,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    output: OutputArgs,
+    done: DoneArgs,
 }
 
 /// Gives an image another name.
@@ -57,11 +55,11 @@ pub fn rename(args: &RenameArgs) -> Result<u8> {
     let options = args.parents.options(Access::Write);
     let renamed = lifecycle::rename(&host, &old, &new, args.children, &options);
     let children = renamed.map_err(naming_them)?;
-    if args.output.json() {
+    if args.done.json() {
         let children = children.into_iter().map(Name).collect::<Vec<_>>();
         let (old, new) = (Name::from(&*old), Name::from(&*new));
         print_json(&json!({ "old": old, "new": new, "children": children }))?;
-    } else if !args.quiet {
+    } else if !args.done.quiet() {
         print_line(&format!("{} is called {} now", old.display(), new.display()))?;
         for child in &children {
             print_line(&format!("{} follows", child.display()))?;
@@ -93,11 +91,8 @@ pub struct DeleteArgs {
     force: bool,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    output: OutputArgs,
+    done: DoneArgs,
 }
 
 /// Removes an image with all its files.
@@ -107,10 +102,10 @@ pub fn delete(args: &DeleteArgs) -> Result<u8> {
     let host = HostFs::shared();
     let gone = lifecycle::delete(&host, image, args.force, args.dry_run, &options);
     let gone = gone.map_err(naming_them)?;
-    if args.output.json() {
+    if args.done.json() {
         let files = gone.into_iter().map(Name).collect::<Vec<_>>();
         print_json(&json!({ "files": files, "removed": !args.dry_run }))?;
-    } else if args.dry_run || !args.quiet {
+    } else if args.dry_run || !args.done.quiet() {
         let done = if args.dry_run { "would remove" } else { "removed" };
         gone.iter().try_for_each(|file| print_line(&format!("{done} {}", file.display())))?;
     }

@@ -11,8 +11,9 @@ use serde_json::json;
 use super::chain::ParentArgs;
 use super::holders::naming_them;
 use super::lifecycle::print_branch;
-use super::output::{OutputArgs, complain, iec, print_json, print_line};
+use super::output::{complain, iec, print_json, print_line};
 use super::source::image_of;
+use super::work::DoneArgs;
 use crate::error::{Error, Result};
 use crate::formats::snapshot;
 use crate::formats::tree::{self, Member, Stand};
@@ -50,11 +51,8 @@ pub struct SnapshotArgs {
     revert: Option<String>,
     #[command(flatten)]
     parents: ParentArgs,
-    /// Print nothing on success.
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
-    output: OutputArgs,
+    done: DoneArgs,
 }
 
 /// Freezes an image, shows what it stands on, or goes back.
@@ -67,9 +65,9 @@ pub fn snapshot(args: &SnapshotArgs) -> Result<u8> {
     let options = args.parents.options(Access::Read);
     if let Some(name) = &args.revert {
         let frozen = snapshot::revert(&host, &image, name, &options).map_err(naming_them)?;
-        if args.output.json() {
+        if args.done.json() {
             print_json(&json!({ "image": Name::from(&*image), "frozen": Name::from(&*frozen) }))?;
-        } else if !args.quiet {
+        } else if !args.done.quiet() {
             print_line(&format!("{} is as {} again", image.display(), frozen.display()))?;
         }
         return Ok(0);
@@ -80,13 +78,13 @@ pub fn snapshot(args: &SnapshotArgs) -> Result<u8> {
     if let Some(remark) = &taken.remark {
         complain(format_args!("{}: {remark}", taken.frozen.display()));
     }
-    if args.output.json() {
+    if args.done.json() {
         print_json(&json!({
             "image": Name::from(&*image),
             "frozen": Name::from(&*taken.frozen),
             "remark": taken.remark,
         }))?;
-    } else if !args.quiet {
+    } else if !args.done.quiet() {
         let (image, frozen) = (image.display(), taken.frozen.display());
         print_line(&format!("{image} is kept as {frozen}, and goes on in a child of it"))?;
     }
@@ -109,7 +107,7 @@ fn list(args: &SnapshotArgs, image: &Path) -> Result<u8> {
     let mut seen = HashSet::new();
     let down = std::iter::successors(Some(current), |index| below(*index));
     let head = down.take_while(|index| seen.insert(*index)).last().unwrap_or(current);
-    if args.output.json() {
+    if args.done.json() {
         let related = |index: &usize| {
             let mut seen = HashSet::new();
             let mut down = std::iter::successors(Some(*index), |index| below(*index));

@@ -59,8 +59,7 @@ pub fn volumes(args: &VolumesArgs) -> Result<u8> {
     let host = HostFs::shared();
     let options = OpenOptions { force: args.force, ..args.parents.options(Access::Peek) };
     if args.os {
-        // What a crate does not expect of a file system ends in an error, not in a report of a bug.
-        std::panic::set_hook(Box::new(|_| ()));
+        super::process::panics_are_errors();
     }
     let look = if args.usage { volumes::with_usage } else { volumes::volumes };
     let images = source::images_of(&args.images)?;

@@ -1,4 +1,4 @@
-//! What every command that works for long is told about what it prints.
+//! What commands are told about what they print: those that are done at once, and those that work for long.
 
 use clap::Args;
 
@@ -6,24 +6,17 @@ use super::output::OutputArgs;
 use super::progress::{Bar, ProgressArgs};
 use crate::error::Result;
 
-/// What a command prints while it works, and when it is done.
+/// What a command prints when it is done.
 #[derive(Debug, Clone, Copy, Default, Args)]
-pub struct WorkArgs {
+pub struct DoneArgs {
     /// Print nothing on success.
     #[arg(long, short)]
     quiet: bool,
     #[command(flatten)]
-    progress: ProgressArgs,
-    #[command(flatten)]
     output: OutputArgs,
 }
 
-impl WorkArgs {
-    /// Begins work called `what`, which a signal ends: see [`ProgressArgs::start`].
-    pub fn start(self, what: &str) -> Result<Bar> {
-        self.progress.start(what, self.quiet)
-    }
-
+impl DoneArgs {
     /// Whether to print nothing on success.
     pub fn quiet(self) -> bool {
         self.quiet
@@ -32,5 +25,31 @@ impl WorkArgs {
     /// Whether to print JSON.
     pub fn json(self) -> bool {
         self.output.json()
+    }
+}
+
+/// What a command prints while it works, and when it is done.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct WorkArgs {
+    #[command(flatten)]
+    progress: ProgressArgs,
+    #[command(flatten)]
+    done: DoneArgs,
+}
+
+impl WorkArgs {
+    /// Begins work called `what`, which a signal ends: see [`ProgressArgs::start`].
+    pub fn start(self, what: &str) -> Result<Bar> {
+        self.progress.start(what, self.done.quiet)
+    }
+
+    /// Whether to print nothing on success.
+    pub fn quiet(self) -> bool {
+        self.done.quiet()
+    }
+
+    /// Whether to print JSON.
+    pub fn json(self) -> bool {
+        self.done.json()
     }
 }

@@ -8,6 +8,7 @@ use sha2::Digest;
 use super::pipeline::{self, Copying};
 use super::sink::PipeSink;
 use super::source::Source;
+use crate::codec::hex;
 use crate::disk::Disk;
 use crate::error::Result;
 use crate::progress::Progress;
@@ -51,7 +52,6 @@ enum State {
 
 impl State {
     fn finish(self) -> String {
-        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         match self {
             Self::Sha256(state) => hex(&state.finalize()),
             Self::Sha1(state) => hex(&state.finalize()),

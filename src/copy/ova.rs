@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use super::convert::{From, Options};
 use super::pipeline::{self, Copying};
 use super::stream::StreamSink;
+use crate::codec::hex;
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::ova::descriptor::{Machine, envelope};
 use crate::formats::{CreateSpec, vmdk};
@@ -101,7 +102,6 @@ pub(super) fn write(
         return Err(Error::invalid("the name is too long").in_file(path));
     }
     description.resize(room, b' ');
-    let hex = |digest: &[u8]| digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let manifest = format!(
         "SHA256({ovf})= {}\nSHA256({disk})= {}\n",
         hex(&Sha256::digest(&description)),

@@ -234,8 +234,10 @@ pub(super) fn each_entry<const N: usize>(
 /// Bytes as hexadecimal digits, at most 64 of them.
 pub(super) fn hex(bytes: &[u8]) -> String {
     const MOST: usize = 64;
-    let digits: String = bytes.iter().take(MOST).map(|byte| format!("{byte:02x}")).collect();
-    if bytes.len() > MOST { digits + "…" } else { digits }
+    match bytes.get(..MOST) {
+        Some(first) if bytes.len() > MOST => codec::hex(first) + "…",
+        _ => codec::hex(bytes),
+    }
 }
 
 /// Bytes as text, up to the first NUL.

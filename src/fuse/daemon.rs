@@ -365,13 +365,13 @@ fn check_mountpoint(path: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Users other than root may let others in only if the administrator allows it.
 /// Whether users other than root may let others, root among them, into their mounts.
 pub fn users_may_allow_others() -> bool {
     fs::read_to_string("/etc/fuse.conf")
         .is_ok_and(|conf| conf.lines().any(|line| line.trim() == "user_allow_other"))
 }
 
+/// Users other than root may let others in only if the administrator allows it.
 fn check_allowed(options: &MountOptions) -> Result<()> {
     let others = matches!(options.allowed, Some(Allowed::Other | Allowed::Root));
     if geteuid().is_root() || !others {

@@ -276,11 +276,9 @@ fn busy(target: &Path) -> Error {
 /// Who has something open below `target`, as far as this user may see, and those who do not hang: processes
 /// and loop devices.
 pub fn users_of(target: &Path) -> Vec<String> {
-    let below = target.to_owned();
-    let crew = Crew::start(processes().collect(), move |path: &PathBuf| user_of(path, &below));
-    crew.wait(SEARCH);
-    let found = crew.end().into_iter().filter_map(|(_, user)| user.flatten());
-    let mut users: BTreeSet<_> = found.collect();
+    let found = processes_using(target).into_iter();
+    let mut users: BTreeSet<_> =
+        found.map(|user| format!("{} (process {})", user.program, user.process)).collect();
     for device in entries(Path::new("/sys/block")) {
         let Ok(file) = fs::read(device.path().join("loop/backing_file")) else { continue };
         if Path::new(OsStr::from_bytes(file.trim_ascii_end())).starts_with(target) {
@@ -290,16 +288,33 @@ pub fn users_of(target: &Path) -> Vec<String> {
     users.into_iter().collect()
 }
 
+/// A process that uses a file.
+pub struct User {
+    /// Its number.
+    pub process: String,
+    /// What it runs.
+    pub program: String,
+}
+
+/// The other processes that have `target`, or something below it, open, as far as this user may see, and
+/// those that do not hang. Names alone are read, which waits for no other file system.
+pub fn processes_using(target: &Path) -> Vec<User> {
+    let below = target.to_owned();
+    let crew = Crew::start(processes().collect(), move |path: &PathBuf| user_of(path, &below));
+    crew.wait(SEARCH);
+    crew.end().into_iter().filter_map(|(_, user)| user.flatten()).collect()
+}
+
 /// The process with this directory in `/proc`, if it has something open below `target`.
-fn user_of(path: &Path, target: &Path) -> Option<String> {
+fn user_of(path: &Path, target: &Path) -> Option<User> {
     let below = |link: io::Result<PathBuf>| link.is_ok_and(|path| path.starts_with(target));
     let id = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
     let uses = ["cwd", "root", "exe"].iter().any(|link| below(fs::read_link(path.join(link))))
         || entries(&path.join("fd")).any(|fd| below(fs::read_link(fd.path())));
     let other = uses && id != std::process::id().to_string();
     other.then(|| {
-        let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
-        format!("{} (process {id})", name.trim())
+        let program = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        User { process: id.to_owned(), program: program.trim().to_owned() }
     })
 }
 

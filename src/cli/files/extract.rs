@@ -47,6 +47,9 @@ pub struct CpArgs {
     /// Copy directories with all that is in them.
     #[arg(long, short)]
     recursive: bool,
+    /// Do not say what is left out.
+    #[arg(long, short)]
+    quiet: bool,
     #[command(flatten)]
     parents: ParentArgs,
 }
@@ -85,7 +88,7 @@ pub fn cp(args: &CpArgs) -> Result<u8> {
         // The root of a file system has no name of its own.
         None => copy.children(&source.path, folder_fd.as_fd(), &folder, 0)?,
     }
-    if copy.skipped > 0 {
+    if copy.skipped > 0 && !args.quiet {
         eprintln!(
             "flatdisk: {} left out, which are neither files, directories nor links",
             copy.skipped

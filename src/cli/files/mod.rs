@@ -17,7 +17,7 @@ use serde_json::json;
 use super::bytes::{DiskArgs, RangeArgs, print_range};
 use super::chain::ParentArgs;
 use super::output::{OutputArgs, escaped, print_bytes, print_json, print_line};
-use super::source;
+use super::{process, source};
 use crate::disk::Disk;
 use crate::disk::window::Window;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -123,8 +123,7 @@ impl Target {
 
     /// Opens the file system, and says what is odd about it.
     fn files(&self, parents: &ParentArgs) -> Result<Box<dyn FileSystem>> {
-        // What a crate does not expect of a file system ends in an error, not in a report of a bug.
-        std::panic::set_hook(Box::new(|_| ()));
+        process::panics_are_errors();
         let disk = self.disk(parents)?;
         let opened = volumes(&disk)
             .and_then(|volumes| volumes.place(self.partition))

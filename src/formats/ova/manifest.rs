@@ -10,6 +10,7 @@ use sha2::digest::DynDigest;
 use sha2::{Sha256, Sha512};
 
 use super::has_extension;
+use crate::codec::hex;
 use crate::error::{Error, Result};
 use crate::formats::{Report, Severity};
 use crate::progress::Progress;

@@ -8,7 +8,7 @@ use super::layout::{LOG_SECTOR, PHYSICAL_SECTOR_SIZE, RawItem, VIRTUAL_DISK_ID};
 use super::logged::Pages;
 use super::metadata::Item;
 use super::open::Parts;
-use crate::codec::read_exact;
+use crate::codec::{hex, read_exact};
 use crate::disk::map::BlockMap;
 use crate::error::{Error, Result};
 use crate::formats::OpenContext;
@@ -41,7 +41,7 @@ pub(super) fn list(file: Arc<dyn Storage>, force: bool) -> Result<Vec<Entry>> {
         if item.length <= SHOWN {
             let mut bytes = vec![0; item.length as usize];
             read_exact(&*parts.file, place(&parts, item), &mut bytes, "a user item")?;
-            value = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            value = hex(&bytes);
         }
         let can_be = format!("{} bytes in hexadecimal", item.length);
         entries.push(Entry::new(format!("{USER}{}", item.guid), value).settable(can_be));

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Node, Pinned, Tree};
+use super::pinned::Pinned;
+use super::{Node, Tree};
 use crate::error::{Error, Result};
 use crate::formats::Label;
 use crate::fuse::crew::Crew;

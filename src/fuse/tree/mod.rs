@@ -25,6 +25,7 @@
 //! - `layer`: throw-away layers of single images;
 //! - `names`: names;
 //! - `partitions`: files of partitions;
+//! - `pinned`: what the user named, and whether the host answers for it;
 //! - `tests`: tests of the tree without a kernel;
 //! - `upkeep`: what is done for all images at once.
 
@@ -35,6 +36,7 @@ mod files;
 mod layer;
 mod names;
 mod partitions;
+mod pinned;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -66,6 +68,7 @@ use crate::fuse::under_way::UnderWay;
 use crate::storage::FileIdentity;
 use anew::Anew;
 use children::Searches;
+use pinned::Pinned;
 
 /// Inode number of the root.
 pub const ROOT: u64 = 1;
@@ -253,7 +256,7 @@ impl What {
 }
 
 /// What a name stands for.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Found {
     Folder(Place, FileIdentity),
     Image(Place, FileIdentity),
@@ -278,15 +281,6 @@ impl Found {
         // Room for the numbers below, and for signed arithmetic of programs.
         (hasher.finish() >> 1).max(ROOT + 1)
     }
-}
-
-/// Something in the root that the user named.
-#[derive(Debug, Clone)]
-struct Pinned {
-    place: Place,
-    folder: bool,
-    /// The partitions of the image show, too.
-    partitions: bool,
 }
 
 /// Tells the kernel that its pages of a file are old, and waits for it to drop them or not.
@@ -370,7 +364,15 @@ impl Tree {
     /// Looks up `name` in the directory `parent`; the kernel holds one more reference to the node.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Attributes> {
         let parent = self.node(parent)?;
-        let node = self.enter(self.find(&parent, name)?);
+        match parent.what {
+            What::Root => self.lookup_in_root(&parent, name),
+            _ => self.enter_and_describe(self.find(&parent, name)?),
+        }
+    }
+
+    /// What stat(2) shows of what was found; the kernel holds one more reference to the node.
+    fn enter_and_describe(&self, found: Found) -> Result<Attributes> {
+        let node = self.enter(found);
         self.attributes_of(&node).inspect_err(|_| self.forget(node.ino, 1))
     }
 

@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::partitions::add_parts;
+use super::pinned::{Answer, GLANCE, Pinned};
 use super::{
-    Attributes, DirEntry, EXAMINED, Found, Handle, Kind, MAX_LISTINGS, Node, PROBLEM_SUFFIX,
-    Pinned, ROOT, Tree, What, not_a_folder, not_found,
+    Attributes, DirEntry, EXAMINED, Found, Handle, Kind, MAX_LISTINGS, Node, PROBLEM_SUFFIX, ROOT,
+    Tree, What, not_a_folder, not_found,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::crew::Crew;
@@ -23,8 +24,7 @@ use crate::fuse::source::{Place, Source, normalise};
 use crate::storage::remembered::identity;
 use crate::storage::{FileIdentity, archive};
 
-/// How long files may take to say whether they are images: together, and each of very many.
-const GLANCE: Duration = Duration::from_secs(1);
+/// How long each of very many files may take to say whether it is an image.
 const PER_FILE: Duration = Duration::from_millis(1);
 
 impl Tree {
@@ -46,16 +46,16 @@ impl Tree {
         let name = absolute.file_name().or(real.file_name()).unwrap_or(OsStr::new("root"));
         let (shown, pinned) = if meta.is_dir() {
             let place = Place::top(Source::open(&real)?);
-            (name.to_owned(), Pinned { place, folder: true, partitions: false })
+            (name.to_owned(), Pinned::new(place, true))
         } else if archive::has_name(&real) {
             let place = place_of(&real)?;
             place.archive()?;
-            (name.to_owned(), Pinned { place, folder: true, partitions: false })
+            (name.to_owned(), Pinned::new(place, true))
         } else {
             let place = place_of(&real)?;
             // Named by the user, so that it is no image is an error of the whole mount.
             self.images.examine(&place)?;
-            (self.shown(name), Pinned { place, folder: false, partitions: false })
+            (self.shown(name), Pinned::new(place, false))
         };
         self.refuse_own(&real)?;
         if let Some(other) = self.pinned.get_mut().insert(shown.clone(), pinned) {
@@ -183,7 +183,7 @@ impl Tree {
         let mut parts = Vec::new();
         match &node.what {
             What::Root => {
-                self.pinned_entries(&mut entries, &mut parts)?;
+                self.pinned_entries(&mut entries, &mut parts);
                 if let Some(place) = &self.mirror {
                     self.mirrored_entries(place, &mut entries, &mut parts)?;
                 }
@@ -195,37 +195,32 @@ impl Tree {
         Ok(self.new_handle(Handle::Folder(entries.into())))
     }
 
-    fn pinned_entries(&self, entries: &mut Vec<DirEntry>, parts: &mut Vec<DirEntry>) -> Result<()> {
-        let pinned = self.pinned.read().clone();
-        let images = pinned.values().filter(|pinned| !pinned.folder);
-        let facts = self.facts_of(images.map(|pinned| pinned.place.clone()).collect());
-        let mut facts = facts.into_iter();
-        for (shown, Pinned { place, folder, partitions }) in pinned {
-            let facts = if folder { None } else { facts.next().flatten() };
-            if !folder && facts.is_none() {
+    fn pinned_entries(&self, entries: &mut Vec<DirEntry>, parts: &mut Vec<DirEntry>) {
+        let crew = self.ask_pinned();
+        crew.wait(GLANCE);
+        for ((shown, pinned), answer) in crew.end() {
+            let Pinned { place, folder, partitions, .. } = pinned;
+            let kind = if folder { Kind::Folder } else { Kind::File };
+            let make = if folder { Found::Folder } else { Found::Image };
+            let Some(Answer { identity, facts }) = answer.flatten() else {
                 // It does not answer now: only its name is known.
-                let found = Found::Image(place, FileIdentity { device: 0, inode: 0, part: 0 });
-                entries.push(DirEntry { ino: found.ino(), kind: Kind::File, name: shown });
+                let found = make(place, FileIdentity { device: 0, inode: 0, part: 0 });
+                entries.push(DirEntry { ino: found.ino(), kind, name: shown });
+                continue;
+            };
+            let Ok(identity) = identity else { continue };
+            let base = strip_suffix(&shown, &self.look.suffix).unwrap_or(&shown);
+            if !folder && facts.is_none_or(|facts| facts.is_err()) {
+                let name = [base, PROBLEM_SUFFIX.as_ref()].into_iter().collect();
+                let ino = Found::Problem(place, identity).ino();
+                entries.push(DirEntry { ino, kind, name });
                 continue;
             }
-            let Ok(meta) = place.stat() else { continue };
-            let (found, name) = if folder {
-                (Found::Folder(place, identity(&meta)), shown)
-            } else if facts.is_some_and(|facts| facts.is_ok()) {
-                if partitions || self.look.partitions {
-                    let base = strip_suffix(&shown, &self.look.suffix).unwrap_or(&shown).to_owned();
-                    self.part_entries(&place, identity(&meta), &base, parts);
-                }
-                (Found::Image(place, identity(&meta)), shown)
-            } else {
-                let base = strip_suffix(&shown, &self.look.suffix).unwrap_or(&shown);
-                let name = [base, PROBLEM_SUFFIX.as_ref()].into_iter().collect();
-                (Found::Problem(place, identity(&meta)), name)
-            };
-            let kind = if folder { Kind::Folder } else { Kind::File };
-            entries.push(DirEntry { ino: found.ino(), kind, name });
+            if !folder && (partitions || self.look.partitions) {
+                self.part_entries(&place, identity, base, parts);
+            }
+            entries.push(DirEntry { ino: make(place, identity).ino(), kind, name: shown });
         }
-        Ok(())
     }
 
     fn mirrored_entries(
@@ -327,7 +322,7 @@ impl Tree {
         if pinned.contains_key(&shown) {
             return Err(exists());
         }
-        pinned.insert(shown.clone(), Pinned { place, folder, partitions: false });
+        pinned.insert(shown.clone(), Pinned::new(place, folder));
         Ok(shown)
     }
 

@@ -5,17 +5,15 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::pinned::GLANCE;
 use super::{Node, Tree, What};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::crew::Crew;
 use crate::fuse::facts::Facts;
 use crate::fuse::image::{ImageFile, Usage};
 use crate::fuse::source::Place;
-
-/// How long an image may take to describe itself. A `status` takes little longer.
-const GLANCE: Duration = Duration::from_secs(1);
 
 /// How long images may take to be closed before the log says which are not.
 const CLOSING: Duration = Duration::from_secs(10);
@@ -110,8 +108,10 @@ impl Tree {
         while !crew.wait(CLOSING) {}
     }
 
-    /// The images in use. Says of those that do not answer no more than that.
+    /// The images in use, and what else does not answer. Says of those that do not no more than that. A
+    /// `status` takes little longer than [`GLANCE`].
     pub fn usage(self: &Arc<Self>) -> Vec<ImageUsage> {
+        let asked = self.ask_pinned();
         let nodes = self.images_in_use();
         let tree = self.clone();
         let crew = Crew::start(nodes, move |node| {
@@ -119,8 +119,10 @@ impl Tree {
             let _turn = image.describing.try_lock_for(GLANCE)?;
             Some(tree.usage_of(image))
         });
+        let begun = Instant::now();
         crew.wait(GLANCE);
         let answers = crew.end();
+        asked.wait(GLANCE.saturating_sub(begun.elapsed()));
         let waiting = self.under_way.longer_than(GLANCE);
         let used = answers.into_iter().filter_map(|(node, answer)| {
             let silent = waiting.get(&node.ino).copied();
@@ -137,7 +139,28 @@ impl Tree {
                 }),
             }
         });
-        used.collect()
+        let mut used: Vec<_> = used.collect();
+        let mut add = |other: ImageUsage| {
+            if used.iter().all(|known| known.path != other.path) {
+                used.push(other);
+            }
+        };
+        for (node, time) in
+            waiting.iter().filter_map(|(ino, time)| Some((self.node(*ino).ok()?, time)))
+        {
+            let place = match &node.what {
+                What::Root => self.mirror.as_ref(),
+                What::Folder(place) | What::Problem(place, _) => Some(place),
+                _ => node.image().map(|(image, _)| &image.place),
+            };
+            if let Some(path) = place.map(Place::path) {
+                add(ImageUsage { path, silent: Some(*time), ..ImageUsage::default() });
+            }
+        }
+        let pinned = asked.end().into_iter();
+        let silent = pinned.filter(|(_, answer)| answer.as_ref().is_none_or(Option::is_none));
+        silent.for_each(|((_, pinned), _)| add(pinned.silent()));
+        used
     }
 
     fn usage_of(&self, image: &ImageFile) -> ImageUsage {

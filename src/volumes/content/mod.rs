@@ -25,6 +25,7 @@ use std::cell::{Cell, RefCell};
 use serde::Serialize;
 
 use super::bytes::Bytes;
+use crate::codec::hex;
 use crate::disk::Disk;
 use crate::disk::window::Window;
 use crate::error::Error;
@@ -227,6 +228,6 @@ fn nothing_known(probe: &Probe<'_>) -> Content {
     if zeroes {
         return Content::untyped(Kind::Empty);
     }
-    let head = probe.head.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let head = hex(&probe.head[..probe.head.len().min(16)]);
     Content { head: Some(head), ..Content::untyped(Kind::Unknown) }
 }
