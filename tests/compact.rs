@@ -216,3 +216,17 @@ fn info_tells_how_blocks_lie_and_what_is_to_be_won() {
         assert!(layout(&path)["blocks_unknown"].is_string(), "{name}");
     }
 }
+
+/// Windows puts the next block where the footer was; its data is aligned if the file ends on 4 KiB.
+#[test]
+fn a_compacted_vhd_ends_on_a_multiple_of_4_kib() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.vhd");
+    make(&path);
+    let (status, _) = ask(&["compact", "--json"], &path);
+    assert_eq!(status, Some(0));
+    let len = path.metadata().unwrap().len();
+    assert!(len < 4 << 20 && len.is_multiple_of(4096), "{len}");
+    let (_, answer) = ask(&["compact", "--json"], &path);
+    assert_eq!(path.metadata().unwrap().len(), len, "{answer}");
+}

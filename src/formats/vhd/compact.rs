@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::footers::Footers;
-use super::layout::{DiskType, FOOTER, REACH, SECTOR};
+use super::layout::{DiskType, FOOTER, REACH, SECTOR, footer_place};
 use super::resize::trim;
 use super::sound::{Entries, Sound, move_footer};
 use super::structure::Structure;
@@ -74,6 +74,12 @@ impl Sparse {
         entries.write(plan, "BAT entries of blocks that are given up");
         Ok(())
     }
+
+    /// Where the footer goes behind data that ends at `end`; one that is there already does not move out.
+    fn footer_behind(&self, end: u64) -> u64 {
+        let place = footer_place(end);
+        if end <= self.footer_at { place.min(self.footer_at) } else { place }
+    }
 }
 
 impl Blocks for Sparse {
@@ -119,7 +125,7 @@ impl Blocks for Sparse {
     }
 
     fn length(&self, end: u64) -> u64 {
-        end.next_multiple_of(SECTOR) + FOOTER
+        self.footer_behind(end) + FOOTER
     }
 
     fn prepare(&mut self, _: &[Range<u64>], plan: &mut Steps) -> Result<()> {
@@ -135,7 +141,8 @@ impl Blocks for Sparse {
         let stride = self.structure.stride();
         let end = moves.iter().map(|moved| moved.to + stride).max().unwrap_or(0);
         let footer = self.footers.bytes();
-        move_footer(&self.file, footer, &mut self.footer_at, end.next_multiple_of(SECTOR), plan);
+        let place = self.footer_behind(end);
+        move_footer(&self.file, footer, &mut self.footer_at, place, plan);
         let mut entries = Entries::new(&self.file, self.structure.table_at);
         for moved in moves {
             let what = format!("block {}, in its new place", moved.number);
@@ -155,7 +162,7 @@ impl Blocks for Sparse {
                 plan.punch(&self.file, range.clone(), "nothing uses this space");
             }
         }
-        trim(&self.file, &self.footers.footer, end.next_multiple_of(SECTOR), self.footer_at, plan);
+        trim(&self.file, &self.footers.footer, self.footer_behind(end), self.footer_at, plan);
         Ok(())
     }
 }
