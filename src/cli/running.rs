@@ -555,6 +555,11 @@ fn print_mount(mount: &MountStatus) -> Result<()> {
         if let Some(seconds) = image.silent_seconds {
             state += &format!(", has not answered for {seconds} s");
         }
+        if image.readers + image.writers == 0 && image.throw_away.is_none() {
+            let state = state.trim_start_matches(", ");
+            print_line(&format!("  {}: {state}", image.image.display()))?;
+            continue;
+        }
         let displaced = image.displaced.iter().map(|how| format!(" ({how})")).collect::<String>();
         print_line(&format!(
             "  {}{displaced}: {} reading, {} writing{state}; \

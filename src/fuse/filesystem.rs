@@ -54,7 +54,7 @@ thread_local! {
 /// The file system that fuser serves.
 pub struct Shell {
     tree: Arc<Tree>,
-    lanes: Lanes,
+    lanes: Arc<Lanes>,
     writeback: bool,
     /// Present where the kernel may read by itself.
     passthrough: Option<Arc<Passthrough>>,
@@ -67,16 +67,20 @@ thread_local! {
     static END: RefCell<Option<End>> = const { RefCell::new(None) };
 }
 
-struct End(Sender<Event>);
+struct End {
+    lanes: Arc<Lanes>,
+    ended: Sender<Event>,
+}
 
 impl Drop for End {
     fn drop(&mut self) {
-        let _ = self.0.send(Event::Ending);
+        self.lanes.end();
+        let _ = self.ended.send(Event::Ending);
     }
 }
 
 impl Shell {
-    /// Serves `tree` by `threads` threads; `ended` hears of the end of the session.
+    /// Serves `tree` by [`Lanes::threads`] of `threads` threads; `ended` hears of the end of the session.
     pub fn new(
         tree: Arc<Tree>,
         options: &MountOptions,
@@ -87,7 +91,7 @@ impl Shell {
         let passthrough = options.passthrough && options.nonpersistent.is_none();
         Self {
             tree,
-            lanes: Lanes::new(threads),
+            lanes: Arc::new(Lanes::new(threads, Lanes::threads(threads))),
             writeback: options.writeback,
             passthrough: passthrough.then(Arc::default),
             ended,
@@ -106,7 +110,12 @@ impl Shell {
         data: &[u8],
         act: impl FnOnce(&Arc<Tree>, &[u8]) + Send + 'static,
     ) {
-        END.with_borrow_mut(|end| _ = end.get_or_insert_with(|| End(self.ended.clone())));
+        END.with_borrow_mut(|end| {
+            end.get_or_insert_with(|| {
+                self.lanes.witness();
+                End { lanes: self.lanes.clone(), ended: self.ended.clone() }
+            });
+        });
         if let Some(_serving) = self.lanes.serve() {
             let _work = self.tree.under_way.begin(ino.0);
             return act(&self.tree, data);

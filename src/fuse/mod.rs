@@ -79,6 +79,7 @@ use nix::unistd::geteuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use filesystem::Shell;
+use lanes::Lanes;
 use options::{Allowed, MountOptions};
 use tree::Tree;
 
@@ -105,7 +106,7 @@ impl Mounted {
         events: Sender<daemon::Event>,
     ) -> Result<Self> {
         let failed = |e: io::Error| mount_failed(&e).in_file(mountpoint);
-        find_threads(threads(options))?;
+        find_threads(Lanes::threads(threads(options)))?;
         let shell = Shell::new(tree.clone(), options, threads(options), events);
         let config = config(source, options);
         let session = match handed {
@@ -189,12 +190,12 @@ fn config(source: &str, options: &MountOptions) -> Config {
         Allowed::Root => SessionACL::RootAndOwner,
         Allowed::Other => SessionACL::All,
     };
-    config.n_threads = Some(threads(options));
+    config.n_threads = Some(Lanes::threads(threads(options)));
     config.clone_fd = true;
     config
 }
 
-/// Threads that read requests: enough that a few long ones (fsync, a large discard) keep nobody waiting.
+/// Threads that read requests at a time: enough that a few long ones (fsync, a large discard) keep nobody waiting.
 fn threads(options: &MountOptions) -> usize {
     options.threads.unwrap_or_else(default_threads)
 }
