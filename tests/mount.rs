@@ -166,7 +166,8 @@ fn what_was_written_is_in_the_image_after_umount() {
     // umount(2) alone would not wait for this.
     let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let open = files.filter_map(|fd| fs::read_link(fd.path()).ok());
-    assert_eq!(open.filter(|file| file.starts_with(folder.path())).count(), 0);
+    let open: Vec<_> = open.filter(|file| file.starts_with(folder.path())).collect();
+    assert!(open.is_empty(), "{open:?}");
     wait_until("the daemon is gone", || !alive(pid));
     let mount = Background::new(&folder.path().join("a.vhd"), &["--ro"]);
     let mut read = [0; 4];

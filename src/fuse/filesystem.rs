@@ -80,18 +80,19 @@ impl Drop for End {
 }
 
 impl Shell {
-    /// Serves `tree` by [`Lanes::threads`] of `threads` threads; `ended` hears of the end of the session.
+    /// Serves `tree` by `all` threads, of which `readers` read at a time; `ended` hears of the end of the session.
     pub fn new(
         tree: Arc<Tree>,
         options: &MountOptions,
-        threads: usize,
+        readers: usize,
+        all: usize,
         ended: Sender<Event>,
     ) -> Self {
         // The kernel would write to the image whatever layer is above it by then.
         let passthrough = options.passthrough && options.nonpersistent.is_none();
         Self {
             tree,
-            lanes: Arc::new(Lanes::new(threads, Lanes::threads(threads))),
+            lanes: Arc::new(Lanes::new(readers, all)),
             writeback: options.writeback,
             passthrough: passthrough.then(Arc::default),
             ended,

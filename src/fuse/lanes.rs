@@ -21,7 +21,7 @@ const STEP: Duration = Duration::from_millis(20);
 /// How long a spare thread waits for work.
 const IDLE: Duration = Duration::from_secs(10);
 /// Reading threads that replace others which hang.
-const RESERVE: usize = 12;
+pub const RESERVE: usize = 12;
 /// Spare threads at most. More requests than that hang only where all images do.
 const MOST: usize = 1024;
 
@@ -86,11 +86,6 @@ struct State {
 }
 
 impl Lanes {
-    /// All threads of a session of which `readers` read at a time.
-    pub fn threads(readers: usize) -> usize {
-        readers + RESERVE
-    }
-
     /// For `all` threads, of which `readers` read at a time.
     pub fn new(readers: usize, all: usize) -> Self {
         Self {

@@ -79,9 +79,12 @@ use nix::unistd::geteuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use filesystem::Shell;
-use lanes::Lanes;
+use lanes::RESERVE;
 use options::{Allowed, MountOptions};
 use tree::Tree;
+
+/// Threads that are left to the daemon's other work where there are few to be had.
+const OTHERS: usize = 8;
 
 /// Whether a user may open and close images and end the mount: the daemon's own, and root.
 pub fn is_master(uid: u32) -> bool {
@@ -106,9 +109,11 @@ impl Mounted {
         events: Sender<daemon::Event>,
     ) -> Result<Self> {
         let failed = |e: io::Error| mount_failed(&e).in_file(mountpoint);
-        find_threads(Lanes::threads(threads(options)))?;
-        let shell = Shell::new(tree.clone(), options, threads(options), events);
-        let config = config(source, options);
+        let readers = options.threads.unwrap_or_else(default_threads);
+        let all = find_threads(readers)?;
+        let shell = Shell::new(tree.clone(), options, readers, all, events);
+        let mut config = config(source, options);
+        config.n_threads = Some(all);
         let session = match handed {
             // Whoever mounted said who may use it, and the kernel sees to that.
             Some(fuse) => Session::from_fd(shell, fuse, SessionACL::All, config),
@@ -129,23 +134,30 @@ impl Mounted {
     }
 }
 
-/// Fails where there are not as many threads to be had. Without them the session would end as soon as it
-/// has begun, and a mount with nobody behind it stay.
-fn find_threads(count: usize) -> Result<()> {
+/// How many threads a session gets of which `readers` read at a time: a reserve too, where there are so many
+/// to be had and some for the daemon's other work.
+///
+/// Fails where not even `readers` are. Without them the session would end as soon as it has begun, and a
+/// mount with nobody behind it stay.
+fn find_threads(readers: usize) -> Result<usize> {
     let (held, wait) = std::sync::mpsc::channel::<()>();
     let wait = Arc::new(parking_lot::Mutex::new(wait));
-    let begin = |_| {
+    let (mut begun, mut failure) = (Vec::new(), None);
+    while begun.len() < readers + RESERVE + OTHERS && failure.is_none() {
         let wait = wait.clone();
-        std::thread::Builder::new().spawn(move || wait.lock().recv().is_ok())
-    };
-    let begun: io::Result<Vec<_>> = (0..count).map(begin).collect();
+        let thread = std::thread::Builder::new().spawn(move || wait.lock().recv().is_ok());
+        thread.map_or_else(|e| failure = Some(e), |thread| begun.push(thread));
+    }
     drop(held);
-    let begun = begun.map_err(|e| {
-        let what = format!("starting the {count} threads that serve requests");
-        Error::io(what, &e).hint("-o threads=4 needs fewer; `ulimit -u` limits them")
-    })?;
+    let found = begun.len();
     begun.into_iter().for_each(|thread| _ = thread.join());
-    Ok(())
+    match failure {
+        Some(e) if found < readers => {
+            let what = format!("starting the {readers} threads that serve requests");
+            Err(Error::io(what, &e).hint("-o threads=4 needs fewer; `ulimit -u` limits them"))
+        }
+        _ => Ok(readers + found.saturating_sub(readers + OTHERS)),
+    }
 }
 
 /// Makes the kernel drop its pages of a file. That may wait for requests under way, which only others
@@ -190,16 +202,12 @@ fn config(source: &str, options: &MountOptions) -> Config {
         Allowed::Root => SessionACL::RootAndOwner,
         Allowed::Other => SessionACL::All,
     };
-    config.n_threads = Some(Lanes::threads(threads(options)));
     config.clone_fd = true;
     config
 }
 
-/// Threads that read requests at a time: enough that a few long ones (fsync, a large discard) keep nobody waiting.
-fn threads(options: &MountOptions) -> usize {
-    options.threads.unwrap_or_else(default_threads)
-}
-
+/// Threads that read requests at a time: enough that a few long ones (fsync, a large discard) keep nobody
+/// waiting.
 fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(4, 16)
 }
