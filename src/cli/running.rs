@@ -372,7 +372,10 @@ fn wait_for_end(daemon: &mut Connection, mount: &MountEntry, patience: Duration)
     if let Some(answer) = daemon.answer_within(GLANCE)? {
         return Ok(End::Closed(answer));
     }
-    if let Some(place) = mounts::elsewhere(&mount.device)? {
+    // When the mount is gone everywhere, a new one may have its device number.
+    if let Some(place) = mounts::elsewhere(&mount.device)?
+        && ending(daemon, mount).is_none()
+    {
         return Ok(End::MountedElsewhere(place));
     }
     // What holds a file system without mounting it where that can be seen (another file system laid

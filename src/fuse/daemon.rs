@@ -29,7 +29,7 @@ use signal_hook::iterator::Signals;
 
 use super::control::{Server, Service};
 use super::facts::HostOpener;
-use super::mounts::{self, MountEntry};
+use super::mounts::{self, Life, MountEntry};
 use super::options::{Allowed, MountOptions};
 use super::tree::{Look, Tree};
 use super::{Mounted, control, handed, privileges};
@@ -189,7 +189,7 @@ impl Prepared {
             let _ = unmount_own(&entry.device, false);
         }
         self.wait(&ended, &entry.device);
-        clear_remains(&entry.device);
+        clear_remains(&entry);
         ending.store(true, Ordering::Relaxed);
         notify("STOPPING=1\nSTATUS=Closing images");
         drop(flusher);
@@ -296,11 +296,19 @@ fn unmount_own(device: &str, lazy: bool) -> Result<()> {
 
 /// Unmounts what nobody serves any more: the session may have ended by itself, for want of threads or
 /// because the kernel aborted it.
-fn clear_remains(device: &str) {
-    let still = |table: Vec<MountEntry>| table.iter().any(|entry| entry.device == device);
-    if mounts::mount_table().is_ok_and(still) {
+fn clear_remains(own: &MountEntry) {
+    // The device number is free from the moment the mount is gone: a new one may have it, and be alive.
+    let remains = |entry: &MountEntry| {
+        entry.device == own.device
+            && match mounts::life(&entry.target) {
+                Life::Dead => true,
+                Life::Silent => entry.target == own.target,
+                Life::Answers => false,
+            }
+    };
+    if mounts::mount_table().is_ok_and(|table| table.iter().any(remains)) {
         log::error!("the session ended before the mount did");
-        if let Err(e) = unmount_own(device, true) {
+        if let Err(e) = unmount_own(&own.device, true) {
             log::error!("{e}");
         }
     }

@@ -224,17 +224,39 @@ pub fn absolute(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Whether nobody answers at `path` any more. A daemon that takes its time is not dead.
-pub fn is_dead(path: &Path) -> bool {
+/// Whether somebody serves a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    /// A daemon answers.
+    Answers,
+    /// Nobody has answered yet.
+    Silent,
+    /// Nobody will.
+    Dead,
+}
+
+/// Whether somebody answers at `path`.
+pub fn life(path: &Path) -> Life {
     let path = path.to_owned();
     let (sender, answer) = mpsc::channel();
     // The kernel waits for an answer without an end.
     let asked = thread::Builder::new().name("look".into()).spawn(move || {
         // It remembers attributes for a while, also when nobody is left who could know them.
         let gone = [Errno::ENOTCONN, Errno::ECONNABORTED];
-        sender.send(statvfs(&path).is_err_and(|e| gone.contains(&e)))
+        sender.send(match statvfs(&path) {
+            Err(e) if gone.contains(&e) => Life::Dead,
+            _ => Life::Answers,
+        })
     });
-    asked.is_ok() && answer.recv_timeout(LOOK).unwrap_or(false)
+    match asked {
+        Ok(_) => answer.recv_timeout(LOOK).unwrap_or(Life::Silent),
+        Err(_) => Life::Silent,
+    }
+}
+
+/// Whether nobody answers at `path` any more. A daemon that takes its time is not dead.
+pub fn is_dead(path: &Path) -> bool {
+    life(path) == Life::Dead
 }
 
 /// Unmounts `target`, as root directly, else through fusermount3. `Busy` if it is in use.
