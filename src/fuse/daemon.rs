@@ -298,13 +298,10 @@ fn unmount_own(device: &str, lazy: bool) -> Result<()> {
 /// because the kernel aborted it.
 fn clear_remains(own: &MountEntry) {
     // The device number is free from the moment the mount is gone: a new one may have it, and be alive.
+    // Looking at it in vain could make its unmounting fail.
     let remains = |entry: &MountEntry| {
-        entry.device == own.device
-            && match mounts::life(&entry.target) {
-                Life::Dead => true,
-                Life::Silent => entry.target == own.target,
-                Life::Answers => false,
-            }
+        let alike = entry.device == own.device && entry.target == own.target;
+        alike && mounts::life(&entry.target) != Life::Answers
     };
     if mounts::mount_table().is_ok_and(|table| table.iter().any(remains)) {
         log::error!("the session ended before the mount did");

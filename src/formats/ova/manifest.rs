@@ -80,10 +80,6 @@ pub(super) fn with_digest(text: &[u8], name: &Path, contents: &[u8]) -> Result<V
     Ok(new)
 }
 
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Compares all files of an archive with what its manifest says.
 pub(super) fn check(
     archive: &Arc<Archive>,
