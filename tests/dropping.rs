@@ -170,15 +170,9 @@ impl BlockMap for Noted {
         Ok(())
     }
 
-    fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan> {
+    fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan<'_>> {
         Err(Error::invalid("everything is there"))
     }
-
-    fn commit_write(&self, _plan: WritePlan) -> Result<()> {
-        Ok(())
-    }
-
-    fn abort_write(&self, _plan: WritePlan) {}
 
     fn flush(&self) -> Result<()> {
         self.note("flush");

@@ -425,7 +425,7 @@ fn every_sync_and_every_order_is_one_that_a_crash_can_show() {
 fn driver_place(traces: &[Trace<'_>], (number, at): (usize, usize)) -> Place {
     let trace = &traces[number];
     match trace.scope {
-        Scope::Stages => Place::of(&trace.recording.ops()[at]),
+        Scope::Stages => Place::of(&trace.recording, &trace.recording.ops()[at]),
         Scope::All | Scope::New => trace.places[at].clone(),
     }
 }

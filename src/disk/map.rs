@@ -2,20 +2,20 @@
 //!
 //! A driver never moves payload. It answers where bytes are ([`BlockMap::lookup`]) and hands out
 //! places for new ones in two steps: [`BlockMap::prepare_write`] reserves space that nobody can see
-//! yet, the [`Disk`](super::Disk) fills it, and [`BlockMap::commit_write`] makes it visible. Only the
+//! yet, the [`Disk`](super::Disk) fills it, and [`WritePlan::commit`] makes it visible. Only the
 //! driver writes tables, and it does so in [`BlockMap::flush`], in its format's safe order.
 //!
 //! The [`Disk`](super::Disk) calls `lookup` under shared block locks and everything that changes a
 //! mapping under exclusive ones, so no range is looked up while it changes; different ranges do
 //! change at the same time, and a flush may run at any time.
 
-use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use super::sync_file;
+use super::tables::{MAX_DIRTY, TableCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
@@ -130,6 +130,15 @@ impl std::ops::Deref for ExtentList {
     }
 }
 
+/// What space holds that nothing leads to yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contents {
+    /// It reads as zeroes.
+    Zeroes,
+    /// Whatever was there before.
+    Stale,
+}
+
 /// One place that a planned write must fill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
@@ -141,22 +150,38 @@ pub struct Piece {
     pub file: FileIndex,
     /// Byte offset there.
     pub at: u64,
-    /// The space reads as zeroes already, so zeroes need not be written to it.
-    pub zeroed: bool,
+    /// What is there: where it is zeroes, none need be written.
+    pub contents: Contents,
 }
 
 /// Space reserved by [`BlockMap::prepare_write`]: after every piece holds the disk's new contents of
-/// its range, the plan is committed; a plan that failed is aborted.
+/// its range, the plan is committed; one that is dropped gives back what was reserved.
 ///
 /// Pieces ascend and cover at least the planned range. A piece may reach further, to the borders of
 /// a block that must be stored whole: the bytes there get the disk's current contents. Pieces may
 /// reach past the disk's end, where they hold zeroes.
-#[derive(Debug)]
-pub struct WritePlan {
+pub struct WritePlan<'a> {
     /// What to fill, in disk order, without overlap.
     pub pieces: SmallVec<[Piece; 4]>,
-    /// What the driver needs to know again at commit or abort.
-    pub token: Box<dyn Any + Send>,
+    /// Owns the reservations.
+    commit: Box<dyn FnOnce() -> Result<()> + 'a>,
+}
+
+impl<'a> WritePlan<'a> {
+    /// A plan that `commit` makes visible to [`BlockMap::lookup`]. What is reserved for it is given back
+    /// when `commit` is dropped, called or not, and has not kept it.
+    pub fn new(pieces: SmallVec<[Piece; 4]>, commit: impl FnOnce() -> Result<()> + 'a) -> Self {
+        Self { pieces, commit: Box::new(commit) }
+    }
+
+    /// Makes the plan visible to [`BlockMap::lookup`]. Its pieces have been written, not synced.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading tables. Nothing became visible then, as if the plan had been dropped.
+    pub fn commit(self) -> Result<()> {
+        (self.commit)()
+    }
 }
 
 /// A format driver's view of one open disk.
@@ -194,21 +219,9 @@ pub trait BlockMap: Send + Sync {
     /// Reserves space for writing `want` (as for [`Self::lookup`]), no part of which `lookup` says
     /// is [`Source::File`]. A plan may cover less than `want`, but at least its first sector; the
     /// caller asks again for the rest. A disk all of which is stored is never asked.
-    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan<'_>> {
         let _ = want;
-        Err(nothing_to_allocate())
-    }
-
-    /// Makes a filled plan visible to [`Self::lookup`]. Its pieces have been written, not synced.
-    /// On an error nothing became visible, as if the plan had been aborted.
-    fn commit_write(&self, plan: WritePlan) -> Result<()> {
-        let _ = plan;
-        Err(nothing_to_allocate())
-    }
-
-    /// Gives back what a plan reserved. Its pieces may or may not have been written.
-    fn abort_write(&self, plan: WritePlan) {
-        let _ = plan;
+        Err(Error::new(ErrorKind::Failed, "this disk has nothing to allocate"))
     }
 
     /// Makes whole blocks inside `want` read as zeroes without storing them, where the format can
@@ -225,15 +238,21 @@ pub trait BlockMap: Send + Sync {
         Err(Error::corrupt("compressed data in a format that has none"))
     }
 
-    /// Makes all committed writes durable: first payload, then the tables that lead to it. When
-    /// nothing but payload changed, one sync of each written file is enough.
-    fn flush(&self) -> Result<()> {
-        self.files().iter().try_for_each(|file| sync_file(&**file))
+    /// The tables in memory. Fixed while open.
+    fn caches(&self) -> SmallVec<[&TableCache; 2]> {
+        SmallVec::new()
     }
 
-    /// Whether tables changed in memory wait for [`Self::flush`].
-    fn dirty(&self) -> bool {
-        false
+    /// Whether as many changed tables wait in memory for a flush as may.
+    fn tables_full(&self) -> bool {
+        self.caches().into_iter().map(TableCache::dirty_bytes).sum::<usize>() >= MAX_DIRTY
+    }
+
+    /// Makes all committed writes durable: first payload, then the tables that lead to it. When
+    /// nothing but payload changed, one sync of each written file is enough. Called by one thread at a
+    /// time, and not again after a failure other than [`ErrorKind::NoSpace`].
+    fn flush(&self) -> Result<()> {
+        self.files().iter().try_for_each(|file| sync_file(&**file))
     }
 
     /// Flushes and marks the image clean. Called at most once, with nothing else under way; also on
@@ -241,15 +260,6 @@ pub trait BlockMap: Send + Sync {
     fn close(&self) -> Result<()> {
         Ok(())
     }
-
-    /// Table cache figures for `status`.
-    fn cache_stats(&self) -> super::tables::CacheStats {
-        super::tables::CacheStats::default()
-    }
-}
-
-fn nothing_to_allocate() -> Error {
-    Error::new(ErrorKind::Failed, "this disk has nothing to allocate")
 }
 
 /// What [`BlockMap::unmap`] does of a disk that lies in `file` as it is: a hole of the host.

@@ -2,7 +2,7 @@
 //!
 //! A [`Disk`] is a [`BlockMap`] plus an optional parent disk. It does once, for all formats: bounds
 //! and access checks, rounding to sectors, reading through to the parent, copying up, zeroing,
-//! grouping of flushes, and failing for good after metadata could not be made durable.
+//! and the life of a disk that is written, from the first write to closing ([`session`]).
 //!
 //! # Durability
 //!
@@ -18,7 +18,7 @@
 //!
 //! 1. block locks ([`locks`]), of the child before those of its parent;
 //! 2. the flush lock;
-//! 3. the driver's own state (decisions only, no I/O but the driver says why);
+//! 3. the driver's own state, and changes ([`writer`]: decisions only, no I/O but it says why);
 //! 4. a shard of the table cache (no I/O).
 //!
 //! A flush takes 2–4 and never 1, so it never waits for a writer.
@@ -33,9 +33,12 @@
 //! - `overlay`: a private, throw-away layer over any disk;
 //! - `picture`: a disk and its files cut into cells of equal length, to be drawn;
 //! - `room`: space of the host for tables that change in memory;
+//! - `session`: the life of a disk that is written: beginning, flushing, failing, closing;
 //! - `share`: data that lies in other files of the host;
+//! - `space`: free space of a file that is being written;
 //! - `tables`: a bounded cache of table pages;
-//! - `window`: a part of a disk as a disk of its own.
+//! - `window`: a part of a disk as a disk of its own;
+//! - `writer`: what formats that allocate have in common: free and freed space, reservations, the flush.
 
 pub mod cursor;
 mod damage;
@@ -48,27 +51,27 @@ pub mod map;
 #[doc(hidden)]
 pub mod overlay;
 pub mod picture;
-pub(crate) mod room;
+mod room;
+mod session;
 #[doc(hidden)]
 pub mod share;
+pub(crate) mod space;
 #[doc(hidden)]
 pub mod tables;
 pub mod window;
+pub(crate) mod writer;
 
 use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-
-use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 use locks::{BlockLocks, Shared};
-use map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
+use map::{BlockMap, Contents, DiskRange, ExtentList, Geometry, Piece, Source};
+use session::Session;
 use share::Foreign;
 
 /// Largest buffer that copying up and zero filling use.
@@ -90,18 +93,7 @@ pub struct Disk {
     locks: BlockLocks,
     /// Why the disk cannot be written, if it cannot.
     read_only: Option<String>,
-    /// Whether [`BlockMap::begin_writes`] has succeeded.
-    writing: AtomicBool,
-    begin: Mutex<()>,
-    /// Something was written since the last flush began.
-    unflushed: AtomicBool,
-    /// Number of flushes begun; see [`Disk::flush`].
-    flushes_begun: AtomicU64,
-    /// Number, in order of beginning, of the last flush that succeeded.
-    last_flush: Mutex<u64>,
-    failure: OnceLock<Error>,
-    /// How closing went, once it was tried with everything flushed.
-    closed: OnceLock<Result<()>>,
+    session: Session,
     /// What could not be read because the image is damaged.
     damage: damage::Found,
 }
@@ -125,13 +117,7 @@ impl Disk {
             parent,
             locks,
             read_only,
-            writing: AtomicBool::new(false),
-            begin: Mutex::new(()),
-            unflushed: AtomicBool::new(false),
-            flushes_begun: AtomicU64::new(0),
-            last_flush: Mutex::new(0),
-            failure: OnceLock::new(),
-            closed: OnceLock::new(),
+            session: Session::default(),
             damage: damage::Found::default(),
         }
     }
@@ -163,12 +149,12 @@ impl Disk {
 
     /// Whether anything was written since the disk was opened.
     pub fn writing(&self) -> bool {
-        self.writing.load(Ordering::Acquire)
+        self.session.begun()
     }
 
     /// Table cache figures.
     pub fn cache_stats(&self) -> tables::CacheStats {
-        self.map.cache_stats()
+        self.map.caches().into_iter().map(tables::TableCache::stats).sum()
     }
 
     /// Bytes of host space the image's own files take.
@@ -300,26 +286,9 @@ impl Disk {
         })
     }
 
-    /// Checks that writing is possible now, and marks the image as being written before the first
-    /// change.
+    /// Checks that writing is possible now, and begins it.
     fn ready_to_write(&self) -> Result<()> {
-        if let Some(failure) = self.failure.get() {
-            return Err(latched(failure));
-        }
-        if let Some(reason) = &self.read_only {
-            return Err(Error::new(ErrorKind::ReadOnly, reason.clone()));
-        }
-        if self.closed.get().is_some() {
-            return Err(Error::new(ErrorKind::Failed, "the disk was closed"));
-        }
-        if !self.writing.load(Ordering::Acquire) {
-            let _held = self.begin.lock();
-            if !self.writing.load(Ordering::Acquire) {
-                self.map.begin_writes().inspect_err(|e| self.latch(e))?;
-                self.writing.store(true, Ordering::Release);
-            }
-        }
-        Ok(())
+        self.session.begin(&*self.map, self.read_only())
     }
 
     /// Takes note that somebody else wrote to the disk's files, as the kernel does where it was given
@@ -330,16 +299,8 @@ impl Disk {
     /// Those of the first write to a disk.
     pub fn changed_from_outside(&self) -> Result<()> {
         self.ready_to_write()?;
-        self.unflushed.store(true, Ordering::Release);
+        self.session.note_write();
         Ok(())
-    }
-
-    /// Remembers a failure that leaves it unknown what is on stable storage. Lack of space is not
-    /// one: what could not be written is still dirty in memory.
-    fn latch(&self, failure: &Error) {
-        if failure.kind() != ErrorKind::NoSpace && self.failure.set(failure.clone()).is_ok() {
-            log::error!("{failure}; no more writes until the image is reopened");
-        }
     }
 
     /// Tells the host to begin writing to its device what was written, that [`Self::flush`] has less to
@@ -368,7 +329,7 @@ impl Disk {
         }
         let written = self.write_ready(range, content);
         // Also after a failure: part of the data may be there for readers to see.
-        self.unflushed.store(true, Ordering::Release);
+        self.session.note_write();
         written
     }
 
@@ -453,28 +414,25 @@ impl Disk {
                     "the image is damaged at disk offset {pos:#x}"
                 )));
             }
+            self.session.bound_tables(&*self.map)?;
             let plan = self.map.prepare_write(pos..end)?;
             let planned = plan.pieces.last().map_or(pos, |p| p.start + p.len);
             if planned <= pos {
-                self.map.abort_write(plan);
                 return Err(Error::new(
                     ErrorKind::Failed,
                     "a write was planned that covers nothing",
                 ));
             }
-            if let Err(e) = self.fill(&plan, &range, content) {
-                self.map.abort_write(plan);
-                return Err(e);
-            }
-            self.map.commit_write(plan)?;
+            self.fill(&plan.pieces, &range, content)?;
+            plan.commit()?;
             pos = planned;
         }
         Ok(())
     }
 
     /// Fills every piece of a plan: `content` inside `range`, the disk's present contents outside.
-    fn fill(&self, plan: &WritePlan, range: &DiskRange, content: Content<'_>) -> Result<()> {
-        for piece in &plan.pieces {
+    fn fill(&self, pieces: &[Piece], range: &DiskRange, content: Content<'_>) -> Result<()> {
+        for piece in pieces {
             let whole = piece.start..piece.start + piece.len;
             let new = range.start.max(whole.start)..range.end.min(whole.end);
             if new == whole && !matches!(content, Content::Zeroes) {
@@ -501,7 +459,7 @@ impl Disk {
         let at = |disk: u64| piece.at + (disk - piece.start);
         if blank {
             // Only the new bytes count; what surrounds them is zero.
-            if !piece.zeroed {
+            if piece.contents != Contents::Zeroes {
                 for part in [&keep_before, &keep_after] {
                     if !part.is_empty() {
                         self.put_zeroes(piece.file, at(part.start), part.end - part.start)?;
@@ -509,7 +467,7 @@ impl Disk {
                 }
             }
             return match content {
-                Content::Zeroes if piece.zeroed => Ok(()),
+                Content::Zeroes if piece.contents == Contents::Zeroes => Ok(()),
                 _ => self.put_part(piece.file, at(new.start), content, &new, range),
             };
         }
@@ -568,7 +526,7 @@ impl Disk {
             let step = pos..range.end.min((pos / STEP + 1) * STEP);
             let _held = self.locks.exclusive(&step);
             let discarded = self.discard_held(&step);
-            self.unflushed.store(true, Ordering::Release);
+            self.session.note_write();
             discarded?;
             pos = step.end;
         }
@@ -589,7 +547,7 @@ impl Disk {
             let step = pos..range.end.min((pos / STEP + 1) * STEP);
             let _held = self.locks.exclusive(&step);
             let zeroed = self.zero_held(step.clone());
-            self.unflushed.store(true, Ordering::Release);
+            self.session.note_write();
             zeroed?;
             pos = step.end;
         }
@@ -603,6 +561,7 @@ impl Disk {
             return self.zero_held(range.clone());
         }
         let mut rest = Vec::new();
+        self.session.bound_tables(&*self.map)?;
         self.map.unmap(whole.clone(), &mut rest)?;
         for part in [range.start..whole.start, whole.end..range.end] {
             if !part.is_empty() {
@@ -639,33 +598,18 @@ impl Disk {
         if self.read_only.is_some() {
             return Ok(());
         }
-        let arrived = self.flushes_begun.load(Ordering::SeqCst);
-        let mut last = self.last_flush.lock();
-        if let Some(failure) = self.failure.get() {
-            return Err(latched(failure));
-        }
-        if *last > arrived || !self.unflushed.swap(false, Ordering::AcqRel) {
-            return Ok(());
-        }
-        let number = self.flushes_begun.fetch_add(1, Ordering::SeqCst) + 1;
-        if let Err(e) = self.map.flush() {
-            self.unflushed.store(true, Ordering::Release);
-            self.latch(&e);
-            return Err(e);
-        }
-        *last = number;
-        Ok(())
+        self.session.flush(&*self.map)
     }
 
     /// Whether anything was written that no flush has covered yet.
     pub fn needs_flush(&self) -> bool {
-        self.unflushed.load(Ordering::Acquire)
+        self.session.dirty()
     }
 
     /// Whether tables changed in memory wait for a flush. Without such, only payload may be unsynced,
     /// which the host writes back by itself.
     pub fn tables_dirty(&self) -> bool {
-        self.map.dirty()
+        self.map.caches().into_iter().any(|cache| cache.dirty_pages() > 0)
     }
 
     /// Flushes and marks the image clean; from then on the disk can only be read. Whoever else holds
@@ -676,14 +620,13 @@ impl Disk {
     ///
     /// Those of [`Self::flush`].
     pub fn close(&self) -> Result<()> {
-        if let Some(closed) = self.closed.get() {
-            return closed.clone();
+        if !self.session.closed() {
+            self.flush()?;
         }
-        self.flush()?;
         if self.read_only.is_some() {
             return Ok(());
         }
-        self.closed.get_or_init(|| self.map.close()).clone()
+        self.session.close(&*self.map)
     }
 
     /// The disk's own extents in a range, rounded out to sectors; parents are not looked into.
@@ -812,12 +755,12 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        if !self.writing() || self.closed.get().is_some() {
+        if !self.writing() || self.session.closed() {
             return;
         }
         // A failure that latched was logged when it happened.
         if let Err(e) = self.close()
-            && self.failure.get().is_none()
+            && !self.session.failed()
         {
             log::error!("{e}; the image was dropped without being closed");
         }
@@ -859,11 +802,6 @@ fn write_failed(file: &dyn Storage, at: u64, e: &io::Error) -> Error {
     Error::io("write", e).in_file(file.path()).at(at)
 }
 
-fn latched(failure: &Error) -> Error {
-    Error::new(ErrorKind::Failed, format!("refused after an earlier failure: {failure}"))
-        .hint("unmount and mount again")
-}
-
 /// Syncs a file for a driver's flush. The error never counts as lack of space: what a failed sync
 /// should have covered is lost, and waiting for room does not bring it back.
 ///
@@ -871,7 +809,20 @@ fn latched(failure: &Error) -> Error {
 ///
 /// [`ErrorKind::Io`] where the host fails.
 pub fn sync_file(file: &dyn Storage) -> Result<()> {
-    file.sync().map_err(|e| {
+    synced(file, file.sync())
+}
+
+/// [`sync_file`], and for whoever keeps a record what the sync is for.
+///
+/// # Errors
+///
+/// [`ErrorKind::Io`] where the host fails.
+pub fn sync_file_for(file: &dyn Storage, what: &'static str) -> Result<()> {
+    synced(file, file.sync_for(what))
+}
+
+fn synced(file: &dyn Storage, result: io::Result<()>) -> Result<()> {
+    result.map_err(|e| {
         let error = Error::io("flush", &e);
         let error = match error.kind() {
             ErrorKind::NoSpace => Error::new(ErrorKind::Io, error.what().to_owned()),

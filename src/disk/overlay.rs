@@ -11,7 +11,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use super::Disk;
-use super::map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
+use super::map::{BlockMap, Contents, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
 use crate::error::{Error, Result};
 use crate::storage::Storage;
 use crate::storage::runs::{Held, Runs};
@@ -40,14 +40,14 @@ struct Slots {
 }
 
 impl Slots {
-    /// Up to `want` slots in a row, at least one, and whether they were never used.
-    fn take(&mut self, want: u64, scratch: &dyn Storage) -> Result<(Range<u64>, bool)> {
+    /// Up to `want` slots in a row, at least one, and what they hold.
+    fn take(&mut self, want: u64, scratch: &dyn Storage) -> Result<(Range<u64>, Contents)> {
         if let Some(free) = self.free.pop() {
             let taken = free.start..free.end.min(free.start + want);
             if taken.end < free.end {
                 self.free.push(taken.end..free.end);
             }
-            return Ok((taken, false));
+            return Ok((taken, Contents::Stale));
         }
         let taken = self.count..self.count + want;
         if taken.end > self.room {
@@ -58,7 +58,7 @@ impl Slots {
             self.room = room;
         }
         self.count = taken.end;
-        Ok((taken, true))
+        Ok((taken, Contents::Zeroes))
     }
 }
 
@@ -71,10 +71,18 @@ pub fn nonpersistent(below: Arc<Disk>, scratch: Arc<dyn Storage>) -> Disk {
     Disk::new(Box::new(map), Some(below), None)
 }
 
-/// What a plan reserved.
-struct Reserved {
-    units: Range<u64>,
-    slots: Range<u64>,
+/// Slots that are free again when this is dropped.
+struct Reserved<'a> {
+    slots: &'a Mutex<Slots>,
+    range: Range<u64>,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        if !self.range.is_empty() {
+            self.slots.lock().free.push(self.range.clone());
+        }
+    }
 }
 
 impl BlockMap for Overlay {
@@ -103,37 +111,25 @@ impl BlockMap for Overlay {
         Ok(())
     }
 
-    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan<'_>> {
         let first = want.start / UNIT;
         let count = want.end.div_ceil(UNIT) - first;
-        let (slots, zeroed) = self.slots.lock().take(count, &*self.files[0])?;
-        let units = first..first + (slots.end - slots.start);
+        let (range, contents) = self.slots.lock().take(count, &*self.files[0])?;
+        let units = first..first + (range.end - range.start);
         let piece = Piece {
             start: units.start * UNIT,
             len: (units.end - units.start) * UNIT,
             file: 0,
-            at: slots.start * UNIT,
-            zeroed,
+            at: range.start * UNIT,
+            contents,
         };
-        Ok(WritePlan {
-            pieces: [piece].into_iter().collect(),
-            token: Box::new(Reserved { units, slots }),
-        })
-    }
-
-    fn commit_write(&self, plan: WritePlan) -> Result<()> {
-        if let Ok(reserved) = plan.token.downcast::<Reserved>() {
-            let held = Held::Slots(reserved.slots.start);
-            let covered = self.runs.write().put(reserved.units, held);
+        let mut reserved = Reserved { slots: &self.slots, range };
+        Ok(WritePlan::new([piece].into_iter().collect(), move || {
+            let slots = std::mem::take(&mut reserved.range);
+            let covered = self.runs.write().put(units, Held::Slots(slots.start));
             self.slots.lock().free.extend(covered);
-        }
-        Ok(())
-    }
-
-    fn abort_write(&self, plan: WritePlan) {
-        if let Ok(reserved) = plan.token.downcast::<Reserved>() {
-            self.slots.lock().free.push(reserved.slots);
-        }
+            Ok(())
+        }))
     }
 
     fn unmap(&self, want: DiskRange, rest: &mut Vec<DiskRange>) -> Result<()> {
@@ -208,10 +204,10 @@ mod tests {
         let plan = disk.map.prepare_write(UNIT - 512..3 * UNIT).unwrap();
         assert_eq!(plan.pieces.len(), 1);
         let piece = plan.pieces[0];
-        assert_eq!((piece.start, piece.len, piece.zeroed), (0, 3 * UNIT, true));
+        assert_eq!((piece.start, piece.len, piece.contents), (0, 3 * UNIT, Contents::Zeroes));
         assert!(piece.at + piece.len <= disk.map.files()[0].len().unwrap());
-        disk.map.abort_write(plan);
-        assert!(!disk.map.prepare_write(0..UNIT).unwrap().pieces[0].zeroed);
+        drop(plan);
+        assert_eq!(disk.map.prepare_write(0..UNIT).unwrap().pieces[0].contents, Contents::Stale);
     }
 
     #[test]

@@ -15,7 +15,8 @@
 //! 3. A load never uses the cache it loads for: two pages of one shard that evict each other would
 //!    make both loads stale for ever.
 //! 4. Memory is bounded by the [`CacheBudget`] shared by all disks of a process, plus one page per
-//!    shard, plus dirty pages, whose number the drivers bound by flushing.
+//!    shard, plus dirty pages: of those the disk takes no more than [`MAX_DIRTY`] bytes, and what one step
+//!    of a discard adds, before it flushes.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
@@ -53,6 +54,9 @@ impl CacheBudget {
     }
 }
 
+/// Bytes of changed table pages of one disk that may wait in memory for a flush, in all its caches.
+pub const MAX_DIRTY: usize = 8 << 20;
+
 /// How a [`TableCache`] has done so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CacheStats {
@@ -64,6 +68,17 @@ pub struct CacheStats {
     pub pages: u64,
     /// Pages that wait for a flush.
     pub dirty: u64,
+}
+
+impl std::iter::Sum for CacheStats {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |a, b| Self {
+            hits: a.hits + b.hits,
+            misses: a.misses + b.misses,
+            pages: a.pages + b.pages,
+            dirty: a.dirty + b.dirty,
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -282,6 +297,11 @@ impl TableCache {
     /// Number of dirty pages.
     pub fn dirty_pages(&self) -> usize {
         self.dirty.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of dirty pages.
+    pub fn dirty_bytes(&self) -> usize {
+        self.dirty_pages() * self.page_size
     }
 
     /// Copies all dirty pages, in order of their numbers, and counts them as in flight. The caller

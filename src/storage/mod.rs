@@ -121,6 +121,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Makes everything written so far durable, length included.
     fn sync(&self) -> io::Result<()>;
 
+    /// [`Self::sync`]; `what` says what for, to those who keep a record.
+    fn sync_for(&self, what: &'static str) -> io::Result<()> {
+        let _ = what;
+        self.sync()
+    }
+
     /// Tells the host to begin writing to its device what was written so far, without waiting: a hint,
     /// that a later [`Self::sync`] has less to wait for.
     fn write_back(&self) {}

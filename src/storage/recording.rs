@@ -40,6 +40,8 @@ pub struct Op {
     pub file: FileId,
     /// What it does.
     pub change: Change,
+    /// What a sync is for, where it was said ([`Storage::sync_for`]).
+    pub purpose: Option<&'static str>,
     /// The functions of the drivers that led to it, innermost first; empty unless
     /// [`RecordingHost::trace`] asked for it.
     pub origin: Vec<Caller>,
@@ -48,7 +50,7 @@ pub struct Op {
 /// A function on the way to an operation, and the line in it that was being run.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Caller {
-    /// Path of the source file from `formats/` on, without that.
+    /// Path of the source file from `formats/` on, without that; or of one of the engine's, from `disk/` on.
     pub file: String,
     /// Name of the function alone.
     pub function: String,
@@ -57,7 +59,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// The functions under `formats/` on the stack.
+    /// The functions under `formats/`, and of the engine that formats share, on the stack.
     fn stack() -> Vec<Self> {
         let text = Backtrace::force_capture().to_string();
         let mut lines = text.lines().map(str::trim).peekable();
@@ -65,9 +67,13 @@ impl Caller {
         while let Some(line) = lines.next() {
             let Some((_, symbol)) = line.split_once(": ") else { continue };
             let place = lines.next_if(|next| next.starts_with("at "));
-            let Some((_, place)) = place.and_then(|at| at.split_once("src/formats/")) else {
-                continue;
+            let own = |at: &str| {
+                let (_, path) = at.split_once("/src/").or_else(|| at.split_once("at src/"))?;
+                let engine = ["disk/space.rs:", "disk/writer.rs:"];
+                let engine = engine.iter().any(|file| path.starts_with(file));
+                path.strip_prefix("formats/").or(engine.then_some(path)).map(str::to_owned)
             };
+            let Some(place) = place.and_then(own) else { continue };
             let mut place = place.split(':');
             let function = function(symbol);
             // Closures may have no name, but who made them has.
@@ -218,8 +224,12 @@ impl Log {
     }
 
     fn push(&mut self, file: FileId, change: Change) {
+        self.push_for(file, change, None);
+    }
+
+    fn push_for(&mut self, file: FileId, change: Change, purpose: Option<&'static str>) {
         let origin = if self.tracing { Caller::stack() } else { Vec::new() };
-        self.recording.ops.push(Op { file, change, origin });
+        self.recording.ops.push(Op { file, change, purpose, origin });
     }
 }
 
@@ -369,6 +379,18 @@ impl RecordedFile {
         run(&mut self.log.lock())
     }
 
+    fn synced(&self, purpose: Option<&'static str>) -> io::Result<()> {
+        let time = {
+            let mut log = self.log.lock();
+            log.push_for(self.file, Change::Sync, purpose);
+            log.sync_time
+        };
+        if !time.is_zero() {
+            std::thread::sleep(time);
+        }
+        Ok(())
+    }
+
     /// Records the sectors around `range` as they stand now; `end` as in [`Change::Write`].
     fn record_sectors(&self, log: &mut Log, range: Range<u64>, end: u64) {
         let sectors = range.start / SECTOR * SECTOR..range.end.next_multiple_of(SECTOR);
@@ -450,15 +472,11 @@ impl Storage for RecordedFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let time = {
-            let mut log = self.log.lock();
-            log.push(self.file, Change::Sync);
-            log.sync_time
-        };
-        if !time.is_zero() {
-            std::thread::sleep(time);
-        }
-        Ok(())
+        self.synced(None)
+    }
+
+    fn sync_for(&self, what: &'static str) -> io::Result<()> {
+        self.synced(Some(what))
     }
 
     fn allocated(&self) -> io::Result<u64> {

@@ -12,7 +12,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use flatdisk::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
+use flatdisk::disk::map::{
+    BlockMap, Contents, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan,
+};
 use flatdisk::disk::tables::{CacheBudget, TableCache};
 use flatdisk::disk::{Disk, sync_file};
 use flatdisk::error::{Error, Result};
@@ -167,10 +169,11 @@ impl ToyMap {
         self.cache.update(page, self.load(page), write)
     }
 
-    fn allocate(&self) -> Result<(u32, bool)> {
+    fn allocate(&self) -> Result<(u32, Contents)> {
         let mut space = self.space.lock();
         if let Some(unit) = space.free.pop() {
-            return Ok((unit, self.flaw == Flaw::StaleCalledZero));
+            let wrong = self.flaw == Flaw::StaleCalledZero;
+            return Ok((unit, if wrong { Contents::Zeroes } else { Contents::Stale }));
         }
         if space.fresh == space.end {
             let end = space.end + 8;
@@ -179,7 +182,7 @@ impl ToyMap {
             space.end = end;
         }
         space.fresh += 1;
-        Ok((space.fresh - 1, true))
+        Ok((space.fresh - 1, Contents::Zeroes))
     }
 
     fn sync(&self) -> Result<()> {
@@ -198,10 +201,16 @@ impl ToyMap {
     }
 }
 
-type Token = Vec<(u64, u32)>;
+/// Units that are free again when this is dropped, by block.
+struct Reserved<'a> {
+    space: &'a Mutex<Space>,
+    units: Vec<(u64, u32)>,
+}
 
-fn token(plan: WritePlan) -> Token {
-    *plan.token.downcast::<Token>().expect("a plan of this map")
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.space.lock().free.extend(self.units.drain(..).map(|(_, unit)| unit));
+    }
 }
 
 impl BlockMap for ToyMap {
@@ -227,29 +236,24 @@ impl BlockMap for ToyMap {
         Ok(())
     }
 
-    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan<'_>> {
         let mut pieces: SmallVec<[Piece; 4]> = SmallVec::new();
-        let mut token = Token::new();
+        let mut reserved = Reserved { space: &self.space, units: Vec::new() };
         for block in (want.start / UNIT..want.end.div_ceil(UNIT)).take(16) {
-            let (unit, zeroed) = match self.allocate() {
+            let (unit, contents) = match self.allocate() {
                 Ok(found) => found,
-                Err(_) if !token.is_empty() => break,
+                Err(_) if !reserved.units.is_empty() => break,
                 Err(e) => return Err(e),
             };
-            token.push((block, unit));
+            reserved.units.push((block, unit));
             let at = u64::from(unit) * UNIT;
-            pieces.push(Piece { start: block * UNIT, len: UNIT, file: 0, at, zeroed });
+            pieces.push(Piece { start: block * UNIT, len: UNIT, file: 0, at, contents });
         }
-        Ok(WritePlan { pieces, token: Box::new(token) })
-    }
-
-    fn commit_write(&self, plan: WritePlan) -> Result<()> {
-        let _space = self.space.lock();
-        token(plan).into_iter().try_for_each(|(block, unit)| self.set_entry(block, unit))
-    }
-
-    fn abort_write(&self, plan: WritePlan) {
-        self.space.lock().free.extend(token(plan).into_iter().map(|(_, unit)| unit));
+        Ok(WritePlan::new(pieces, move || {
+            let units = std::mem::take(&mut reserved.units);
+            let _space = self.space.lock();
+            units.into_iter().try_for_each(|(block, unit)| self.set_entry(block, unit))
+        }))
     }
 
     fn unmap(&self, want: DiskRange, rest: &mut Vec<DiskRange>) -> Result<()> {

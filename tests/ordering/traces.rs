@@ -24,10 +24,19 @@ use super::common::workload::Step;
 /// What changes chains, by what drivers do.
 const CHAIN: &str = "chain.rs";
 /// Functions that others call for what they do.
-const HELPERS: [&str; 5] = ["append", "apply", "each", "update", "sync_written"];
+const HELPERS: [&str; 4] = ["append", "apply", "each", "update"];
 /// Functions that stand before a file.
-const WRAPPERS: [&str; 7] =
-    ["allocate", "change", "punch_hole", "set_len", "sync", "sync_changes", "write_at"];
+const WRAPPERS: [&str; 9] = [
+    "allocate",
+    "change",
+    "extend",
+    "punch_hole",
+    "set_len",
+    "sync",
+    "sync_changes",
+    "sync_for",
+    "write_at",
+];
 
 /// Judges a state: what was promised before the first position must be there, what began before the
 /// second may be.
@@ -67,7 +76,7 @@ pub struct Stage {
 
 impl<'a> Trace<'a> {
     fn new(name: String, recording: Recording, judge: Judge<'a>) -> Self {
-        let places = recording.ops().iter().map(Place::of).collect();
+        let places = recording.ops().iter().map(|op| Place::of(&recording, op)).collect();
         let (operation, stages) = (String::new(), Vec::new());
         Self { name, recording, places, scope: Scope::All, operation, stages, judge }
     }
@@ -81,7 +90,14 @@ pub struct Place {
 }
 
 impl Place {
-    pub fn of(op: &Op) -> Self {
+    pub fn of(recording: &Recording, op: &Op) -> Self {
+        // What formats share is told apart by the files.
+        let file = recording.path(op.file);
+        let format =
+            file.extension().map_or_else(String::new, |e| e.to_string_lossy().into_owned());
+        if let Some(purpose) = op.purpose {
+            return Self { name: format!("{format} sync: {purpose}"), line: 0 };
+        }
         let here = |c: &&Caller| !WRAPPERS.contains(&&*c.function) && c.file != CHAIN;
         let mut callers = op.origin.iter().filter(here);
         let mut by = String::new();
@@ -98,6 +114,13 @@ impl Place {
             None => {
                 let names = matches!(op.change, Change::Remove(_) | Change::SyncDir(_));
                 Self { name: if names { "names" } else { "payload" }.to_owned(), line: 0 }
+            }
+            // Not every wrapper of a file passes on what a sync is for.
+            Some(own) if own.file.starts_with("disk/") && is_sync(op) => {
+                Self { name: format!("{format} sync: payload"), line: 0 }
+            }
+            Some(own) if own.file.starts_with("disk/") => {
+                Self { name: format!("{format} {}", own.function), line: 0 }
             }
             Some(own) => Self {
                 name: format!("{} {}{by}", own.file, own.function),
@@ -374,7 +397,12 @@ fn stages(recording: &Recording) -> Vec<Stage> {
         let called = match op.change {
             Change::Remove(_) => "remove",
             Change::SyncDir(_) => "sync_dir",
-            _ => &*op.origin[outermost - 1].function,
+            // A method that only hands on may be missing on the stack.
+            _ => match &*op.origin[outermost - 1].function {
+                "begin" => "begin_writes",
+                "finish" => "close",
+                function => function,
+            },
         };
         let line = if called == "remove" { 0 } else { op.origin[outermost].line };
         if last != (line, called.to_owned()) {

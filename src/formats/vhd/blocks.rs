@@ -9,11 +9,12 @@
 //! - `data_end` is raised before an entry of a block beyond the old value is set.
 //! - Once writing has begun, every entry was checked: none leads outside the file, into a structure
 //!   or into another block.
-//! - A block in `freed` may still be pointed at by the BAT in the file and is not touched.
+//! - Blocks that are unmapped are free when the BAT in the file points at them no more
+//!   ([`Writer`](crate::disk::writer)).
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use smallvec::SmallVec;
@@ -23,23 +24,22 @@ use super::bat::{Bat, entry, set_entry};
 use super::batmap::Bits;
 use super::bitmaps::SectorBitmaps;
 use super::footers::Footers;
-use super::layout::{DiskType, FOOTER, SECTOR, UNUSED};
-use super::space::{Slot, Space};
+use super::layout::{DiskType, FOOTER, SECTOR, UNUSED, footer_place};
+use super::space::space;
 use super::structure::{Structure, overlap};
 use super::survey::Survey;
 use crate::codec;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Piece, Source, WritePlan};
-use crate::disk::room::TableRoom;
-use crate::disk::sync_file;
-use crate::disk::tables::{CacheBudget, CacheStats, PageImage};
+use crate::disk::space::Unit;
+use crate::disk::sync_file_for;
+use crate::disk::tables::{CacheBudget, TableCache};
+use crate::disk::writer::{self, Batch, Reserved, Tables, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::Severity;
 use crate::storage::Storage;
 
 /// Most blocks that one plan allocates.
 const MAX_PLAN: u64 = 64;
-/// Changed pages of BAT and bitmaps that may wait in memory for a flush, at most 8 MiB.
-const MAX_DIRTY_PAGES: usize = 2048;
 
 /// The mapping of a dynamic or differencing disk.
 #[derive(Debug)]
@@ -51,25 +51,13 @@ pub(super) struct SparseMap {
     pub(super) bat: Bat,
     /// Which sectors are the disk's own, if it is a differencing one.
     pub(super) bitmaps: Option<SectorBitmaps>,
-    /// Which bitmaps have space of the host.
-    pub(super) room: TableRoom,
     /// Where the trailing footer begins: no data lies beyond.
-    data_end: AtomicU64,
-    /// One flush at a time: who finds that another one has taken the changes waits until they are
-    /// durable. Holds why one failed for good: what it should have made durable is lost, whatever later
-    /// ones achieve. Taken before `writing`.
-    flushing: Mutex<Option<Error>>,
-    /// What writing needs, from its beginning on.
-    writing: Mutex<Option<Writing>>,
-}
-
-/// State of an image that is being written.
-#[derive(Debug)]
-struct Writing {
-    space: Space,
-    /// Blocks unmapped since the last flush.
-    freed: Vec<u64>,
-    batmap: Option<Bits>,
+    data_end: Arc<AtomicU64>,
+    pub(super) writer: Writer,
+    /// What is allocated, from the first write on.
+    unit: OnceLock<Unit>,
+    /// The batmap of an image that is being written, if it has one. Taken inside changes.
+    batmap: Mutex<Option<Bits>>,
 }
 
 /// What a BAT entry says.
@@ -81,23 +69,6 @@ pub(super) enum Place {
     Stored { data: u64, available: u64 },
     /// The entry contradicts the file.
     Bad,
-}
-
-/// What a plan holds until it is committed.
-pub(super) enum Reserved {
-    /// Room for whole blocks: `slots[i]` for block `first + i`.
-    Blocks { first: u64, slots: SmallVec<[Slot; 4]> },
-    /// Sectors of one block, `bytes` counted from the block's beginning; the block itself is new
-    /// if there is a slot for it.
-    Sectors { block: u64, bytes: Range<u64>, bitmap_at: u64, slot: Option<Slot> },
-}
-
-/// What a flush has taken out of memory to write it.
-struct Taken {
-    bat: Vec<PageImage>,
-    bitmaps: Vec<PageImage>,
-    freed: Vec<u64>,
-    batmap: Option<Vec<u8>>,
 }
 
 impl SparseMap {
@@ -120,10 +91,10 @@ impl SparseMap {
         Self {
             bat: Bat::new(file.clone(), &structure, budget),
             bitmaps,
-            room: TableRoom::default(),
-            data_end: AtomicU64::new(footers.data_end),
-            flushing: Mutex::new(None),
-            writing: Mutex::new(None),
+            data_end: Arc::new(AtomicU64::new(footers.data_end)),
+            writer: Writer::default(),
+            unit: OnceLock::new(),
+            batmap: Mutex::new(None),
             files: [file],
             geometry,
             structure,
@@ -175,7 +146,7 @@ impl SparseMap {
             return Ok(());
         }
         codec::write_all(self.file(), 0, footer, "the footer copy")?;
-        sync_file(self.file())
+        sync_file_for(self.file(), "footer copy")
     }
 
     /// The batmap's bits. All of them are taken back where the checksum says they are not to be
@@ -189,79 +160,60 @@ impl SparseMap {
         Ok(Some(bits))
     }
 
-    /// Takes room for up to `count` blocks, at least one.
-    pub(super) fn reserve(&self, count: u64) -> Result<SmallVec<[Slot; 4]>> {
-        let mut writing = self.writing.lock();
-        let Some(writing) = &mut *writing else { return Err(not_writing()) };
-        let mut slots = SmallVec::new();
-        while (slots.len() as u64) < count {
-            match writing.space.take() {
-                Ok(slot) => slots.push(slot),
-                Err(e) if slots.is_empty() => return Err(e),
-                Err(_) => break,
-            }
-        }
-        self.data_end.store(writing.space.footer_at(), Ordering::Relaxed);
-        Ok(slots)
+    /// Room for up to `count` blocks, at least one.
+    pub(super) fn reserve(&self, count: u64) -> Result<Reserved<'_>> {
+        let Some(unit) = self.unit.get() else {
+            return Err(Error::new(ErrorKind::Failed, "writing has not begun"));
+        };
+        self.writer.reserve(0, *unit, count)
     }
 
-    /// Gives room back that may have been written to.
-    pub(super) fn give_back<'a>(&self, slots: impl IntoIterator<Item = &'a Slot>) {
-        if let Some(writing) = &mut *self.writing.lock() {
-            for slot in slots {
-                writing.space.give_back(Slot { zeroed: false, ..*slot });
-            }
-        }
-    }
-
-    /// Points the entries of new blocks at `slots`, from block `first` on and within a page of the
+    /// Points the entries of new blocks at `places`, from block `first` on and within a page of the
     /// BAT, then runs `also`, as one step for a flush.
     pub(super) fn point_at(
         &self,
         first: u64,
-        slots: &[Slot],
+        places: &[u64],
         also: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let mut writing = self.writing.lock();
-        let Some(writing) = &mut *writing else { return Err(not_writing()) };
-        if !slots.is_empty() {
-            // The page was in memory for the lookup just before. If it has left since, it is read
-            // here, and this is the only reading under the lock.
-            self.bat.update(first, |entries| {
-                for (slot, block) in slots.iter().zip(first..) {
-                    set_entry(entries, block, (slot.at / SECTOR) as u32);
-                }
-            })?;
-        }
-        also()?;
-        if let Some(bits) = &mut writing.batmap {
-            (first..).take(slots.len()).for_each(|block| bits.clear(block));
-        }
-        Ok(())
+        self.writer.change(|_| {
+            if !places.is_empty() {
+                // The page was in memory for the lookup just before. If it has left since, it is read
+                // here, and this is the only reading under the lock.
+                self.bat.update(first, |entries| {
+                    for (at, block) in places.iter().zip(first..) {
+                        set_entry(entries, block, (at / SECTOR) as u32);
+                    }
+                })?;
+            }
+            also()?;
+            if let Some(bits) = &mut *self.batmap.lock() {
+                (first..).take(places.len()).for_each(|block| bits.clear(block));
+            }
+            Ok(())
+        })
     }
 
     /// Plans whole blocks. Nothing points at their bitmaps yet, so these are written right away.
-    fn plan_blocks(&self, want: &DiskRange) -> Result<WritePlan> {
+    fn plan_blocks(&self, want: &DiskRange) -> Result<WritePlan<'_>> {
         let size = self.structure.block_size;
         let first = want.start / size;
         let count = want.end.div_ceil(size).min(Bat::same_page(first).end) - first;
-        let slots = self.reserve(count.min(MAX_PLAN))?;
+        let reserved = self.reserve(count.min(MAX_PLAN))?;
         let full = vec![0xff; self.structure.bitmap_size as usize];
-        slots
-            .iter()
-            .try_for_each(|slot| codec::write_all(self.file(), slot.at, &full, "a sector bitmap"))
-            .inspect_err(|_| self.give_back(&slots))?;
-        let pieces = slots.iter().zip(first..).map(|(slot, block)| Piece {
-            start: block * size,
-            len: size,
-            file: 0,
-            at: slot.at + self.structure.bitmap_size,
-            zeroed: slot.zeroed,
-        });
-        Ok(WritePlan {
-            pieces: pieces.collect(),
-            token: Box::new(Reserved::Blocks { first, slots }),
-        })
+        let mut places: SmallVec<[u64; 4]> = SmallVec::new();
+        let mut pieces = SmallVec::new();
+        for ((at, contents), block) in reserved.places().zip(first..) {
+            codec::write_all(self.file(), at, &full, "a sector bitmap")?;
+            let data = at + self.structure.bitmap_size;
+            pieces.push(Piece { start: block * size, len: size, file: 0, at: data, contents });
+            places.push(at);
+        }
+        Ok(WritePlan::new(pieces, move || {
+            self.point_at(first, &places, || Ok(()))?;
+            reserved.keep();
+            Ok(())
+        }))
     }
 
     /// Clears the entries of `blocks`, all in one page of the BAT.
@@ -270,112 +222,45 @@ impl SparseMap {
         if !self.bat.read(blocks.start, any)? {
             return Ok(());
         }
-        let mut writing = self.writing.lock();
-        let Some(Writing { freed, batmap, .. }) = &mut *writing else { return Err(not_writing()) };
-        self.bat.update(blocks.start, |entries| {
-            for block in blocks.clone() {
-                let sector = entry(entries, block);
-                if sector != UNUSED {
-                    set_entry(entries, block, UNUSED);
-                    freed.push(u64::from(sector) * SECTOR);
-                    batmap.iter_mut().for_each(|bits| bits.clear(block));
+        let stride = self.structure.stride();
+        self.writer.change(|state| {
+            self.bat.update(blocks.start, |entries| {
+                let mut batmap = self.batmap.lock();
+                for block in blocks.clone() {
+                    let sector = entry(entries, block);
+                    if sector != UNUSED {
+                        set_entry(entries, block, UNUSED);
+                        let at = u64::from(sector) * SECTOR;
+                        state.free(0, at..at + stride);
+                        batmap.iter_mut().for_each(|bits| bits.clear(block));
+                    }
                 }
-            }
+            })
         })
     }
+}
 
-    /// Takes what has to be written out of memory.
-    fn take(&self) -> Taken {
-        let mut writing = self.writing.lock();
-        let bitmaps = self.bitmaps.as_ref().map(|bitmaps| bitmaps.cache().snapshot());
-        let mut taken = Taken {
-            bat: self.bat.cache().snapshot(),
-            bitmaps: bitmaps.unwrap_or_default(),
-            freed: Vec::new(),
-            batmap: None,
-        };
-        if let Some(writing) = &mut *writing {
-            taken.freed = std::mem::take(&mut writing.freed);
-            if let Some(bits) = writing.batmap.as_mut().filter(|bits| bits.changed) {
-                bits.changed = false;
-                taken.batmap = Some(bits.bytes().to_vec());
-            }
-        }
-        taken
+impl Tables for SparseMap {
+    fn writer(&self) -> &Writer {
+        &self.writer
     }
 
-    /// Writes the tables, in the order that the module [`super`] gives the reasons for.
-    fn write_out(&self, taken: &Taken) -> Result<()> {
-        if let (Some(batmap), Some(bytes)) = (&self.structure.batmap, &taken.batmap) {
-            batmap.write(self.file(), bytes)?;
-        }
-        sync_file(self.file())?;
-        if let Some(bitmaps) = &self.bitmaps {
-            bitmaps.write(&taken.bitmaps, |block| self.bitmap_of(block))?;
-        }
-        self.bat.write(&taken.bat)?;
-        sync_file(self.file())
-    }
-
-    /// Flushes when very much waits in memory.
-    pub(super) fn bound_dirty_pages(&self) -> Result<()> {
-        if self.dirty_pages() < MAX_DIRTY_PAGES { Ok(()) } else { self.flush_tables() }
-    }
-
-    fn dirty_pages(&self) -> usize {
-        let bitmaps = self.bitmaps.as_ref().map_or(0, |bitmaps| bitmaps.cache().dirty_pages());
-        self.bat.cache().dirty_pages() + bitmaps
-    }
-
-    /// Makes payload and tables durable.
-    fn flush_tables(&self) -> Result<()> {
-        let mut failure = self.flushing.lock();
-        if let Some(failure) = &*failure {
-            return Err(failure.clone());
-        }
-        let taken = self.take();
-        if taken.bat.is_empty() && taken.bitmaps.is_empty() && taken.batmap.is_none() {
-            return sync_file(self.file()).inspect_err(|e| *failure = Some(e.clone()));
-        }
-        if let Err(e) = self.write_out(&taken) {
-            self.put_back(taken);
-            if e.kind() != ErrorKind::NoSpace {
-                *failure = Some(e.clone());
-            }
-            return Err(e);
-        }
-        self.bat.cache().retire(&taken.bat);
-        if let Some(bitmaps) = &self.bitmaps {
-            bitmaps.cache().retire(&taken.bitmaps);
-        }
-        self.release(taken.freed);
+    /// The batmap: it only loses bits, which is always true.
+    fn announce(&self, _: &Batch) -> Result<()> {
+        let Some(batmap) = &self.structure.batmap else { return Ok(()) };
+        let mut bits = self.batmap.lock();
+        let Some(bits) = bits.as_mut().filter(|bits| bits.changed) else { return Ok(()) };
+        batmap.write(self.file(), bits.bytes())?;
+        bits.changed = false;
         Ok(())
     }
 
-    /// Puts back what could not be written.
-    fn put_back(&self, mut taken: Taken) {
-        let mut writing = self.writing.lock();
-        self.bat.cache().restore(&taken.bat);
-        if let Some(bitmaps) = &self.bitmaps {
-            bitmaps.cache().restore(&taken.bitmaps);
+    fn publish(&self, batch: &Batch) -> Result<()> {
+        if let (Some(bitmaps), Some(pages)) = (&self.bitmaps, batch.pages.get(1)) {
+            bitmaps.write(pages, |block| self.bitmap_of(block))?;
         }
-        if let Some(writing) = &mut *writing {
-            writing.freed.append(&mut taken.freed);
-            if let Some(bits) = writing.batmap.as_mut().filter(|_| taken.batmap.is_some()) {
-                bits.changed = true;
-            }
-        }
-    }
-
-    /// Makes freed blocks reusable and gives their space back to the host. The BAT in the file
-    /// points at them no more.
-    fn release(&self, freed: Vec<u64>) {
-        let stride = self.structure.stride();
-        let punched = |at| self.file().punch_hole(at, stride).is_ok();
-        let slots: Vec<_> = freed.into_iter().map(|at| Slot { at, zeroed: punched(at) }).collect();
-        if let Some(writing) = &mut *self.writing.lock() {
-            slots.into_iter().for_each(|slot| writing.space.give_back(slot));
-        }
+        self.bat.write(&batch.pages[0])?;
+        self.sync("tables")
     }
 }
 
@@ -424,51 +309,30 @@ impl BlockMap for SparseMap {
     }
 
     fn begin_writes(&self) -> Result<()> {
-        let mut writing = self.writing.lock();
         let survey = self.survey()?;
         let mut footer = [0; FOOTER as usize];
         footer.copy_from_slice(self.footers.footer.as_bytes());
         if self.footers.renewed && self.footers.trailing.intact() {
             codec::write_all(self.file(), self.footers.data_end, &footer, "the footer")?;
-            sync_file(self.file())?;
+            sync_file_for(self.file(), "renewed footer")?;
         }
         // From here on the copy stands in whenever the trailing footer is on the move.
         self.repair_head(&footer)?;
         let batmap = self.load_batmap()?;
+        let (file, file_len) = (&self.files[0], self.footers.file_len);
         let footer_at = self.footers.trailing.intact().then_some(self.footers.data_end);
-        let file = self.files[0].clone();
-        let file_len = self.footers.file_len;
-        let space = Space::new(file, &self.structure, &survey, footer, footer_at, file_len)?;
-        self.data_end.store(space.footer_at(), Ordering::Relaxed);
-        *writing = Some(Writing { space, freed: Vec::new(), batmap });
+        let (space, unit) =
+            space(file, &self.structure, &survey, footer, footer_at, file_len, &self.data_end)?;
+        *self.batmap.lock() = batmap;
+        self.unit.get_or_init(|| unit);
+        self.writer.begin(vec![Some(space)]);
         Ok(())
     }
 
-    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
-        self.bound_dirty_pages()?;
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan<'_>> {
         match &self.bitmaps {
             Some(bitmaps) => self.plan_sectors(bitmaps, &want),
             None => self.plan_blocks(&want),
-        }
-    }
-
-    fn commit_write(&self, plan: WritePlan) -> Result<()> {
-        let reserved = plan.token.downcast::<Reserved>().map_err(|_| foreign_plan())?;
-        match *reserved {
-            Reserved::Blocks { first, slots } => {
-                self.point_at(first, &slots, || Ok(())).inspect_err(|_| self.give_back(&slots))
-            }
-            Reserved::Sectors { block, bytes, bitmap_at, slot } => {
-                self.commit_sectors(block, bytes, bitmap_at, slot)
-            }
-        }
-    }
-
-    fn abort_write(&self, plan: WritePlan) {
-        match plan.token.downcast::<Reserved>().map(|reserved| *reserved) {
-            Ok(Reserved::Blocks { slots, .. }) => self.give_back(&slots),
-            Ok(Reserved::Sectors { slot, .. }) => self.give_back(&slot),
-            Err(_) => {}
         }
     }
 
@@ -488,7 +352,6 @@ impl BlockMap for SparseMap {
         }
         let mut block = first;
         while block < past {
-            self.bound_dirty_pages()?;
             let until = past.min(Bat::same_page(block).end);
             self.unmap_in_page(block..until)?;
             block = until;
@@ -500,56 +363,36 @@ impl BlockMap for SparseMap {
     }
 
     fn flush(&self) -> Result<()> {
-        self.flush_tables()
+        writer::flush(self)
     }
 
-    fn dirty(&self) -> bool {
-        self.dirty_pages() > 0
+    fn caches(&self) -> SmallVec<[&TableCache; 2]> {
+        let bitmaps = self.bitmaps.as_ref().map(SectorBitmaps::cache);
+        [self.bat.cache()].into_iter().chain(bitmaps).collect()
     }
 
     fn close(&self) -> Result<()> {
-        if let Some(failure) = &*self.flushing.lock() {
-            return Err(failure.clone());
+        if self.caches().into_iter().any(|cache| cache.dirty_pages() > 0) {
+            self.flush()?;
         }
-        if self.dirty() {
-            self.flush_tables()?;
-        }
-        let mut writing = self.writing.lock();
-        let Some(Writing { space, .. }) = &mut *writing else { return Ok(()) };
-        let (place, file) = (space.trim(), self.file());
+        let Some(ends) = self.writer.ends().and_then(|ends| ends.first().copied()) else {
+            return Ok(());
+        };
+        // Behind everything in use, but not further out than it is.
+        let (place, file) = (footer_place(ends.used).min(ends.file), self.file());
         let failed = |e| Error::io("truncating", &e).in_file(file.path()).at(place);
         // The length may differ where extending the file failed half way.
-        if place == space.footer_at() && file.len().map_err(failed)? == place + FOOTER {
+        if place == ends.file && file.len().map_err(failed)? == place + FOOTER {
             return Ok(());
         }
         match codec::write_all(file, place, self.footers.bytes(), "the footer") {
             // On a full host the footer stays where it is, and with it the space before it.
-            Err(e) if e.kind() == ErrorKind::NoSpace => return sync_file(file),
+            Err(e) if e.kind() == ErrorKind::NoSpace => return sync_file_for(file, "closing"),
             written => written?,
         }
-        sync_file(file)?;
+        sync_file_for(file, "closing")?;
         file.set_len(place + FOOTER).map_err(failed)
     }
-
-    fn cache_stats(&self) -> CacheStats {
-        let mut stats = self.bat.cache().stats();
-        if let Some(bitmaps) = &self.bitmaps {
-            let more = bitmaps.cache().stats();
-            stats.hits += more.hits;
-            stats.misses += more.misses;
-            stats.pages += more.pages;
-            stats.dirty += more.dirty;
-        }
-        stats
-    }
-}
-
-fn not_writing() -> Error {
-    Error::new(ErrorKind::Failed, "the image was changed before writing had begun")
-}
-
-fn foreign_plan() -> Error {
-    Error::new(ErrorKind::Failed, "a plan that this driver did not make")
 }
 
 /// Adds `len` bytes from `skip` of a stored block; what lies past the end of the file is lost.

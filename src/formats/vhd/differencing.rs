@@ -5,14 +5,12 @@
 //! are stored, so nothing is copied up and the rest of a new block may hold anything: its bits are
 //! clear. There is no way to say "zeroes here" but to store them, so nothing is ever unmapped.
 
-use std::ops::Range;
-
 use super::bat::{Bat, entry};
 use super::bitmaps::SectorBitmaps;
-use super::blocks::{Place, Reserved, SparseMap, push_stored};
-use super::space::Slot;
+use super::blocks::{Place, SparseMap, push_stored};
 use crate::codec;
-use crate::disk::map::{BlockMap, DiskRange, ExtentList, Piece, Source, WritePlan};
+use crate::disk::map::{BlockMap, Contents, DiskRange, ExtentList, Piece, Source, WritePlan};
+use crate::disk::writer::Reserved;
 use crate::error::{Error, Result};
 
 impl SparseMap {
@@ -63,51 +61,59 @@ impl SparseMap {
     }
 
     /// Plans sectors of the first block of `want`, none of which is the disk's own yet.
-    pub(super) fn plan_sectors(
-        &self,
-        bitmaps: &SectorBitmaps,
+    pub(super) fn plan_sectors<'a>(
+        &'a self,
+        bitmaps: &'a SectorBitmaps,
         want: &DiskRange,
-    ) -> Result<WritePlan> {
+    ) -> Result<WritePlan<'a>> {
         let block = want.start / self.structure.block_size;
         let start = block * self.structure.block_size;
         let skip = want.start - start;
         let page_end = (skip / bitmaps.page_covers() + 1) * bitmaps.page_covers();
         let bytes = skip..(want.end - start).min(page_end).min(self.structure.block_size);
-        let (slot, bitmap_at) = match self.place_of(block)? {
-            Place::Stored { data, .. } => (None, data - self.structure.bitmap_size),
+        let (new, bitmap_at, contents) = match self.place_of(block)? {
+            Place::Stored { data, .. } => {
+                (None, data - self.structure.bitmap_size, Contents::Stale)
+            }
             Place::Unused => {
-                let slot = self.new_block()?;
-                (Some(slot), slot.at)
+                let (reserved, at, contents) = self.new_block()?;
+                (Some(reserved), at, contents)
             }
             Place::Bad => {
                 return Err(Error::corrupt(format!("the BAT entry of block {block} is damaged")));
             }
         };
         let bitmap = bitmap_at..bitmap_at + self.structure.bitmap_size;
-        self.room.reserve(self.file(), 0, bitmap).inspect_err(|_| self.give_back(&slot))?;
+        self.writer.reserve_table(self.file(), 0, bitmap)?;
         let piece = Piece {
             start: want.start,
             len: bytes.end - bytes.start,
             file: 0,
             at: bitmap_at + self.structure.bitmap_size + bytes.start,
-            zeroed: slot.is_some_and(|slot| slot.zeroed),
+            contents,
         };
-        Ok(WritePlan {
-            pieces: [piece].into_iter().collect(),
-            token: Box::new(Reserved::Sectors { block, bytes, bitmap_at, slot }),
-        })
+        Ok(WritePlan::new([piece].into_iter().collect(), move || {
+            let place = new.as_ref().map(|_| bitmap_at);
+            // A new block's bits need no reading, so that once its entry is set nothing can fail.
+            self.point_at(block, place.as_slice(), || {
+                bitmaps.set(block, bitmap_at, bytes, place.is_some())
+            })?;
+            new.into_iter().for_each(Reserved::keep);
+            Ok(())
+        }))
     }
 
-    /// Room for a block, its bitmap all zeroes in the file.
-    fn new_block(&self) -> Result<Slot> {
-        let slots = self.reserve(1)?;
-        let slot = slots[0];
-        if !slot.zeroed {
+    /// Room for a block, its bitmap all zeroes in the file; where it is, and what is behind the bitmap.
+    fn new_block(&self) -> Result<(Reserved<'_>, u64, Contents)> {
+        let reserved = self.reserve(1)?;
+        let Some((at, contents)) = reserved.places().next() else {
+            return Err(Error::corrupt("room for no block"));
+        };
+        if contents != Contents::Zeroes {
             let clear = vec![0; self.structure.bitmap_size as usize];
-            codec::write_all(self.file(), slot.at, &clear, "a sector bitmap")
-                .inspect_err(|_| self.give_back(&slots))?;
+            codec::write_all(self.file(), at, &clear, "a sector bitmap")?;
         }
-        Ok(slot)
+        Ok((reserved, at, contents))
     }
 
     /// Makes every block the parent's again, durably. For a disk just opened: what memory holds of
@@ -119,30 +125,14 @@ impl SparseMap {
         self.begin_writes()?;
         let mut block = 0;
         while block < self.structure.blocks {
-            self.bound_dirty_pages()?;
+            if self.tables_full() {
+                self.flush()?;
+            }
             let until = self.structure.blocks.min(Bat::same_page(block).end);
             self.unmap_in_page(block..until)?;
             block = until;
         }
         self.flush()?;
         self.close()
-    }
-
-    /// Makes planned sectors the disk's own.
-    pub(super) fn commit_sectors(
-        &self,
-        block: u64,
-        bytes: Range<u64>,
-        bitmap_at: u64,
-        slot: Option<Slot>,
-    ) -> Result<()> {
-        let Some(bitmaps) = &self.bitmaps else {
-            return Err(Error::corrupt("sectors planned on a disk that stores whole blocks"));
-        };
-        // A new block's bits need no reading, so that once its entry is set nothing can fail.
-        self.point_at(block, slot.as_slice(), || {
-            bitmaps.set(block, bitmap_at, bytes, slot.is_some())
-        })
-        .inspect_err(|_| self.give_back(&slot))
     }
 }

@@ -6,18 +6,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::bat::{BatLayout, ENTRIES_PER_PAGE, Entry, State};
 use super::bitmap;
+use super::headers::HeaderWriter;
 use super::layout::{LOG_SECTOR, MIB};
+use super::log::ring::Ring;
+use super::overlay::ReplayedFile;
 use super::regions::Region;
-use super::session::Session;
-use super::writes::WriteState;
 use crate::codec::read_exact;
 use crate::disk::map::{BlockMap, DiskRange, ExtentList, Geometry, Source, WritePlan};
-use crate::disk::room::TableRoom;
-use crate::disk::tables::{CacheStats, TableCache};
+use crate::disk::tables::{PageImage, TableCache};
+use crate::disk::writer::{self, Writer};
 use crate::error::Result;
 use crate::storage::Storage;
 
@@ -94,16 +96,28 @@ pub(super) struct Blocks {
     pub shape: Shape,
     pub files: [Arc<dyn Storage>; 1],
     pub cache: TableCache,
-    /// Which pages of tables have space of the host.
-    pub room: TableRoom,
     /// Bytes of the file, for judging what lies in it. Grows only.
-    pub file_len: AtomicU64,
+    pub file_len: Arc<AtomicU64>,
     /// `DataWriteGuid` from the first write on, if it is not to be a new one.
     pub next_data_write: Option<Uuid>,
-    /// Decisions about space; `None` before the first write.
-    pub state: Mutex<Option<WriteState>>,
-    /// Header and log. Held across a flush, taken before `state`.
-    pub session: Mutex<Session>,
+    pub writer: Writer,
+    /// Header and log. Taken before changes.
+    pub session: Mutex<LogState>,
+}
+
+/// Header, log, and what is between the log and its place in the file.
+#[derive(Debug)]
+pub(super) struct LogState {
+    pub headers: HeaderWriter,
+    /// The file as its log makes it, if it needs replaying.
+    pub replayed: Option<Arc<ReplayedFile>>,
+    /// The log, while it is in use.
+    pub ring: Option<Ring>,
+    /// The log's place was a hole of the host's file, and is to be one again.
+    pub sparse_log: bool,
+    /// Pages that the log holds durably and that could not be written to their place. Nothing more goes
+    /// into the log before they are there.
+    pub unapplied: Vec<PageImage>,
 }
 
 /// How far [`Blocks::lookup_page`] came.
@@ -283,16 +297,8 @@ impl BlockMap for Blocks {
         self.begin_session()
     }
 
-    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan<'_>> {
         self.plan(want)
-    }
-
-    fn commit_write(&self, plan: WritePlan) -> Result<()> {
-        self.commit(plan)
-    }
-
-    fn abort_write(&self, plan: WritePlan) {
-        self.abort(plan);
     }
 
     fn unmap(&self, want: DiskRange, rest: &mut Vec<DiskRange>) -> Result<()> {
@@ -300,18 +306,14 @@ impl BlockMap for Blocks {
     }
 
     fn flush(&self) -> Result<()> {
-        self.flush_tables()
+        writer::flush(self)
     }
 
-    fn dirty(&self) -> bool {
-        self.cache.dirty_pages() > 0
+    fn caches(&self) -> SmallVec<[&TableCache; 2]> {
+        SmallVec::from_slice(&[&self.cache])
     }
 
     fn close(&self) -> Result<()> {
         self.end_session()
-    }
-
-    fn cache_stats(&self) -> CacheStats {
-        self.cache.stats()
     }
 }

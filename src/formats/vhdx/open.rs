@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::bat::{self, BatLayout, ENTRY_BYTES, Slot, State};
-use super::blocks::{Blocks, Shape};
+use super::blocks::{Blocks, LogState, Shape};
 use super::headers::{Header, HeaderWriter, Headers, read_creator};
 use super::layout::{LOG_SECTOR, MIB};
 use super::locator::Locator;
@@ -18,10 +18,9 @@ use super::log::replay::{find_active, overlay};
 use super::metadata::Metadata;
 use super::overlay::{Overlay, ReplayedFile};
 use super::regions::Regions;
-use super::session::Session;
 use crate::disk::map::{DiskRange, Geometry};
-use crate::disk::room::TableRoom;
 use crate::disk::tables::{CacheBudget, TableCache};
+use crate::disk::writer::Writer;
 use crate::error::{Error, Result};
 use crate::formats::{Identity, ImageInfo, OpenContext, Opened, ParentLink};
 use crate::storage::{Access, Storage};
@@ -192,22 +191,20 @@ impl Parts {
     /// The mapping. `next_data_write` is the identity that the file gets with the first write, if it
     /// is not to be a new one.
     pub fn into_blocks(self, budget: &Arc<CacheBudget>, next_data_write: Option<Uuid>) -> Blocks {
-        let session = Session {
+        let session = LogState {
             headers: HeaderWriter::new(&self.file, &self.headers),
             replayed: self.replayed.clone(),
             ring: None,
             sparse_log: false,
             unapplied: Vec::new(),
-            failure: None,
         };
         Blocks {
             shape: self.shape(),
             cache: TableCache::new(LOG_SECTOR as usize, budget),
-            room: TableRoom::default(),
-            file_len: AtomicU64::new(self.file_len),
+            file_len: Arc::new(AtomicU64::new(self.file_len)),
             files: [self.file],
             next_data_write,
-            state: Mutex::new(None),
+            writer: Writer::default(),
             session: Mutex::new(session),
         }
     }

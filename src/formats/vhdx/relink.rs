@@ -98,7 +98,7 @@ pub(super) fn empty(file: Arc<dyn Storage>, ctx: &OpenContext) -> Result<()> {
     let blocks = parts.into_blocks(&ctx.budget, Some(own));
     blocks.begin_session()?;
     blocks.forget()?;
-    blocks.flush_tables()?;
+    blocks.flush()?;
     blocks.close()
 }
 

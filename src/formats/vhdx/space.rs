@@ -2,19 +2,13 @@
 //!
 //! The format has no list of free space: it is what no structure names. [`Space`] is built by
 //! marking everything that is named, which also finds what is named twice. New space comes from a
-//! hole among the used units if one is large enough, else from the end of the file, which grows in
-//! steps. Only space from beyond any end that the file ever had in this session is known to be
+//! hole among the used units if one is large enough, else from the end of the file. Only space from beyond any end that the file ever had in this session is known to be
 //! zero.
 
 use std::ops::Range;
 
 use super::layout::{MAX_FILE, MIB};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::Storage;
-
-/// Largest step in bytes by which the file grows ahead of need.
-const MAX_STEP: u64 = 64 << 20;
-const MIN_STEP: u64 = 4 << 20;
 
 /// Space handed out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,14 +104,6 @@ impl Space {
         self.no_run_of = u64::MAX;
     }
 
-    /// Hands out `len` bytes, a multiple of 1 MiB, in one piece, extending `file` if need be.
-    pub fn allocate(&mut self, file: &dyn Storage, len: u64) -> Result<Allocation> {
-        let Allocation { at, zeroed } = self.find(len).map_err(|e| e.in_file(file.path()))?;
-        self.extend(file, at + len)?;
-        self.mark(at..at + len);
-        Ok(Allocation { at, zeroed })
-    }
-
     /// Hands out `len` bytes, a multiple of 1 MiB, in one piece. The file is not extended: until it is,
     /// they may lie past its end.
     pub fn reserve(&mut self, len: u64) -> Result<Allocation> {
@@ -136,23 +122,6 @@ impl Space {
             return Err(Error::new(ErrorKind::NoSpace, "the file would become too large"));
         }
         Ok(Allocation { at: first * MIB, zeroed })
-    }
-
-    /// Makes the file at least `needed` bytes long, and more while it grows steadily.
-    pub fn extend(&mut self, file: &dyn Storage, needed: u64) -> Result<()> {
-        if needed <= self.file_len {
-            return Ok(());
-        }
-        let needed = needed.next_multiple_of(MIB);
-        let step = (self.file_len / 2).clamp(MIN_STEP, MAX_STEP);
-        let ahead = self.file_len.next_multiple_of(MIB) + step / MIB * MIB;
-        let roomy = needed.max(ahead);
-        // A file that may not grow so far may still grow as far as needed.
-        let grown = file.set_len(roomy).map(|()| roomy);
-        let grown = grown.or_else(|_| file.set_len(needed).map(|()| needed));
-        self.file_len =
-            grown.map_err(|e| Error::io("extending the file", &e).in_file(file.path()))?;
-        Ok(())
     }
 
     /// The first run of `units` free units below the end.
@@ -211,48 +180,33 @@ impl Space {
         let tail = self.used_end()..file_len;
         self.holes().chain((!tail.is_empty()).then_some(tail))
     }
-
-    /// The file was cut or extended to `len` bytes by other means.
-    pub fn set_file_len(&mut self, len: u64) {
-        self.file_len = len;
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::memory::MemoryFile;
-    use std::sync::Arc;
-
-    fn file(mib: u64) -> Arc<MemoryFile> {
-        let file = MemoryFile::new("x", &[]);
-        file.set_len(mib * MIB).unwrap();
-        file
-    }
 
     #[test]
     fn holes_come_first_and_are_not_zero() {
-        let file = file(10);
         let mut space = Space::new(10 * MIB);
         assert!(space.mark(MIB..4 * MIB) && space.mark(6 * MIB..10 * MIB));
         assert!(space.holes().eq(std::iter::once(4 * MIB..6 * MIB)));
-        let first = space.allocate(&*file, 2 * MIB).unwrap();
+        let first = space.reserve(2 * MIB).unwrap();
         assert_eq!(first, Allocation { at: 4 * MIB, zeroed: false });
-        let second = space.allocate(&*file, 2 * MIB).unwrap();
+        let second = space.reserve(2 * MIB).unwrap();
         assert_eq!(second, Allocation { at: 10 * MIB, zeroed: true });
         space.release(10 * MIB..12 * MIB);
-        let third = space.allocate(&*file, MIB).unwrap();
+        let third = space.reserve(MIB).unwrap();
         assert_eq!(third, Allocation { at: 10 * MIB, zeroed: false });
         assert_eq!(space.used_end(), 11 * MIB);
     }
 
     #[test]
     fn what_is_behind_the_last_used_unit_is_not_taken_for_zero() {
-        let file = file(20);
         let mut space = Space::new(20 * MIB);
         assert!(space.mark(MIB..4 * MIB));
-        assert!(!space.allocate(&*file, 16 * MIB).unwrap().zeroed);
-        assert!(space.allocate(&*file, MIB).unwrap().zeroed);
+        assert!(!space.reserve(16 * MIB).unwrap().zeroed);
+        assert!(space.reserve(MIB).unwrap().zeroed);
     }
 
     #[test]
@@ -266,34 +220,17 @@ mod tests {
     }
 
     #[test]
-    fn growth_is_in_steps_and_whole_units() {
-        let file = file(1);
-        file.set_len(MIB + 100).unwrap();
-        let mut space = Space::new(MIB + 100);
-        let mut lengths = Vec::new();
-        for _ in 0..200 {
-            space.allocate(&*file, MIB).unwrap();
-            lengths.push(file.len().unwrap());
-        }
-        assert!(lengths.iter().all(|len| len.is_multiple_of(MIB)));
-        lengths.dedup();
-        assert!(lengths.len() < 15, "{lengths:?}");
-        assert_eq!(space.used_end(), 201 * MIB);
-    }
-
-    #[test]
     fn random_use_never_hands_out_a_unit_twice() {
         fastrand::seed(5);
-        let file = file(1);
         let mut space = Space::new(MIB);
         let mut live: Vec<Range<u64>> = Vec::new();
         for _ in 0..2000 {
             if fastrand::bool() || live.is_empty() {
                 let len = fastrand::u64(1..5) * MIB;
-                let at = space.allocate(&*file, len).unwrap().at;
+                let at = space.reserve(len).unwrap().at;
                 let new = at..at + len;
                 assert!(live.iter().all(|l| l.end <= new.start || new.end <= l.start));
-                assert!(new.start >= MIB && new.end <= file.len().unwrap());
+                assert!(new.start >= MIB);
                 live.push(new);
             } else {
                 let gone = live.swap_remove(fastrand::usize(..live.len()));

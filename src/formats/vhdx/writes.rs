@@ -4,7 +4,6 @@
 //! the parent is hidden already, the block is stored whole, what is not written being zero. Over a
 //! visible parent only the written sectors are stored and marked in the chunk's sector bitmap.
 
-use std::any::Any;
 use std::ops::Range;
 
 use smallvec::SmallVec;
@@ -13,22 +12,13 @@ use super::bat::{Entry, State};
 use super::bitmap;
 use super::blocks::Blocks;
 use super::layout::{LOG_SECTOR, MIB};
-use super::space::{Allocation, Space};
-use crate::disk::map::{DiskRange, Piece, WritePlan};
-use crate::error::{Error, ErrorKind, Result};
+use crate::disk::map::{BlockMap, Contents, DiskRange, Piece, WritePlan};
+use crate::disk::space::Unit;
+use crate::disk::writer::{Reserved, State as Writing};
+use crate::error::{Error, Result};
 
 /// Bytes of disk that one plan covers, but always a block.
 const MAX_PLAN: u64 = 64 << 20;
-/// Changed pages that may wait in memory for a flush, 8 MiB.
-const MAX_DIRTY_PAGES: usize = 2048;
-
-/// Decisions about space that every write shares.
-#[derive(Debug)]
-pub(super) struct WriteState {
-    pub space: Space,
-    /// Byte ranges that nothing in memory names any more, but the tables on disk do.
-    pub freed: Vec<Range<u64>>,
-}
 
 /// What a plan does to one block when it is committed.
 #[derive(Debug)]
@@ -41,8 +31,6 @@ enum Change {
     More { block: u64, sectors: Range<u64> },
 }
 
-type Changes = Vec<Change>;
-
 /// How a block has to be stored.
 enum Need {
     Whole,
@@ -51,13 +39,6 @@ enum Need {
 }
 
 impl Blocks {
-    fn state<R>(&self, with: impl FnOnce(&mut WriteState) -> Result<R>) -> Result<R> {
-        match &mut *self.state.lock() {
-            Some(state) => with(state),
-            None => Err(Error::new(ErrorKind::ReadOnly, "writing has not begun")),
-        }
-    }
-
     /// How `part` of a block would be stored.
     fn need(&self, block: u64, part: &DiskRange) -> Result<Need> {
         let range = self.shape.block_range(block);
@@ -75,11 +56,8 @@ impl Blocks {
         })
     }
 
-    /// Reserves space for `want`, see [`BlockMap::prepare_write`](crate::disk::map::BlockMap).
-    pub(super) fn plan(&self, want: DiskRange) -> Result<WritePlan> {
-        if self.cache.dirty_pages() > MAX_DIRTY_PAGES {
-            self.flush_tables()?;
-        }
+    /// Reserves space for `want`, see [`BlockMap::prepare_write`].
+    pub(super) fn plan(&self, want: DiskRange) -> Result<WritePlan<'_>> {
         let block_size = self.shape.layout.block_size;
         let blocks = want.start / block_size..want.end.div_ceil(block_size);
         let blocks = blocks.start..blocks.end.min(blocks.start + (MAX_PLAN / block_size).max(1));
@@ -92,16 +70,10 @@ impl Blocks {
             needs.push((block, part, need));
         }
         let fresh = needs.iter().filter(|n| !matches!(n.2, Need::More { .. })).count() as u64;
-        let mut space = Allocation { at: 0, zeroed: false };
-        if fresh > 0 {
-            space = self.state(|state| {
-                let space = state.space.allocate(self.file(), fresh * block_size);
-                self.note_length(state);
-                space
-            })?;
-        }
-        let mut next = space.at;
-        let mut changes = Changes::new();
+        let unit = Unit::new(block_size, MIB);
+        let reserved = (fresh > 0).then(|| self.writer.reserve(0, unit, fresh)).transpose()?;
+        let mut places = reserved.iter().flat_map(Reserved::places);
+        let mut changes = Vec::new();
         let mut pieces: SmallVec<[Piece; 4]> = SmallVec::new();
         for (block, part, need) in needs {
             let range = self.shape.block_range(block);
@@ -109,64 +81,43 @@ impl Blocks {
             let rounded = part.start / sector * sector..part.end.next_multiple_of(sector);
             let sectors =
                 (rounded.start - range.start) / sector..(rounded.end - range.start) / sector;
-            let (stored, at, zeroed) = match need {
-                Need::Whole => {
-                    changes.push(Change::Whole { block, at: next });
-                    (range, next, space.zeroed)
-                }
-                Need::Part => {
-                    let at = next + (rounded.start - range.start);
-                    changes.push(Change::Part { block, at: next, sectors });
-                    (rounded, at, space.zeroed)
-                }
+            let skip = rounded.start - range.start;
+            let (stored, at, contents) = match need {
                 Need::More { at } => {
-                    let at = at + (rounded.start - range.start);
                     changes.push(Change::More { block, sectors });
-                    (rounded, at, false)
+                    (rounded, at + skip, Contents::Stale)
+                }
+                Need::Whole | Need::Part => {
+                    // Where there is room for less, the plan covers less.
+                    let Some((at, contents)) = places.next() else { break };
+                    if matches!(need, Need::Whole) {
+                        changes.push(Change::Whole { block, at });
+                        (range, at, contents)
+                    } else {
+                        changes.push(Change::Part { block, at, sectors });
+                        (rounded, at + skip, contents)
+                    }
                 }
             };
-            if !matches!(changes.last(), Some(Change::More { .. })) {
-                next += block_size;
-            }
             let (start, len) = (stored.start, stored.end - stored.start);
-            push_piece(&mut pieces, Piece { start, len, file: 0, at, zeroed });
+            push_piece(&mut pieces, Piece { start, len, file: 0, at, contents });
         }
-        Ok(WritePlan { pieces, token: Box::new(changes) })
-    }
-
-    /// Makes a plan's blocks visible.
-    pub(super) fn commit(&self, plan: WritePlan) -> Result<()> {
-        let changes = taken(plan.token);
-        let committed = self.state(|state| {
-            // Everything that can fail comes first: each page that will change is marked as
-            // changed as it is, which keeps it in memory, and missing bitmaps get their space.
-            for change in &changes {
-                self.touch(change, state)?;
-            }
-            changes.iter().try_for_each(|change| self.apply(change))
-        });
-        if committed.is_err() {
-            self.release(&changes);
-        }
-        committed
-    }
-
-    /// Gives a plan's space back.
-    pub(super) fn abort(&self, plan: WritePlan) {
-        self.release(&taken(plan.token));
-    }
-
-    fn release(&self, changes: &Changes) {
-        if let Some(state) = &mut *self.state.lock() {
-            for change in changes {
-                if let Change::Whole { at, .. } | Change::Part { at, .. } = *change {
-                    state.space.release(at..at + self.shape.layout.block_size);
+        drop(places);
+        Ok(WritePlan::new(pieces, move || {
+            self.writer.change(|writing| {
+                // Everything that can fail comes first: each page that will change is marked as
+                // changed as it is, which keeps it in memory, and missing bitmaps get their space.
+                for change in &changes {
+                    self.touch(change, writing)?;
                 }
-            }
-        }
+                changes.iter().try_for_each(|change| self.apply(change))
+            })?;
+            reserved.into_iter().for_each(Reserved::keep);
+            Ok(())
+        }))
     }
 
-    fn touch(&self, change: &Change, state: &mut WriteState) -> Result<()> {
+    fn touch(&self, change: &Change, writing: &mut Writing) -> Result<()> {
         let (block, sectors) = match change {
             Change::Whole { block, .. } => (*block, None),
             Change::Part { block, .. } => (*block, Some(0..self.shape.block_bits(*block).1)),
@@ -175,7 +126,7 @@ impl Blocks {
         self.update_entry(self.shape.layout.block_entry(block), |_| ())?;
         if let Some(sectors) = sectors {
             if self.bitmap_at(block)?.is_none() {
-                self.add_bitmap(block, state)?;
+                self.add_bitmap(block, writing)?;
             }
             self.update_bits(block, sectors, |_, _| ())?;
         }
@@ -185,23 +136,23 @@ impl Blocks {
     /// Gives the chunk of `block` a sector bitmap of clear bits. Until the block itself names it by
     /// its state nobody looks at it. Growing the file and punching a hole are short enough to be
     /// done under the lock, and rare: a bitmap serves 2^23 sectors.
-    fn add_bitmap(&self, block: u64, state: &mut WriteState) -> Result<()> {
+    fn add_bitmap(&self, block: u64, writing: &mut Writing) -> Result<()> {
         let index = self.shape.layout.bitmap_entry(block);
         if self.entry(index)? != Entry(0) {
             let what = format!("the sector bitmap of block {block} has no valid place");
             return Err(Error::corrupt(what));
         }
         self.update_entry(index, |_| ())?;
-        let space = state.space.allocate(self.file(), MIB)?;
-        self.note_length(state);
-        self.room.forget(0, space.at..space.at + MIB);
-        if !space.zeroed {
-            self.file().punch_hole(space.at, MIB).map_err(|e| {
-                state.space.release(space.at..space.at + MIB);
-                Error::io("clearing a sector bitmap", &e).in_file(self.file().path()).at(space.at)
+        let space = writing.space(0)?;
+        let run = space.take(Unit::new(MIB, MIB), 1)?;
+        let at = run.range.start;
+        if run.contents != Contents::Zeroes {
+            self.file().punch_hole(at, MIB).map_err(|e| {
+                space.release(run.range, Contents::Stale);
+                Error::io("clearing a sector bitmap", &e).in_file(self.file().path()).at(at)
             })?;
         }
-        self.update_entry(index, |entry| *entry = Entry::present(space.at))
+        self.update_entry(index, |entry| *entry = Entry::present(at))
     }
 
     fn apply(&self, change: &Change) -> Result<()> {
@@ -249,7 +200,7 @@ impl Blocks {
 
     /// Sees to it that a page of a table that is going to change has space of the host.
     fn reserve(&self, page: u64) -> Result<()> {
-        self.room.reserve(self.file(), 0, page * LOG_SECTOR..(page + 1) * LOG_SECTOR)
+        self.writer.reserve_table(self.file(), 0, page * LOG_SECTOR..(page + 1) * LOG_SECTOR)
     }
 
     fn update_entry(&self, index: u64, change: impl FnOnce(&mut Entry)) -> Result<()> {
@@ -281,7 +232,7 @@ impl Blocks {
         Ok(())
     }
 
-    /// Discards whole blocks, see [`BlockMap::unmap`](crate::disk::map::BlockMap::unmap).
+    /// Discards whole blocks, see [`BlockMap::unmap`].
     ///
     /// A discarded block gets state ZERO: it is the only one that the format defines to read as
     /// zeroes, with and without parent, so every program agrees on what was discarded. Blocks that
@@ -314,13 +265,10 @@ impl Blocks {
                 State::NotPresent if !self.shape.has_parent => {}
                 State::Invalid => keep(part),
                 state => {
-                    if self.cache.dirty_pages() > MAX_DIRTY_PAGES {
-                        self.flush_tables()?;
-                    }
-                    self.state(|s| {
+                    self.writer.change(|writing| {
                         self.set_block(block, Entry::ZERO)?;
                         if state != State::NotPresent {
-                            s.freed.push(entry.offset()..entry.offset() + block_size);
+                            writing.free(0, entry.offset()..entry.offset() + block_size);
                         }
                         Ok(())
                     })?;
@@ -346,20 +294,20 @@ impl Blocks {
                 return Err(Error::corrupt(what).in_file(self.file().path()));
             }
             self.update_entry(index, |entry| *entry = Entry::present(entry.offset()))?;
-            if self.cache.dirty_pages() > MAX_DIRTY_PAGES {
-                self.flush_tables()?;
+            if self.tables_full() {
+                self.flush()?;
             }
         }
-        self.flush_tables()?;
+        self.flush()?;
         for first in (0..layout.blocks).step_by(layout.chunk_ratio as usize) {
             let Some(at) = self.bitmap_at(first)? else { continue };
-            self.state(|state| {
+            self.writer.change(|writing| {
                 self.update_entry(layout.bitmap_entry(first), |entry| *entry = Entry(0))?;
-                state.freed.push(at..at + MIB);
+                writing.free(0, at..at + MIB);
                 Ok(())
             })?;
         }
-        self.flush_tables()
+        self.flush()
     }
 
     /// Makes every block the parent's again. Sector bitmaps stay: they mean nothing without a
@@ -370,14 +318,14 @@ impl Blocks {
             if entry.state() == State::NotPresent {
                 continue;
             }
-            if self.cache.dirty_pages() > MAX_DIRTY_PAGES {
-                self.flush_tables()?;
+            if self.tables_full() {
+                self.flush()?;
             }
-            self.state(|state| {
+            self.writer.change(|writing| {
                 self.set_block(block, Entry(0))?;
                 if matches!(entry.state(), State::Present | State::Partial) {
                     let block_size = self.shape.layout.block_size;
-                    state.freed.push(entry.offset()..entry.offset() + block_size);
+                    writing.free(0, entry.offset()..entry.offset() + block_size);
                 }
                 Ok(())
             })?;
@@ -392,14 +340,10 @@ fn push_piece(pieces: &mut SmallVec<[Piece; 4]>, piece: Piece) {
         Some(last)
             if last.start + last.len == piece.start
                 && last.at + last.len == piece.at
-                && last.zeroed == piece.zeroed =>
+                && last.contents == piece.contents =>
         {
             last.len += piece.len;
         }
         _ => pieces.push(piece),
     }
-}
-
-fn taken(token: Box<dyn Any + Send>) -> Changes {
-    token.downcast::<Changes>().map(|changes| *changes).unwrap_or_default()
 }

@@ -1,6 +1,7 @@
 //! ESX copy-on-write extents (`COWD`): one directory, tables of 4096 entries made on demand, grains
 //! of one sector as a rule, and a header field that says where unused space begins.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use zerocopy::little_endian::U32;
@@ -103,7 +104,7 @@ pub fn open(asked: &Asked<'_>, declared: bool) -> Result<OpenedSparse> {
         rgd: None,
         zeroed_grains: false,
         reserved: std::iter::once(0..gd_end).collect(),
-        file_len: AtomicU64::new(file_len),
+        file_len: Arc::new(AtomicU64::new(file_len)),
         salvage: None,
     };
     let span = grain * SECTOR * ENTRIES_PER_TABLE;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::disk::sync_file;
+use crate::disk::sync_file_for;
 use crate::error::Result;
 use crate::storage::{FileIdentity, Storage};
 
@@ -47,9 +47,10 @@ impl ExtentFile {
     }
 
     /// Makes everything written so far durable, if anything was written.
-    pub fn sync_changes(&self) -> Result<()> {
+    /// `what` is for whoever keeps a record.
+    pub fn sync_changes(&self, what: &'static str) -> Result<()> {
         if self.unsynced.swap(false, Ordering::AcqRel) || self.lent.load(Ordering::Acquire) {
-            sync_file(&*self.inner)?;
+            sync_file_for(&*self.inner, what)?;
         }
         Ok(())
     }
@@ -91,6 +92,11 @@ impl Storage for ExtentFile {
     fn sync(&self) -> io::Result<()> {
         self.unsynced.store(false, Ordering::Release);
         self.inner.sync()
+    }
+
+    fn sync_for(&self, what: &'static str) -> io::Result<()> {
+        self.unsynced.store(false, Ordering::Release);
+        self.inner.sync_for(what)
     }
 
     fn write_back(&self) {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::codec;
 use crate::disk::map::{ExtentList, FileIndex, Source};
-use crate::disk::tables::{CacheBudget, CacheStats, PageImage, TableCache};
+use crate::disk::tables::{CacheBudget, PageImage, TableCache};
 use crate::error::{Error, Result};
 use crate::storage::Storage;
 
@@ -114,7 +114,7 @@ pub struct GrainTables {
     /// Places in the file where no grain and no table can be.
     pub reserved: Vec<Range<u64>>,
     /// Bytes of the file, as far as this open knows: it only grows.
-    pub file_len: AtomicU64,
+    pub file_len: Arc<AtomicU64>,
     /// What was found without tables, where they are lost.
     pub salvage: Option<Salvage>,
 }
@@ -130,13 +130,6 @@ pub struct TableCaches {
     directories: TableCache,
 }
 
-/// Changed pages as a flush finds them.
-#[derive(Debug)]
-pub struct ChangedPages {
-    tables: Vec<PageImage>,
-    directories: Vec<PageImage>,
-}
-
 impl TableCaches {
     /// Empty caches within `budget`.
     pub fn new(budget: &Arc<CacheBudget>) -> Self {
@@ -144,37 +137,43 @@ impl TableCaches {
         Self { tables: cache(), directories: cache() }
     }
 
-    /// Number of changed pages.
-    pub fn dirty_pages(&self) -> usize {
-        self.tables.dirty_pages() + self.directories.dirty_pages()
+    /// The caches of tables and of directories.
+    pub fn both(&self) -> [&TableCache; 2] {
+        [&self.tables, &self.directories]
     }
 
-    /// See [`TableCache::snapshot`].
-    pub fn snapshot(&self) -> ChangedPages {
-        ChangedPages { tables: self.tables.snapshot(), directories: self.directories.snapshot() }
-    }
-
-    /// See [`TableCache::retire`].
-    pub fn retire(&self, pages: &ChangedPages) {
-        self.tables.retire(&pages.tables);
-        self.directories.retire(&pages.directories);
-    }
-
-    /// See [`TableCache::restore`].
-    pub fn restore(&self, pages: &ChangedPages) {
-        self.tables.restore(&pages.tables);
-        self.directories.restore(&pages.directories);
-    }
-
-    /// The figures of both.
-    pub fn stats(&self) -> CacheStats {
-        let (a, b) = (self.tables.stats(), self.directories.stats());
-        CacheStats {
-            hits: a.hits + b.hits,
-            misses: a.misses + b.misses,
-            pages: a.pages + b.pages,
-            dirty: a.dirty + b.dirty,
+    /// Where all pages of a batch go, those of tables and those of directories; `tables_of` knows the
+    /// sparse extents by their number.
+    pub fn places<'a, 'b>(
+        &self,
+        pages: &'a [Vec<PageImage>],
+        tables_of: impl Fn(usize) -> &'b GrainTables,
+    ) -> Result<Vec<PageWrite<'a>>> {
+        let [tables, directories] = pages else { return Ok(Vec::new()) };
+        let split = |name: u64| ((name >> 48) as usize, name & (REDUNDANT - 1));
+        let mut writes = Vec::new();
+        for (name, page) in tables {
+            let (extent, number) = split(*name);
+            let tables = tables_of(extent);
+            let (Table::At(at), redundant) = tables.page_places(self, number)? else {
+                let what = "a grain table that was changed has no place in the file";
+                return Err(Error::corrupt(what).in_file(tables.file.path()));
+            };
+            let redundant = match redundant {
+                Table::At(at) => Some(at),
+                _ => None,
+            };
+            let bytes = &page[..tables.page_len() as usize];
+            writes.push(PageWrite { extent, at, redundant, bytes });
         }
+        for (name, page) in directories {
+            let (extent, number) = split(*name);
+            let tables = tables_of(extent);
+            let from = number * PAGE;
+            let bytes = &page[..(tables.directory_len() - from).min(PAGE) as usize];
+            writes.push(PageWrite { extent, at: tables.gd + from, redundant: None, bytes });
+        }
+        Ok(writes)
     }
 }
 
@@ -189,45 +188,6 @@ pub struct PageWrite<'a> {
     pub redundant: Option<u64>,
     /// What is written.
     pub bytes: &'a [u8],
-}
-
-impl ChangedPages {
-    /// Whether nothing changed.
-    pub fn is_empty(&self) -> bool {
-        self.tables.is_empty() && self.directories.is_empty()
-    }
-
-    /// Where all pages go; `tables_of` knows the sparse extents by their number.
-    pub fn places<'a, 'b>(
-        &'a self,
-        caches: &TableCaches,
-        tables_of: impl Fn(usize) -> &'b GrainTables,
-    ) -> Result<Vec<PageWrite<'a>>> {
-        let split = |name: u64| ((name >> 48) as usize, name & (REDUNDANT - 1));
-        let mut writes = Vec::new();
-        for (name, page) in &self.tables {
-            let (extent, number) = split(*name);
-            let tables = tables_of(extent);
-            let (Table::At(at), redundant) = tables.page_places(caches, number)? else {
-                let what = "a grain table that was changed has no place in the file";
-                return Err(Error::corrupt(what).in_file(tables.file.path()));
-            };
-            let redundant = match redundant {
-                Table::At(at) => Some(at),
-                _ => None,
-            };
-            let bytes = &page[..tables.page_len() as usize];
-            writes.push(PageWrite { extent, at, redundant, bytes });
-        }
-        for (name, page) in &self.directories {
-            let (extent, number) = split(*name);
-            let tables = tables_of(extent);
-            let from = number * PAGE;
-            let bytes = &page[..(tables.directory_len() - from).min(PAGE) as usize];
-            writes.push(PageWrite { extent, at: tables.gd + from, redundant: None, bytes });
-        }
-        Ok(writes)
-    }
 }
 
 impl GrainTables {

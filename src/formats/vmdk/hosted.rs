@@ -1,6 +1,7 @@
 //! Opening a hosted sparse extent: where its directories are, and which of them can be used.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::error::{Error, Result};
@@ -63,7 +64,7 @@ pub fn open(asked: &Asked<'_>) -> Result<OpenedSparse> {
         rgd: directories.redundant.map(|r| r.start),
         zeroed_grains: header.flags & FLAG_ZEROED_GRAINS != 0,
         reserved: directories.reserved,
-        file_len: AtomicU64::new(file_len),
+        file_len: Arc::new(AtomicU64::new(file_len)),
         salvage,
     };
     let extent = SparseExtent {

@@ -6,19 +6,22 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+use smallvec::SmallVec;
+
 use crate::disk::map::{
     BlockMap, DiskRange, Extent, ExtentList, FileIndex, Geometry, Source, WritePlan,
 };
-use crate::disk::room::TableRoom;
-use crate::disk::tables::CacheStats;
+use crate::disk::tables::TableCache;
+use crate::disk::writer::{self, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
 use super::descriptor::Descriptor;
 use super::extent_file::ExtentFile;
 use super::grains::{self, Grain, GrainTables, TableCaches};
+use super::in_flight::InFlight;
 use super::stream::{self, InflatedGrains};
-use super::write::{Writer, push_rest};
 
 /// Bytes of the disk gone through between looks at how much waits in memory.
 const STEP: usize = 1 << 30;
@@ -88,6 +91,21 @@ pub struct DescriptorFile {
     pub descriptor: Descriptor,
 }
 
+/// The files of a disk that are ever written, each once.
+pub struct WrittenFiles {
+    /// All of them.
+    pub all: Vec<Arc<ExtentFile>>,
+    /// The one with the descriptor.
+    pub descriptor: Mutex<DescriptorFile>,
+}
+
+impl WrittenFiles {
+    /// These files, and the descriptor's.
+    pub fn new(all: Vec<Arc<ExtentFile>>, descriptor: DescriptorFile) -> Self {
+        Self { all, descriptor: Mutex::new(descriptor) }
+    }
+}
+
 /// See the module's documentation.
 pub struct VmdkMap {
     geometry: Geometry,
@@ -99,9 +117,9 @@ pub struct VmdkMap {
     pub(super) has_parent: bool,
     pub(super) cache: TableCaches,
     inflated: InflatedGrains,
-    /// Which pages of tables have space of the host.
-    pub(super) room: TableRoom,
     pub(super) writer: Writer,
+    pub(super) files_written: WrittenFiles,
+    pub(super) in_flight: InFlight,
 }
 
 /// The parts that [`VmdkMap::new`] puts together.
@@ -140,8 +158,9 @@ impl VmdkMap {
             next_cid: parts.next_cid,
             cache: parts.cache,
             inflated: InflatedGrains::default(),
-            room: TableRoom::default(),
-            writer: Writer::new(written, parts.descriptor),
+            writer: Writer::default(),
+            files_written: WrittenFiles::new(written, parts.descriptor),
+            in_flight: InFlight::default(),
         }
     }
 
@@ -154,7 +173,9 @@ impl VmdkMap {
     pub fn forget(&self) -> Result<()> {
         self.begin()?;
         for step in (0..self.geometry.size).step_by(STEP) {
-            self.bound_dirty_pages()?;
+            if self.tables_full() {
+                self.flush()?;
+            }
             let step = step..self.geometry.size.min(step + STEP as u64);
             for (slot, part) in self.parts(step) {
                 if let Backing::Sparse(extent) = slot.backing {
@@ -227,8 +248,7 @@ impl BlockMap for VmdkMap {
         self.begin()
     }
 
-    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan> {
-        self.bound_dirty_pages()?;
+    fn prepare_write(&self, want: DiskRange) -> Result<WritePlan<'_>> {
         let Some((slot, part)) = self.parts(want).next() else {
             return Err(Error::invalid("a write of nothing"));
         };
@@ -244,16 +264,7 @@ impl BlockMap for VmdkMap {
         }
     }
 
-    fn commit_write(&self, plan: WritePlan) -> Result<()> {
-        self.commit(plan)
-    }
-
-    fn abort_write(&self, plan: WritePlan) {
-        self.abort(plan);
-    }
-
     fn unmap(&self, want: DiskRange, rest: &mut Vec<DiskRange>) -> Result<()> {
-        self.bound_dirty_pages()?;
         for (slot, part) in self.parts(want) {
             match slot.backing {
                 Backing::Zero => {}
@@ -293,18 +304,22 @@ impl BlockMap for VmdkMap {
     }
 
     fn flush(&self) -> Result<()> {
-        self.flush_all()
+        writer::flush(self)
     }
 
-    fn dirty(&self) -> bool {
-        self.cache.dirty_pages() > 0
+    fn caches(&self) -> SmallVec<[&TableCache; 2]> {
+        self.cache.both().into_iter().collect()
     }
 
     fn close(&self) -> Result<()> {
         self.finish()
     }
+}
 
-    fn cache_stats(&self) -> CacheStats {
-        self.cache.stats()
+/// Appends a range, joined to the last one where it continues it.
+pub(super) fn push_rest(rest: &mut Vec<DiskRange>, range: DiskRange) {
+    match rest.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => rest.push(range),
     }
 }

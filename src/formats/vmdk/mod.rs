@@ -9,13 +9,13 @@
 //!
 //! 1. Before the first change ([`begin_writes`](crate::disk::map::BlockMap::begin_writes)) every
 //!    sparse extent is walked (`walk`): damage refuses the write, and the walk leaves what is free
-//!    (`space`). Then each extent is marked unclean, a file that ends inside a sector gets the rest
+//!    ([`Space`](crate::disk::space)). Then each extent is marked unclean, a file that ends inside a sector gets the rest
 //!    of it, and the descriptor gets a new content id; one sync of each file.
 //! 2. A new grain lies in space that no durable table leads to: behind the end of the file, which is
 //!    extended first, or where a grain was freed by tables that are durable. The disk fills it
 //!    completely; only then its entry changes, in memory. Before that the page of the table, and its
 //!    redundant copy, get space of the host ([`room`](crate::disk::room)), so that 3 finds room.
-//! 3. A flush takes a snapshot of the changed table pages, syncs the payload, writes the redundant
+//! 3. A flush ([`writer`](crate::disk::writer)) takes a snapshot of the changed table pages, syncs the payload, writes the redundant
 //!    tables, then the primary ones, and syncs again. What the snapshot freed is free from here on.
 //! 4. Closing, with all tables durable, cuts off unused space at the end, clears the unclean marks
 //!    and syncs.
@@ -48,6 +48,7 @@
 //! - `create`: creating disks;
 //! - `extent_file`: the files of a disk, each wrapped so that the driver knows which ones a flush
 //!   must sync, and that extents declared read-only stay as they are;
+//! - `in_flight`: grains for which a write is planned and not over;
 //! - `layout`: on-disk layout of hosted sparse extents (`KDMV`);
 //! - `meta`: what the descriptor says beside what the disk is, for looking at and for changing;
 //! - `naming`: which files are a disk's own, and what they and the descriptor are called when the
@@ -68,6 +69,7 @@ mod descriptor;
 mod extent_file;
 mod grains;
 mod hosted;
+mod in_flight;
 mod layout;
 mod link;
 mod map;
@@ -78,7 +80,6 @@ mod repair;
 mod resize;
 mod sesparse;
 mod settled;
-mod space;
 mod stream;
 mod structures;
 mod tables;

@@ -2,6 +2,7 @@
 //! known; for the same reason an extent with a journal to replay is refused.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use zerocopy::little_endian::U64;
@@ -154,7 +155,7 @@ pub fn open(asked: &Asked<'_>) -> Result<OpenedSparse> {
         rgd: None,
         zeroed_grains: true,
         reserved: Vec::new(),
-        file_len: AtomicU64::new(file_len),
+        file_len: Arc::new(AtomicU64::new(file_len)),
         salvage: None,
     };
     let extent = SparseExtent {

@@ -10,12 +10,13 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use crate::codec;
+use crate::disk::map::Contents;
+use crate::disk::space::{Limits, MultipleOf, Space};
 use crate::error::{Error, Result};
 use crate::storage::Storage;
 
 use super::grains::{Grain, GrainTables, Table};
 use super::layout::SECTOR;
-use super::space::Space;
 
 /// How bad a problem is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -307,17 +308,32 @@ impl Usage {
     }
 
     /// The free space of the file: whole grains that nothing uses, at or after sector `from`.
-    fn space(&self, from: u64) -> Space {
-        let mut space = Space::new(self.file, from);
+    fn space(&self, tables: &GrainTables, from: u64) -> Space {
+        let limits = Limits {
+            end: (MAX_SECTORS - 1) * SECTOR,
+            full: "the extent is full: grain tables reach no further than 2 TiB",
+            least: SECTOR,
+            align: 1,
+            floor: 0,
+        };
+        let next = self.end().max(from).min(MAX_SECTORS).next_multiple_of(self.grain);
+        let lens = [self.file * SECTOR; 2];
+        let file = tables.file.clone();
+        let tail = MultipleOf(SECTOR);
+        let mut space = Space::new(file, tail, limits, next * SECTOR, lens, &tables.file_len);
         for run in self.unused(from) {
-            let run = run.start.next_multiple_of(self.grain)..run.end / self.grain * self.grain;
+            let run =
+                run.start.next_multiple_of(self.grain)..run.end.min(next) / self.grain * self.grain;
             if run.start < run.end {
-                space.release(run, false);
+                space.release(run.start * SECTOR..run.end * SECTOR, Contents::Stale);
             }
         }
         space
     }
 }
+
+/// Extent files stay below this many sectors: a table entry has 32 bits.
+const MAX_SECTORS: u64 = 1 << 32;
 
 /// Reads tables, answering from what the host says about holes where it can.
 pub struct TableReader<'a> {
@@ -587,7 +603,7 @@ pub fn verify(tables: &GrainTables, unclean: bool, overhead: u64) -> Result<Veri
         .in_file(tables.file.path())
         .hint("flatdisk check lists all damage"));
     }
-    Ok(Verified { space: usage.space(overhead), torn })
+    Ok(Verified { space: usage.space(tables, overhead), torn })
 }
 
 /// Makes every redundant table equal to its primary. The primary is what readers see, and holds all

@@ -76,15 +76,9 @@ impl BlockMap for FakeMap {
         Ok(())
     }
 
-    fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan> {
+    fn prepare_write(&self, _want: DiskRange) -> Result<WritePlan<'_>> {
         unreachable!("everything is mapped")
     }
-
-    fn commit_write(&self, _plan: WritePlan) -> Result<()> {
-        unreachable!("everything is mapped")
-    }
-
-    fn abort_write(&self, _plan: WritePlan) {}
 
     fn flush(&self) -> Result<()> {
         assert!(!self.closed.load(Ordering::Relaxed));
