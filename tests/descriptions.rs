@@ -357,6 +357,14 @@ fn an_archive_without_its_end_is_as_good() {
         let e = describe::describe(&dynamic, Path::new(PATH), &text, false, &()).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
     }
+    // The description itself is the last file.
+    for (len, new) in [(812, 300), (812, 400), (1024, 512), (1536, 300)] {
+        let dynamic: Arc<dyn Host> = host(&archive(&[("m.ovf", &old)])[..len]);
+        let text = description("new", new);
+        describe::describe(&dynamic, Path::new(PATH), &text, false, &()).unwrap();
+        assert_eq!(said(&dynamic), text, "{len}");
+        assert_eq!(check(&dynamic).unwrap().errors, 0);
+    }
     // So much of nothing is none of the archive's.
     let mut long = archive(&[("m.ovf", &old)]);
     long.resize(2 << 20, 0);

@@ -152,7 +152,8 @@ pub fn describe(
             changes.push((member.at - BLOCK, resized(&archive, &member, room)?.to_vec()));
         }
         changes.push((member.at, text));
-        write_in_place(&file, len, &changes)?;
+        // Where the description is the last file, its block need not be there as a whole.
+        write_in_place(&file, len.max(archive.end()), &changes)?;
         return Ok(Described { in_place: true, missing, ..Described::default() });
     }
     let done = write_anew(host, &archive, &member, text, progress)?;
