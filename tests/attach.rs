@@ -113,6 +113,12 @@ impl Image {
         self.assert_nothing_left();
     }
 
+    /// The one file that holds the disk, if there is one.
+    fn host_file(&self) -> PathBuf {
+        let flat = self.path.with_file_name("flat-flat.vmdk");
+        if flat.exists() { flat } else { self.path.clone() }
+    }
+
     /// The image's entry in `attach --list`.
     fn listed(&self) -> Option<serde_json::Value> {
         let all = succeed(flatdisk().args(["attach", "--list", "--json"]));
@@ -148,6 +154,7 @@ impl Image {
             let file = device.unwrap().path().join("loop/backing_file");
             let file = fs::read_to_string(file).unwrap_or_default();
             assert!(!Path::new(file.trim()).starts_with(&slot), "{file} is left");
+            assert_ne!(Path::new(file.trim()), self.host_file());
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounts.contains(slot.to_str().unwrap()), "{mounts}");
@@ -185,6 +192,7 @@ fn file_systems_in_every_kind_of_partition_table_keep_what_is_written() {
         ("none.vhd", "dynamic", "", ""),
         ("flat.vmdk", "monolithicFlat", "label: gpt\nsize=20M\nsize=20M\n", "p2"),
         ("fixed.vhd", "fixed", "", ""),
+        ("fixed.vhdx", "fixed", "label: gpt\nsize=20M\nsize=20M\n", "p2"),
     ] {
         let image = Image::new(name, "64M", &["--subformat", subformat]);
         if !table.is_empty() {
@@ -562,6 +570,298 @@ fn a_device_detached_by_others_is_noticed() {
     succeed(Command::new("losetup").arg("-d").arg(&device));
     wait_until("the list says so", || image.listed().unwrap()["state"] == "device-gone");
     image.detach();
+}
+
+/// Images whose disk lies in one piece in a host file, and how they are made.
+const IN_ONE_PIECE: [(&str, &[&str]); 4] = [
+    ("a.vhd", &["--subformat", "fixed"]),
+    ("flat.vmdk", &["--subformat", "monolithicFlat"]),
+    ("a.vhdx", &["--subformat", "fixed", "--block-size", "1M"]),
+    ("b.vhdx", &["--subformat", "fixed", "--block-size", "8M", "--sector-size", "4096"]),
+];
+
+const SIZE: u64 = 24 << 20;
+
+/// A part of a device's numbers, by losetup(8).
+fn binding(device: &Path, column: &str) -> String {
+    let told = succeed(Command::new("losetup").args(["-nO", column]).arg(device));
+    told.trim().to_owned()
+}
+
+/// What a host file holds around the disk.
+fn around(file: &Path, at: u64) -> Vec<u8> {
+    let mut bytes = fs::read(file).unwrap();
+    bytes.drain(at as usize..(at + SIZE) as usize);
+    bytes
+}
+
+/// Writes, and flushes it.
+fn put(device: &Path, at: u64, data: &[u8]) {
+    let file = fs::File::options().write(true).open(device).unwrap();
+    file.write_all_at(data, at).unwrap();
+    file.sync_all().unwrap();
+}
+
+fn get(file: &Path, at: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    fs::File::open(file).unwrap().read_exact_at(&mut bytes, at).unwrap();
+    bytes
+}
+
+#[test]
+fn a_device_on_the_image_s_own_file_reaches_the_disk_and_nothing_else() {
+    if !can_attach() || !have(&["blkdiscard", "blockdev"]) {
+        return;
+    }
+    for (name, options) in IN_ONE_PIECE {
+        let image = Image::new(name, "24M", options);
+        let file = image.host_file();
+        let (len, before) = (fs::metadata(&file).unwrap().len(), fs::read(&image.path).unwrap());
+
+        // Who only reads changes nothing.
+        let device = image.attach(&["-r"]);
+        assert_eq!(image.listed().unwrap()["direct"], true, "{name}");
+        let writer = fs::File::options().write(true).open(&device);
+        assert!(writer.and_then(|writer| writer.write_at(&[1; 4096], 0)).is_err());
+        image.detach();
+        assert!(fs::read(&image.path).unwrap() == before, "{name}");
+
+        let device = image.attach(&[]);
+        assert!(succeed(flatdisk().args(["attach", "--list"])).contains("direct"));
+        assert_eq!(Path::new(&binding(&device, "BACK-FILE")), file, "{name}");
+        assert_eq!(binding(&device, "SIZELIMIT"), SIZE.to_string(), "{name}");
+        let at: u64 = binding(&device, "OFFSET").parse().unwrap();
+        let sector = if name == "b.vhdx" { "4096" } else { "512" };
+        assert_eq!(binding(&device, "LOG-SEC"), sector);
+        let size = succeed(Command::new("blockdev").arg("--getsize64").arg(&device));
+        assert_eq!(size.trim(), SIZE.to_string());
+        // Identifiers tell of the writing before it begins; a fixed VHD has none that would.
+        assert_eq!(fs::read(&image.path).unwrap() == before, name == "a.vhd");
+        let outside = around(&file, at);
+        let data: Vec<u8> = (0..1_u32 << 20).map(|i| (i % 251) as u8 + 1).collect();
+        for start in [0, SIZE - data.len() as u64] {
+            put(&device, start, &data);
+            assert!(get(&file, at + start, data.len()) == data, "{name}");
+        }
+        // Behind the end nothing is taken.
+        let past = fs::File::options().write(true).open(&device).unwrap();
+        assert!(past.write_all_at(&data, SIZE - 4096).and_then(|()| past.sync_all()).is_err());
+        drop(past);
+        assert!(around(&file, at) == outside, "{name}: what is around the disk changed");
+        image.detach();
+        assert_eq!(fs::metadata(&file).unwrap().len(), len);
+        succeed(flatdisk().arg("check").arg(&image.path));
+
+        // The old way shows the same, and its writes are seen.
+        let device = image.attach(&["--no-direct"]);
+        assert_eq!(image.listed().unwrap()["direct"], false, "{name}");
+        assert!(Path::new(&binding(&device, "BACK-FILE")).starts_with(image.slot()));
+        assert!(
+            get(&device, SIZE - data.len() as u64, data.len() - 4096) == data[..data.len() - 4096]
+        );
+        put(&device, 0, &[7; 4096]);
+        image.detach();
+
+        let device = image.attach(&[]);
+        assert_eq!(get(&device, 0, 4096), [7; 4096]);
+        let outside = around(&file, at);
+        let taken = fs::metadata(&file).unwrap().blocks();
+        succeed(Command::new("blkdiscard").arg("-f").arg(&device));
+        assert!(fs::metadata(&file).unwrap().blocks() + 2048 < taken, "{name}: no space came back");
+        assert!(around(&file, at) == outside, "{name}: what is around the disk changed");
+        assert!(get(&device, 0, SIZE as usize).iter().all(|byte| *byte == 0));
+        image.detach();
+        succeed(flatdisk().arg("check").arg(&image.path));
+        assert_eq!(fs::metadata(&file).unwrap().len(), len);
+    }
+}
+
+#[test]
+fn only_disks_in_one_piece_for_good_are_attached_on_their_own_file() {
+    if !can_attach() {
+        return;
+    }
+    for (name, options) in [
+        ("a.vhdx", &["--block-size", "1M"][..]),
+        ("a.vhd", &[]),
+        ("a.vmdk", &["--subformat", "monolithicSparse"]),
+    ] {
+        let image = Image::new(name, "24M", options);
+        let device = image.attach(&[]);
+        put(&device, 0, &[1; 4096]);
+        assert_eq!(image.listed().unwrap()["direct"], false, "{name}");
+        image.detach();
+    }
+    let image = Image::new("a.vhd", "24M", &["--subformat", "fixed"]);
+    let before = live::sha256(&image.path);
+    let device = image.attach(&["--nonpersistent"]);
+    put(&device, 0, &[1; 4096]);
+    assert_eq!(image.listed().unwrap()["direct"], false);
+    image.detach();
+    assert_eq!(live::sha256(&image.path), before);
+}
+
+#[test]
+fn an_image_whose_file_a_device_uses_opens_nowhere_else() {
+    if !can_attach() || !have(&["qemu-io"]) {
+        return;
+    }
+    let busy = |path: &Path, write: bool| {
+        let opened = fs::File::options().read(true).write(write).open(path);
+        assert_eq!(opened.unwrap_err().raw_os_error(), Some(libc::EBUSY), "{}", path.display());
+    };
+    for (name, options) in IN_ONE_PIECE {
+        let image = Image::new(name, "24M", options);
+        let private = image.slot().join(format!("flat/{name}.img"));
+        let other = live::Mount::new(image.dir.path(), &[]);
+        let device = image.attach(&[]);
+        for write in [false, true] {
+            busy(&other.flat(name), write);
+            busy(&private, write);
+        }
+        let resized = outcome(flatdisk().args(["resize"]).arg(&image.path).arg("+24M"));
+        assert!(stderr(&resized).contains("in use"), "{}", stderr(&resized));
+        let driver = if name == "a.vhd" { "vpc" } else { &name[name.len() - 4..] };
+        let mut qemu = Command::new("qemu-io");
+        let locked = outcome(qemu.args(["-f", driver, "-c", "write 0 512"]).arg(&image.path));
+        assert!(stderr(&locked).contains("lock"), "{}", stderr(&locked));
+        // Neither is its mount taken away.
+        let unmounted = outcome(flatdisk().arg("umount").arg(image.slot().join("flat")));
+        assert_eq!(unmounted.status.code(), Some(32), "{}", stderr(&unmounted));
+        put(&device, 4096, &[3; 4096]);
+        image.detach();
+
+        // Readers share it.
+        image.attach(&["-r"]);
+        assert_eq!(get(&other.flat(name), 4096, 4096), [3; 4096]);
+        busy(&other.flat(name), true);
+        image.detach();
+        // And somebody who has it open for reading keeps a writing device away.
+        let reader = fs::File::open(other.flat(name)).unwrap();
+        let output = image.try_attach(&[]);
+        assert!(stderr(&output).contains("another program"), "{}", stderr(&output));
+        drop(reader);
+        assert!(other.unmount().success());
+        image.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_device_on_the_image_s_own_file_outlives_the_daemon_with_its_locks() {
+    if !can_attach() || !have(&["mkfs.ext4", "e2fsck"]) {
+        return;
+    }
+    for (name, options) in IN_ONE_PIECE {
+        let image = Image::new(name, "24M", options);
+        let device = image.attach(&[]);
+        succeed(Command::new("mkfs.ext4").arg("-q").arg(&device));
+        image.detach();
+        let device = image.attach_mounted(&[]);
+        fs::write(image.mountpoint().join("before"), "one").unwrap();
+        image.kill_daemon();
+        assert_eq!(image.listed().unwrap()["state"], "daemon-died");
+        fs::write(image.mountpoint().join("after"), "two").unwrap();
+        let other = live::Mount::new(image.dir.path(), &[]);
+        let busy = fs::File::options().write(true).open(other.flat(name));
+        assert_eq!(busy.unwrap_err().raw_os_error(), Some(libc::EBUSY), "{name}");
+        let output = outcome(flatdisk().arg("detach").arg(&device));
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+        image.assert_nothing_left();
+        succeed(flatdisk().arg("check").arg(&image.path));
+        fs::File::options().write(true).open(other.flat(name)).unwrap();
+        assert!(other.unmount().success());
+        let device = image.attach(&["-r"]);
+        succeed(Command::new("e2fsck").args(["-fn"]).arg(&device));
+        image.detach();
+        image.attach_mounted(&[]);
+        for (file, text) in [("before", "one"), ("after", "two")] {
+            assert_eq!(fs::read_to_string(image.mountpoint().join(file)).unwrap(), text, "{name}");
+        }
+        image.detach();
+    }
+}
+
+#[test]
+fn an_image_whose_device_others_detached_is_free_again() {
+    use nix::sys::signal::{Signal, kill};
+    if !can_attach() {
+        return;
+    }
+    let image = Image::new("a.vhd", "24M", &["--subformat", "fixed"]);
+    let other = live::Mount::new(image.dir.path(), &[]);
+    let open = || fs::File::options().write(true).open(other.flat("a.vhd"));
+    let device = image.attach(&[]);
+    assert!(open().is_err());
+    succeed(Command::new("losetup").arg("-d").arg(&device));
+    wait_until("the image is closed", || open().is_ok());
+    assert_eq!(image.listed().unwrap()["state"], "device-gone");
+    image.detach();
+
+    // The daemon's end is put off until the device is gone.
+    image.attach(&[]);
+    let daemon = nix::unistd::Pid::from_raw(image.daemon());
+    wait_until("the mount is out of sight", || {
+        kill(daemon, Signal::SIGTERM).unwrap();
+        !is_mounted(&image.slot().join("flat"))
+    });
+    assert!(open().is_err());
+    let output = outcome(flatdisk().arg("detach").arg(&image.path));
+    assert!(output.status.success(), "{}", stderr(&output));
+    wait_until("the daemon is gone", || kill(daemon, None).is_err());
+    open().unwrap();
+    image.assert_nothing_left();
+    assert!(other.unmount().success());
+}
+
+#[test]
+fn an_attach_on_the_image_s_own_file_killed_at_any_moment_leaves_what_detach_cleans_up() {
+    if !can_attach() {
+        return;
+    }
+    let image = Image::new("a.vhdx", "24M", &["--subformat", "fixed", "--block-size", "1M"]);
+    for round in 0..20 {
+        let mut attach = flatdisk();
+        attach.arg("attach").arg(&image.path).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut attach = attach.spawn().unwrap();
+        // Not to wait for anything: to be somewhere else in the work each time.
+        std::thread::sleep(Duration::from_millis(round * 3));
+        attach.kill().unwrap();
+        attach.wait().unwrap();
+        wait_until("everything is detached", || {
+            let _ = outcome(flatdisk().arg("detach").arg(&image.path));
+            !image.slot().exists() && image.holders().is_empty()
+        });
+        image.assert_nothing_left();
+    }
+    succeed(flatdisk().arg("check").arg(&image.path));
+    image.attach(&[]);
+    image.detach();
+}
+
+#[test]
+fn a_device_that_was_given_to_another_image_means_that_one() {
+    if !can_attach() {
+        return;
+    }
+    // Whichever record is found first.
+    for [stale, other] in [["a.vhd", "b.vhd"], ["b.vhd", "a.vhd"]] {
+        let [stale, other] = [stale, other].map(|name| Image::new(name, "8M", &[]));
+        // Until the number that was free is given out again: other tests take devices, too.
+        wait_until("the device is used again", || {
+            let device = stale.attach(&[]);
+            succeed(Command::new("losetup").arg("-d").arg(&device));
+            wait_until("it is gone", || stale.listed().unwrap()["state"] == "device-gone");
+            let again = other.attach(&[]) == device;
+            if again {
+                other.detach_by(&device);
+                assert_eq!(stale.listed().unwrap()["state"], "device-gone");
+            } else {
+                other.detach();
+            }
+            stale.detach();
+            again
+        });
+    }
 }
 
 #[test]

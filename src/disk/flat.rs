@@ -33,6 +33,10 @@ impl BlockMap for Flat {
         &self.files
     }
 
+    fn fixed(&self) -> bool {
+        true
+    }
+
     fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()> {
         out.push(want.start, want.end - want.start, Source::File { file: 0, at: want.start });
         Ok(())

@@ -210,6 +210,12 @@ pub trait BlockMap: Send + Sync {
         Ok(None)
     }
 
+    /// Whether every byte of the disk has its place for as long as the disk is open: nothing is allocated,
+    /// given back or moved, so that whoever knows the place needs nobody to ask.
+    fn fixed(&self) -> bool {
+        false
+    }
+
     /// Called once, before the first change of any kind since the disk was opened: marks the image
     /// as being written (identifiers, log, dirty flag), durably where the format needs that.
     fn begin_writes(&self) -> Result<()> {

@@ -175,21 +175,28 @@ impl Disk {
     /// The host file that holds the whole disk and nothing before it, if there is one: byte `n` of
     /// the disk is byte `n` of the file, for the whole disk.
     pub fn flat_file(&self) -> Option<Arc<dyn Storage>> {
-        // Where blocks are allocated one by one, asking for all of them would take long.
-        if self.size() == 0 || self.parent.is_some() || self.geometry().block_size < self.size() {
+        self.fixed_run().filter(|(_, at)| *at == 0).map(|(file, _)| file)
+    }
+
+    /// The host file in which the whole disk lies in one piece, and at which byte, if it has one and stays
+    /// there for as long as the disk is open.
+    pub fn fixed_run(&self) -> Option<(Arc<dyn Storage>, u64)> {
+        if self.size() == 0 || self.parent.is_some() || !self.map.fixed() {
             return None;
         }
-        // The first sector tells most disks apart at once; only then all of it is looked at.
+        let Geometry { size, block_size, .. } = *self.geometry();
+        let step = if block_size < size { LOOKUP_STEP } else { size };
         let mut list = ExtentList::new();
-        self.map.lookup(0..Geometry::SECTOR, &mut list).ok()?;
-        if !matches!(list[..], [map::Extent { source: Source::File { at: 0, .. }, .. }]) {
-            return None;
+        for start in (0..size).step_by(step as usize) {
+            // Merges into the run that it continues.
+            self.map.lookup(start..size.min(start + step), &mut list).ok()?;
+            if list.len() != 1 {
+                return None;
+            }
         }
-        list.clear();
-        self.map.lookup(0..self.size(), &mut list).ok()?;
         match list[..] {
-            [map::Extent { source: Source::File { file, at: 0 }, .. }] => {
-                self.map.files().get(file).cloned()
+            [map::Extent { source: Source::File { file, at }, .. }] => {
+                Some((self.map.files().get(file)?.clone(), at))
             }
             _ => None,
         }

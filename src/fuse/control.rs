@@ -15,9 +15,11 @@
 //! time; a caller names a daemon that does not, be it stopped, or a program of a user's that only looks
 //! like one. Nothing of another user's is opened that a file system of his could make hang.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -33,8 +35,13 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::geteuid;
 use parking_lot::Mutex;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 use serde::{Deserialize, Serialize};
 
+use super::image::FixedRun;
 use super::mounts::{self, MountEntry};
 use super::tree::{ROOT, Tree};
 use super::under_way::NO_INODE;
@@ -103,6 +110,14 @@ pub enum Request {
         #[serde(default)]
         keep: Option<Name>,
     },
+    /// Give the host's file to a loop device, if a disk lies in it in one piece. The connection stays open
+    /// until the device is bound; see [`Connection::borrow_file`].
+    Give {
+        /// Name of the flat file in the root.
+        name: Name,
+        /// Whether the device can be written.
+        write: bool,
+    },
 }
 
 impl Request {
@@ -112,7 +127,7 @@ impl Request {
             Self::Sync { patience } | Self::Leave { patience } => *patience + ANSWER,
             Self::Status => ANSWER,
             Self::Close { keep: Some(_), .. } => KEEPING,
-            Self::Open { .. } | Self::Close { .. } => OPENING,
+            Self::Open { .. } | Self::Close { .. } | Self::Give { .. } => OPENING,
         }
     }
 }
@@ -126,6 +141,20 @@ pub struct Answer {
     pub names: Vec<Name>,
     /// The mount, if that was the question.
     pub status: Option<MountStatus>,
+    /// Where the disk lies in the file that comes with the answer, if that was the question.
+    #[serde(default)]
+    pub run: Option<Run>,
+}
+
+/// A disk in one piece in a host file.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Run {
+    /// Byte of the file that is the disk's first.
+    pub at: u64,
+    /// Bytes of the disk.
+    pub len: u64,
+    /// Bytes per logical sector.
+    pub sector_size: u32,
 }
 
 /// A mount, as `flatdisk status --json` shows it.
@@ -235,6 +264,33 @@ fn send(stream: &mut UnixStream, value: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
     stream.write_all(&line)
+}
+
+/// [`send`], with a file.
+fn send_file(stream: &mut UnixStream, value: &impl Serialize, file: &File) -> io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let files = [file.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&files));
+    let sent = sendmsg(&*stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL)?;
+    stream.write_all(&line[sent..])
+}
+
+/// Reads what comes next, and the file that comes with it, if one does.
+fn read_with_file(stream: &UnixStream, part: &mut [u8]) -> io::Result<(usize, Option<File>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(stream, &mut [IoSliceMut::new(part)], &mut control, flags)?;
+    let mut file = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(files) = message {
+            file = files.map(File::from).last();
+        }
+    }
+    Ok((received.bytes, file))
 }
 
 fn receive<T: for<'a> Deserialize<'a>>(stream: &UnixStream) -> io::Result<T> {
@@ -368,6 +424,9 @@ impl Service {
                 return;
             }
         };
+        if let Request::Give { name, write } = &request {
+            return self.give(stream, name.as_os_str(), *write);
+        }
         let leaving = matches!(request, Request::Leave { .. });
         let answer = self.answer(request);
         // In the list before the caller can unmount, so that its second answer cannot be missed.
@@ -385,9 +444,15 @@ impl Service {
         let mut answer = Answer::default();
         let mut note = |e: Error| answer.errors.push(e.to_string());
         match request {
-            Request::Sync { patience } | Request::Leave { patience } => {
+            Request::Sync { patience } => {
                 self.tree.flush_all(patience).into_iter().for_each(note);
             }
+            Request::Leave { patience } => {
+                self.tree.flush_all(patience).into_iter().for_each(note);
+                self.tree.take_back();
+            }
+            // Answered by itself.
+            Request::Give { .. } => {}
             Request::Status => answer.status = Some(self.status()),
             Request::Open { images, partitions, throw_away } => {
                 for image in images {
@@ -411,6 +476,38 @@ impl Service {
             }
         }
         answer
+    }
+
+    /// Gives an image's host file to the caller, who has bound it to a loop device when he hangs up.
+    fn give(&self, mut stream: UnixStream, name: &OsStr, write: bool) {
+        let given = {
+            let _work = self.tree.under_way.begin(NO_INODE);
+            self.tree.give(name, write)
+        };
+        let (ino, run) = match given {
+            Ok(Some(given)) => given,
+            Ok(None) => return drop(send(&mut stream, &Answer::default())),
+            Err(e) => {
+                let errors = vec![e.to_string()];
+                return drop(send(&mut stream, &Answer { errors, ..Answer::default() }));
+            }
+        };
+        let FixedRun { at, len, sector_size, file } = run;
+        let answer = Answer { run: Some(Run { at, len, sector_size }), ..Answer::default() };
+        if let Some(file) = file.host_file()
+            && send_file(&mut stream, &answer, file).is_ok()
+        {
+            // However long he takes: as long as he may bind it, the image stays open.
+            loop {
+                match stream.read(&mut [0]) {
+                    Err(e) if is_late(&e) => {}
+                    Ok(1..) => {}
+                    Ok(0) | Err(_) => break,
+                }
+            }
+        }
+        drop(file);
+        self.tree.settle(ino);
     }
 
     /// Shows an image in the root, and returns its files. With `partitions` it may be there already.
@@ -466,6 +563,11 @@ impl Service {
     }
 }
 
+/// Whether nothing has come yet.
+fn is_late(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
 // The caller's side
 
 /// A connection to a mount's daemon. `NotFound` if there is no daemon any more.
@@ -474,6 +576,9 @@ pub struct Connection {
     target: PathBuf,
     /// What has come of an answer so far.
     received: Vec<u8>,
+    /// Whether a file may come with it. One that nobody asked for is not taken: closing it could hang.
+    wants_file: bool,
+    file: Option<File>,
 }
 
 impl Connection {
@@ -512,7 +617,18 @@ impl Connection {
                 Err(e) => return Err(failed(&e)),
             }
         };
-        Ok(Self { stream, target: mount.target.clone(), received: Vec::new() })
+        let target = mount.target.clone();
+        Ok(Self { stream, target, received: Vec::new(), wants_file: false, file: None })
+    }
+
+    /// Asks for the host's file in which the disk of the flat file `name` lies in one piece, to bind a loop
+    /// device to it as long as the connection is open; `None` if it lies in none, or cannot be had. The file
+    /// carries the image's locks.
+    pub fn borrow_file(&mut self, name: &OsStr, write: bool) -> Result<Option<(File, Run)>> {
+        self.wants_file = true;
+        let answer = self.ask(&Request::Give { name: Name(name.into()), write })?;
+        answer.errors.iter().for_each(|e| log::debug!("{e}"));
+        Ok(self.file.take().zip(answer.run))
     }
 
     /// Sends a request and waits for its answer.
@@ -554,7 +670,7 @@ impl Connection {
             let limited = self.stream.set_read_timeout(Some(left.min(LOOK)));
             limited.map_err(|e| failed(&e).in_file(&self.target))?;
             let mut part = [0; 4096];
-            match self.stream.read(&mut part) {
+            match self.read_part(&mut part) {
                 Ok(len) if len > 0 && self.received.len() as u64 <= MAX_LINE => {
                     self.received.extend_from_slice(&part[..len]);
                 }
@@ -565,6 +681,15 @@ impl Connection {
                 Err(e) => return Err(failed(&e).in_file(&self.target)),
             }
         }
+    }
+
+    fn read_part(&mut self, part: &mut [u8]) -> io::Result<usize> {
+        if !self.wants_file {
+            return self.stream.read(part);
+        }
+        let (len, file) = read_with_file(&self.stream, part)?;
+        self.file = file.or(self.file.take());
+        Ok(len)
     }
 
     fn died(&self) -> Error {

@@ -232,6 +232,7 @@ impl Prepared {
         notify("STOPPING=1");
         // Failures are kept, and reported at the end.
         self.tree.flush_all(PARTING);
+        self.tree.take_back();
         if let Err(e) = unmount_own(device, lazy) {
             log::error!("{e}; a second signal unmounts all the same");
             notify(&format!("READY=1\nSTATUS={e}"));

@@ -91,6 +91,8 @@ struct Opens {
     cached: Option<Vec<Stamp>>,
     /// Which contents these are, of those that nobody could tell from each other.
     epoch: u64,
+    /// A loop device uses the host's file by itself, and nobody else may open the image.
+    given: bool,
 }
 
 /// What keeps the kernel and the files of partitions apart.
@@ -111,11 +113,16 @@ struct OpenImage {
     overlaid: bool,
     /// What the kernel writes by itself, where it may.
     kernel_writes: OnceLock<KernelWrites>,
+    /// A loop device writes to the host's file by itself.
+    device_writes: AtomicBool,
 }
 
 impl OpenImage {
     /// Makes what was written durable, by whomever.
     fn flush(&self) -> Result<()> {
+        if self.device_writes.load(Ordering::Relaxed) {
+            self.disk.changed_from_outside()?;
+        }
         let Some(kernel) = self.kernel_writes.get() else { return self.disk.flush() };
         kernel.note(&self.disk)?;
         let cut = kernel.cut(&self.disk);
@@ -131,6 +138,19 @@ impl OpenImage {
     fn holds_changes(&self) -> bool {
         self.overlaid && self.disk.writing()
     }
+}
+
+/// Where a disk lies in one piece in a host file.
+#[derive(Debug, Clone)]
+pub struct FixedRun {
+    /// The file; it has a [`Storage::host_file`].
+    pub file: Arc<dyn Storage>,
+    /// Byte of the file that is the disk's first.
+    pub at: u64,
+    /// Bytes of the disk.
+    pub len: u64,
+    /// Bytes per logical sector.
+    pub sector_size: u32,
 }
 
 /// What became of the name of an image that is open.
@@ -177,7 +197,13 @@ impl ImageFile {
             place,
             identity,
             views: Views::new(ino),
-            opens: Mutex::new(Opens { readers: 0, writers: 0, cached: None, epoch: 1 }),
+            opens: Mutex::new(Opens {
+                readers: 0,
+                writers: 0,
+                cached: None,
+                epoch: 1,
+                given: false,
+            }),
             current: RwLock::default(),
             users: AtomicU32::new(0),
             logged: Mutex::default(),
@@ -219,6 +245,10 @@ impl ImageFile {
         let mut opens = self.opens.lock();
         if self.displaced().is_some() {
             return Err(stale().in_file(&self.place.path()));
+        }
+        if opens.given {
+            let what = "a loop device uses the image's file by itself";
+            return Err(Error::new(ErrorKind::Busy, what).in_file(&self.place.path()));
         }
         if write {
             self.views.refuse_other_writers(view).map_err(|e| e.in_file(&self.place.path()))?;
@@ -344,7 +374,8 @@ impl ImageFile {
         };
         images.pin(&self.place, Stamp::of(&meta), facts.clone());
         let writable = overlaid || access == Access::Write;
-        Ok(OpenImage { disk, facts, writable, overlaid, kernel_writes: OnceLock::new() })
+        let (kernel_writes, device_writes) = (OnceLock::new(), AtomicBool::new(false));
+        Ok(OpenImage { disk, facts, writable, overlaid, kernel_writes, device_writes })
     }
 
     fn discard(&self, images: &FactsCache, opened: OpenImage) {
@@ -390,6 +421,7 @@ impl ImageFile {
         if opens.writers > 0 || (!write && opens.readers > 0) {
             return Ok(());
         }
+        opens.given = false;
         let mut current = self.current.write();
         if current.as_ref().is_some_and(OpenImage::holds_changes) {
             self.kept.store(true, Ordering::Relaxed);
@@ -548,6 +580,33 @@ impl ImageFile {
             let _ = open.kernel_writes.set(KernelWrites::watch(file.clone())?);
         }
         Some(file)
+    }
+
+    /// Gives the host's file to a loop device, if the whole disk lies in it in one piece for good, and nobody
+    /// but the caller has the image open. From here on nobody else can open it, and if the caller has it open
+    /// for writing, its identifiers tell already that it is written: what the device does is seen by no one.
+    pub fn give(&self) -> Result<Option<FixedRun>> {
+        let mut opens = self.opens.lock();
+        let current = self.current.read();
+        let Some(open) = current.as_ref().filter(|open| !open.overlaid) else { return Ok(None) };
+        if opens.readers + opens.writers != 1 {
+            return Ok(None);
+        }
+        let Some((file, at)) = open.disk.fixed_run() else { return Ok(None) };
+        if file.host_file().is_none() || open.writable && !file.writable() {
+            return Ok(None);
+        }
+        let sector_size = open.disk.geometry().logical_sector;
+        let len = open.disk.size();
+        if !(at | len).is_multiple_of(u64::from(sector_size)) {
+            return Ok(None);
+        }
+        if open.writable {
+            open.device_writes.store(true, Ordering::Relaxed);
+            open.flush().map_err(|e| e.in_file(&self.place.path()))?;
+        }
+        opens.given = true;
+        Ok(Some(FixedRun { file, at, len, sector_size }))
     }
 
     /// Flushes what was written, if anything was.

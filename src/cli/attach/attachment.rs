@@ -1,7 +1,7 @@
 //! Attaching and detaching one image, step by step.
 //!
 //! ```text
-//! attach:         record -> daemon -> flat file -> loop device -> nodes -> mount
+//! attach:         record -> daemon -> flat file, or the host's -> loop device -> nodes -> mount
 //! attach --fuse:  record -> daemon -> flat file -> mount by a program
 //! detach:         umount -> loop device gone -> nodes -> flat unmount, daemon gone -> record
 //! ```
@@ -9,10 +9,20 @@
 //! An attach that fails takes apart what it built by the same steps as detach, and so does a detach
 //! after an attach that was killed: each step looks for what it undoes and does nothing if that is not
 //! there.
+//!
+//! # Devices on the host's file
+//!
+//! Where the disk lies in one piece in a host file for good (fixed VHD, flat VMDK, fixed VHDX with its blocks
+//! in order), the loop device is bound to that part of the file itself, and neither the daemon nor FUSE stand
+//! between. The daemon has the image open all the while: it has renewed the image's identifiers, durably,
+//! before the device comes, since nobody sees the first write, and it marks the image clean when the
+//! device is gone. The device cannot reach what lies around the disk. The descriptor that it is bound to
+//! carries the locks, so that they last as long as the device, whatever becomes of the daemon.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -32,7 +42,7 @@ use crate::cli::running;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::control::{Connection, Request};
 use crate::fuse::daemon::users_may_allow_others;
-use crate::fuse::mounts;
+use crate::fuse::mounts::{self, MountEntry};
 use crate::names::printable;
 
 /// How long to wait for those who only look at a device that changed: udev, the kernel, file
@@ -56,6 +66,8 @@ pub struct Wanted<'a> {
     pub file_system: Option<(PathBuf, Option<u32>, How<'a>)>,
     /// Whether a program mounts it, without a loop device.
     pub by_program: bool,
+    /// Whether the device may be bound to the host's file by itself.
+    pub direct: bool,
 }
 
 /// An image being attached or detached.
@@ -94,10 +106,10 @@ impl Attachment {
     fn try_build(&mut self, wanted: &Wanted<'_>) -> Result<()> {
         self.slot.save(&self.record)?;
         self.start_daemon(wanted)?;
-        let flat = self.open_flat(&self.flat_file("", &wanted.suffix))?;
-        let binding =
-            Binding { sector_size: self.sector_size()?, read_only: self.record.read_only };
-        let device = self.bind(&flat, binding)?;
+        let device = match self.bind_host_file(wanted)? {
+            Some(device) => device,
+            None => self.bind_flat_file(wanted)?,
+        };
         device.add_partitions();
         self.record.binding_id = device.binding_id();
         self.record.nodes = device.missing_nodes();
@@ -112,6 +124,39 @@ impl Attachment {
         }
         self.record.complete = true;
         self.slot.save(&self.record)
+    }
+
+    /// Binds the host's file, if the disk lies in it in one piece and nobody else uses the image.
+    fn bind_host_file(&mut self, wanted: &Wanted<'_>) -> Result<Option<LoopDevice>> {
+        if !wanted.direct || self.record.nonpersistent {
+            return Ok(None);
+        }
+        let flat = self.flat_file("", &wanted.suffix);
+        let read_only = self.record.read_only;
+        // Open until the device is bound.
+        let mut daemon = Connection::to(&self.flat_mount()?)?;
+        let name = flat.file_name().unwrap_or_default();
+        let Some((file, run)) = daemon.borrow_file(name, !read_only)? else { return Ok(None) };
+        let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        self.record.direct = Some(path.map_err(|e| Error::io("open", &e))?);
+        let binding = Binding {
+            sector_size: run.sector_size,
+            read_only,
+            offset: run.at,
+            size_limit: run.len,
+        };
+        self.bind(&file, binding).map(Some)
+    }
+
+    fn bind_flat_file(&mut self, wanted: &Wanted<'_>) -> Result<LoopDevice> {
+        let flat = self.open_flat(&self.flat_file("", &wanted.suffix))?;
+        let (sector_size, read_only) = (self.sector_size()?, self.record.read_only);
+        let binding = Binding { sector_size, read_only, offset: 0, size_limit: 0 };
+        self.bind(&flat, binding)
+    }
+
+    fn flat_mount(&self) -> Result<MountEntry> {
+        self.slot.mounted()?.ok_or_else(|| Error::invalid("the flat mount is gone"))
     }
 
     fn mount_by_program(&mut self, wanted: &Wanted<'_>) -> Result<()> {
@@ -206,20 +251,19 @@ impl Attachment {
 
     /// Bytes per sector of the disk, by the daemon that has it open.
     fn sector_size(&self) -> Result<u32> {
-        let mount = self.slot.mounted()?.ok_or_else(|| Error::invalid("the flat mount is gone"))?;
-        let status = Connection::to(&mount)?.ask(&Request::Status)?.status;
+        let status = Connection::to(&self.flat_mount()?)?.ask(&Request::Status)?.status;
         let image = status.and_then(|status| status.images.into_iter().next());
         image.map(|image| image.sector_size).ok_or_else(|| Error::invalid("the image is not open"))
     }
 
-    /// Binds the flat file to a free loop device.
-    fn bind(&mut self, flat: &File, binding: Binding) -> Result<LoopDevice> {
+    /// Binds a file to a free loop device.
+    fn bind(&mut self, file: &File, binding: Binding) -> Result<LoopDevice> {
         let begun = Instant::now();
         loop {
             let device = LoopDevice::free()?;
             self.record.device = Some(device.node());
             self.slot.save(&self.record)?;
-            match device.bind(flat, binding) {
+            match device.bind(file, binding) {
                 // Somebody else was faster.
                 Err(e) if e.kind() == ErrorKind::Busy && begun.elapsed() < PATIENCE => {}
                 bound => return bound.map(|()| device),
@@ -297,6 +341,10 @@ impl Attachment {
                 return Err(in_use(device, &users));
             }
             thread::sleep(POLL);
+        }
+        if self.record.direct.is_some() && !self.record.read_only {
+            // The daemon does it once more, if it still lives.
+            device.sync()?;
         }
         device.clear()?;
         while self.slot.device(&self.record).is_some() {

@@ -90,6 +90,10 @@ pub struct Binding {
     pub sector_size: u32,
     /// Whether the device refuses writes.
     pub read_only: bool,
+    /// Byte of the file that is the device's first.
+    pub offset: u64,
+    /// Bytes of the device; 0 for all that the file has. Behind them the device changes nothing.
+    pub size_limit: u64,
 }
 
 impl LoopDevice {
@@ -147,11 +151,20 @@ impl LoopDevice {
         let mut config = Config::new_zeroed();
         config.fd = file.as_raw_fd().cast_unsigned();
         config.block_size = binding.sector_size;
-        // Direct: what is read is not kept in memory twice, and what is written reaches the flat
-        // file when the device says so.
+        config.info.offset = binding.offset;
+        config.info.size_limit = binding.size_limit;
+        // Direct: what is read is not kept in memory twice, and what is written reaches the file when the
+        // device says so.
         config.info.flags = PARTSCAN | DIRECT_IO | if binding.read_only { READ_ONLY } else { 0 };
         // SAFETY: the structure has the kernel's layout and outlives the call; both files are open.
         unsafe { loop_configure(device.as_raw_fd(), &config) }.map(drop).map_err(failed)
+    }
+
+    /// Makes durable what was written to the device.
+    pub fn sync(self) -> Result<()> {
+        let node = self.node();
+        let synced = File::open(&node).and_then(|device| device.sync_all());
+        synced.map_err(|e| Error::io("flush", &e).in_file(&node))
     }
 
     /// The file bound to the device, by the name it has now.

@@ -61,6 +61,10 @@ pub struct AttachArgs {
     /// who are not root, and for kernels without the driver.
     #[arg(long, requires = "mount")]
     fuse: bool,
+    /// Let the device go through the flat file, even where the disk lies in one piece in the image's file (fixed
+    /// and flat images), which the device could use by itself.
+    #[arg(long)]
+    no_direct: bool,
     /// Type of the file system to mount [default: mount(8) finds out].
     #[arg(long, short = 't', value_name = "TYPE", requires = "mount")]
     fs_type: Option<OsString>,
@@ -106,6 +110,8 @@ pub struct AttachmentStatus {
     read_only: bool,
     /// Whether what is written vanishes.
     nonpersistent: bool,
+    /// Whether the device is bound to the image's own file.
+    direct: bool,
     /// The program that mounted it, where no loop device is in use.
     program: Option<String>,
     /// Where attach mounted a file system of the disk.
@@ -141,6 +147,7 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
         options: &args.options,
         suffix: options.suffix,
         by_program: args.fuse,
+        direct: !args.no_direct,
         file_system: file_system.map(|dir| (dir, args.partition, how)),
     };
     let read_only = args.read_only || options.read_only;
@@ -172,6 +179,7 @@ fn build(
         image: image.clone(),
         device: None,
         binding_id: None,
+        direct: None,
         nodes: Vec::new(),
         mountpoint: None,
         program: None,
@@ -226,7 +234,7 @@ pub(super) fn while_attached<T>(
     work: impl FnOnce(LoopDevice) -> Result<T>,
 ) -> Result<T> {
     let suffix = MountOptions::default().suffix;
-    let wanted = Wanted { options, suffix, by_program: false, file_system: None };
+    let wanted = Wanted { options, suffix, by_program: false, direct: true, file_system: None };
     let (_, record) = build(image, &wanted, false, false)?;
     let node = record.device.unwrap_or_default();
     let done = LoopDevice::of_node(&node)
@@ -283,7 +291,9 @@ fn detach_one(target: &Path) -> Result<u8> {
         slot.remove()?;
         return Err(not_attached(target));
     };
-    let died = mounts::is_dead(&slot.mount_dir()) && !record.read_only && !record.nonpersistent;
+    // A device on the host's own file has nothing to lose with the daemon.
+    let safe = record.read_only || record.nonpersistent || record.direct.is_some();
+    let died = mounts::is_dead(&slot.mount_dir()) && !safe;
     let image = record.image.clone();
     let failures = Attachment::new(slot, record).detach()?;
     failures.iter().for_each(complain);
@@ -317,8 +327,11 @@ fn find(target: &Path) -> Result<Slot> {
         None => [Some(&record.image), record.mountpoint.as_ref(), Some(&slot.mount_dir())]
             .contains(&Some(&path)),
     };
-    let found = Slot::all()?.into_iter().find(matches).map(|(slot, _)| slot);
-    found.ok_or_else(|| not_attached(target))
+    let mut found: Vec<_> = Slot::all()?.into_iter().filter(matches).collect();
+    // Of a device that somebody else detached there may be a record yet, when another image has it.
+    let bound = found.iter().position(|(slot, record)| slot.device(record).is_some());
+    let first = if found.is_empty() { None } else { Some(found.swap_remove(bound.unwrap_or(0))) };
+    first.map(|(slot, _)| slot).ok_or_else(|| not_attached(target))
 }
 
 /// Where the mounts are that attach makes for itself.
@@ -339,6 +352,7 @@ fn status_of((slot, record): (Slot, Record)) -> AttachmentStatus {
         image: record.image,
         read_only: record.read_only,
         nonpersistent: record.nonpersistent,
+        direct: record.direct.is_some(),
         program: record.program,
         mountpoint: record.mountpoint,
         partitions: device.map(partitions_of).unwrap_or_default(),
@@ -385,6 +399,7 @@ pub fn print(attachment: &AttachmentStatus) -> Result<()> {
     let notes = [
         (attachment.read_only, "read-only"),
         (attachment.nonpersistent, "nonpersistent"),
+        (attachment.direct, "direct"),
         (attachment.state == State::Changing, "being attached or detached"),
         (attachment.state == State::Incomplete, "incomplete: `flatdisk detach` cleans up"),
         (attachment.state == State::DaemonDied, "daemon died: `flatdisk detach` cleans up"),

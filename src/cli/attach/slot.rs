@@ -38,6 +38,9 @@ pub struct Record {
     pub device: Option<PathBuf>,
     /// [`LoopDevice::binding_id`] of the device.
     pub binding_id: Option<String>,
+    /// The host's file to which the device is bound by itself; `None` where it is bound to the flat file.
+    #[serde(default, with = "crate::names::some")]
+    pub direct: Option<PathBuf>,
     /// Nodes of partitions that had to be made by hand.
     pub nodes: Vec<PathBuf>,
     /// Where a file system of the disk is mounted.
@@ -81,7 +84,7 @@ pub enum State {
     Changing,
     /// `attach` or `detach` ended half way.
     Incomplete,
-    /// The daemon died: every read and write fails.
+    /// The daemon died: every read and write fails, unless the device uses the image's file by itself.
     DaemonDied,
     /// Somebody else detached the loop device.
     DeviceGone,
@@ -151,14 +154,15 @@ impl Slot {
         serde_json::from_slice(&fs::read(self.dir.join(RECORD)).ok()?).ok()
     }
 
-    /// The loop device of this slot, if it is still bound to the slot's flat file.
+    /// The loop device of this slot, if it is still bound to the slot's flat file, or the image's own.
     pub fn device(&self, record: &Record) -> Option<LoopDevice> {
         let device = LoopDevice::of_node(record.device.as_deref()?)?;
         let file = device.backing_file()?;
         // The file's path is another one once the flat mount was detached from the name space; the
         // id may not have been recorded yet.
         let same = record.binding_id.is_some() && record.binding_id == device.binding_id();
-        (same || file.starts_with(self.mount_dir())).then_some(device)
+        let own = file.starts_with(self.mount_dir()) || record.direct.as_ref() == Some(&file);
+        (same || own).then_some(device)
     }
 
     /// What has become of the image.

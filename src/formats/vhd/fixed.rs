@@ -65,6 +65,10 @@ impl BlockMap for FixedMap {
         Ok(())
     }
 
+    fn fixed(&self) -> bool {
+        true
+    }
+
     fn begin_writes(&self) -> Result<()> {
         let (file, at) = (&self.files[0], self.footers.data_end);
         // The one byte that the short form lacks is zero, and so is what extending adds.

@@ -293,6 +293,10 @@ impl BlockMap for Blocks {
         Ok(())
     }
 
+    fn fixed(&self) -> bool {
+        self.shape.fixed
+    }
+
     fn begin_writes(&self) -> Result<()> {
         self.begin_session()
     }

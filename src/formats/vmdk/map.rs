@@ -230,6 +230,10 @@ impl BlockMap for VmdkMap {
         Ok(())
     }
 
+    fn fixed(&self) -> bool {
+        self.slots.iter().all(|slot| matches!(slot.backing, Backing::Flat { .. }))
+    }
+
     fn unstored(&self, want: DiskRange) -> Result<Option<Extent>> {
         let Some((slot, part)) = self.parts(want).next() else { return Ok(None) };
         let (end, source) = match slot.backing {

@@ -21,6 +21,7 @@
 //! - `anew`: flat files that a program writes anew;
 //! - `attributes`: attributes;
 //! - `children`: who was made from an image;
+//! - `devices`: images whose host file a loop device uses by itself;
 //! - `files`: open files;
 //! - `layer`: throw-away layers of single images;
 //! - `names`: names;
@@ -32,6 +33,7 @@
 mod anew;
 mod attributes;
 mod children;
+mod devices;
 mod files;
 mod layer;
 mod names;
@@ -68,6 +70,7 @@ use crate::fuse::under_way::UnderWay;
 use crate::storage::FileIdentity;
 use anew::Anew;
 use children::Searches;
+use devices::Given;
 use pinned::Pinned;
 
 /// Inode number of the root.
@@ -298,6 +301,8 @@ pub struct Tree {
     handles: Mutex<HashMap<u64, Handle>>,
     next_handle: AtomicU64,
     anew: Anew,
+    /// Images that were given to loop devices.
+    given: Mutex<Vec<Given>>,
     old_pages: OnceLock<Box<OldPages>>,
     failures: Arc<Failures>,
     /// Searches for children that are under way.
@@ -327,6 +332,7 @@ impl Tree {
             handles: Mutex::default(),
             next_handle: AtomicU64::new(FIRST_HANDLE),
             anew: Anew::default(),
+            given: Mutex::default(),
             old_pages: OnceLock::new(),
             failures: Arc::default(),
             searches: Arc::default(),

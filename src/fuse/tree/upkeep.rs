@@ -70,6 +70,7 @@ impl Tree {
     /// Flushes every image whose tables wait for it, and looks whether its name still stands for it.
     /// Returns when that is done, or after `patience`; what takes longer goes on.
     pub fn look_after_images(&self, patience: Duration) {
+        self.take_back();
         let (under_way, failures) = (self.under_way.clone(), self.failures.clone());
         let crew = Crew::start(self.images_in_use(), move |node| {
             let Some(image) = image_of(node) else { return };

@@ -96,3 +96,34 @@ fn the_unused_end_is_cut_off_at_close() {
     image.disk.close().unwrap();
     assert_eq!(file.len().unwrap(), 5 * MIB);
 }
+
+#[test]
+fn a_fixed_disk_is_one_run_of_its_file_only_with_its_blocks_in_order() {
+    let fixed =
+        CreateSpec { subformat: Some("fixed".to_owned()), block_size: Some(MIB), ..spec(4 * MIB) };
+    let host = created(&fixed);
+    let image = open(&host);
+    let (_, at) = image.disk.fixed_run().unwrap();
+    assert_eq!(image.info.subformat, "fixed");
+    image.disk.close().unwrap();
+    drop(image);
+
+    // The first two blocks change places: states and offsets of their entries in the BAT.
+    let file = host.open(Path::new(PATH), Access::Write).unwrap();
+    let mut tables = vec![0; at as usize];
+    file.read_at(0, &mut tables).unwrap();
+    let entry = |block: u64| (at + block * MIB) | 6;
+    let both: Vec<u8> = [entry(0), entry(1)].iter().flat_map(|e| e.to_le_bytes()).collect();
+    let bat = tables.windows(16).position(|bytes| bytes == both).unwrap() as u64;
+    for (slot, block) in [(0, 1), (1, 0)] {
+        file.write_at(bat + slot * 8, &entry(block).to_le_bytes()).unwrap();
+    }
+    drop(file);
+    assert!(open(&host).disk.fixed_run().is_none());
+
+    // A dynamic disk is none, even all of it written in order: its blocks can be given back.
+    let host = created(&CreateSpec { block_size: Some(MIB), ..spec(4 * MIB) });
+    let image = open(&host);
+    image.disk.write_at(0, &vec![1; 4 << 20]).unwrap();
+    assert!(image.disk.fixed_run().is_none());
+}
