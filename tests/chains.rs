@@ -597,9 +597,11 @@ fn killed_at_any_moment_a_merge_or_rebase_loses_nothing() {
         let mut failures = Vec::new();
         let larger = (base.format != "vmdk").then_some(MERGE_LARGER);
         for operation in OPERATIONS.into_iter().chain(larger) {
-            if let Err(e) = crash_while(base, operation, budget) {
-                failures
-                    .push(format!("{} {:?}: {operation}: {e}", base.format, base.spec.subformat));
+            for shares in [false, true] {
+                if let Err(e) = crash_while(base, operation, shares, budget / 2) {
+                    let kind = format!("{} {:?}", base.format, base.spec.subformat);
+                    failures.push(format!("{kind}: {operation}, shares {shares}: {e}"));
+                }
             }
         }
         failures
@@ -608,10 +610,18 @@ fn killed_at_any_moment_a_merge_or_rebase_loses_nothing() {
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
 }
 
-fn crash_while(base: &Base, operation: &'static str, budget: usize) -> Result<(), String> {
+fn crash_while(
+    base: &Base,
+    operation: &'static str,
+    shares: bool,
+    budget: usize,
+) -> Result<(), String> {
     let mut random = Rng::with_seed(seed());
     let mut change = ChangeOfChain::new(base, operation, &mut random);
     let recorder = RecordingHost::over(&change.host);
+    if shares {
+        recorder.share_blocks();
+    }
     change.run(&recorder).map_err(|e| e.to_string())?;
     let recording = recorder.recording();
     let mut known = HashSet::new();

@@ -514,22 +514,6 @@ fn disks_of_two_sizes_differ_only_where_that_is_strict() {
     assert_eq!(strict.status.code(), Some(1));
 }
 
-/// Runs a script on a new file system of a loop device, in a namespace of its own.
-fn on_file_system(make: &str, script: &str) {
-    let dir = scratch();
-    let device = dir.path().join("device");
-    File::create(&device).unwrap().set_len(600 << 20).unwrap();
-    succeed(Command::new(format!("mkfs.{make}")).arg("-q").arg(&device));
-    let at = dir.path().join("at");
-    fs::create_dir(&at).unwrap();
-    let script = format!("set -e; mount -o loop \"$DEVICE\" \"$AT\"; cd \"$AT\"\n{script}");
-    let program = env!("CARGO_BIN_EXE_flatdisk");
-    live::succeed_in_namespace(
-        &script,
-        &[("DEVICE", &device), ("AT", &at), ("FLATDISK", &program)],
-    );
-}
-
 #[test]
 fn blocks_are_shared_on_xfs_and_btrfs_and_take_no_new_space() {
     // VHD between VHDX and raw: the bitmaps in front of its blocks must not move the data off the host's blocks.
@@ -545,7 +529,7 @@ fn blocks_are_shared_on_xfs_and_btrfs_and_take_no_new_space() {
         test $(($(used) - before)) -lt 16384";
     for make in ["xfs", "btrfs"] {
         if have(&[&format!("mkfs.{make}")]) && live::can_mount() {
-            on_file_system(make, script);
+            live::on_file_system(make, script);
         }
     }
 }

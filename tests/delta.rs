@@ -11,89 +11,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use common::chains::{bases, contents, make_child, open, scribble, try_open};
-use common::images::{Image as Base, errors};
-use common::{crash, in_parallel, number, seed, tools};
+use common::chains::{bases, make_child, open, scribble};
+use common::commands::{self, Deltas, apply};
+use common::images::Image as Base;
+use common::{in_parallel, number, seed, tools};
 use fastrand::Rng;
-use flatdisk::copy::delta::{self, Applied};
-use flatdisk::error::{Error, ErrorKind};
-use flatdisk::formats::{Identity, OpenOptions};
-use flatdisk::storage::memory::{MemoryFile, MemoryHost};
+use flatdisk::copy::delta;
+use flatdisk::error::ErrorKind;
+use flatdisk::formats::OpenOptions;
+use flatdisk::storage::memory::MemoryHost;
 use flatdisk::storage::recording::RecordingHost;
-use flatdisk::storage::{Access, Host, Storage};
+use flatdisk::storage::{Access, Host};
 
 const MIB: u64 = 1 << 20;
-
-/// A chain in memory, and a copy of its first image in another folder.
-struct Chain {
-    host: Arc<MemoryHost>,
-    paths: Vec<PathBuf>,
-    /// What each holds.
-    models: Vec<Vec<u8>>,
-    target: PathBuf,
-}
-
-impl Chain {
-    fn new(base: &Base, blocks: &[Option<u64>], generations: usize, random: &mut Rng) -> Self {
-        let memory = MemoryHost::new();
-        let host: Arc<dyn Host> = memory.clone();
-        let path = |number: usize| PathBuf::from(format!("/t/d{number}.{}", base.format));
-        base.create_at(&*host, &path(0)).unwrap();
-        let mut model = vec![0; base.spec.size as usize];
-        scribble(&host, &path(0), &mut model, random, 8);
-        let mut models = vec![model.clone()];
-        for number in 1..=generations {
-            let block = blocks[random.usize(..blocks.len())];
-            make_child(&host, &path(number), &path(number - 1), block);
-            scribble(&host, &path(number), &mut model, random, 8);
-            models.push(model.clone());
-        }
-        for file in memory.files() {
-            let name = file.path().file_name().unwrap().to_str().unwrap().to_owned();
-            if name.starts_with("d0") {
-                let copy = Path::new("/u").join(name);
-                memory.insert(MemoryFile::new(copy, &file.to_vec()));
-            }
-        }
-        let target = Path::new("/u").join(path(0).file_name().unwrap());
-        let paths = (0..=generations).map(path).collect();
-        Self { host: memory, paths, models, target }
-    }
-
-    fn host(&self) -> Arc<dyn Host> {
-        self.host.clone()
-    }
-
-    fn identity(&self, number: usize) -> Identity {
-        open(&self.host(), &self.paths[number], Access::Peek).identity
-    }
-
-    /// The delta from one generation to a later one.
-    fn delta(&self, from: usize, to: usize) -> Vec<u8> {
-        let image = open(&self.host(), &self.paths[to], Access::Read);
-        let mut bytes = Vec::new();
-        let summary = delta::make(&image, to - from, &mut bytes, &()).unwrap();
-        assert_eq!(summary.length, bytes.len() as u64);
-        bytes
-    }
-
-    /// Whether an image on `host` is that generation.
-    fn check(&self, host: &Arc<dyn Host>, path: &Path, number: usize) -> Result<(), String> {
-        let image = try_open(host, path, Access::Read).map_err(|e| e.to_string())?;
-        if contents(&image) != self.models[number] {
-            return Err(format!("{} does not hold generation {number}", path.display()));
-        }
-        if image.identity != self.identity(number) {
-            return Err(format!("{} is known by {}", path.display(), image.identity));
-        }
-        let errors = errors(host, path).map_err(|e| e.to_string())?;
-        if errors.is_empty() { Ok(()) } else { Err(format!("{errors:?}")) }
-    }
-}
-
-fn apply(host: &Arc<dyn Host>, delta: &[u8], path: &Path) -> Result<Applied, Error> {
-    delta::apply(host, &mut Cursor::new(delta), path, &OpenOptions::new(Access::Write), &())
-}
 
 /// One kind of each format whose children tell most.
 fn one_of_each() -> Vec<(Base, &'static [Option<u64>])> {
@@ -111,7 +41,7 @@ fn a_copy_follows_the_generations_whatever_steps_it_takes() {
         for round in 0..rounds {
             let mut random = Rng::with_seed(seed() + round);
             let generations = random.usize(1..=5);
-            let chain = Chain::new(base, blocks, generations, &mut random);
+            let chain = Deltas::new(base, blocks, generations, &mut random);
             let host = chain.host();
             let context = format!("{} {:?}, round {round}", base.format, base.spec);
             let mut now = 0;
@@ -144,7 +74,7 @@ fn a_larger_child_makes_the_copy_larger() {
         let base = Base::new(format, subformat, 3 * MIB);
         let base = if block > 0 { base.block(block) } else { base };
         let mut random = Rng::with_seed(seed());
-        let mut chain = Chain::new(&base, &[None], 1, &mut random);
+        let mut chain = Deltas::new(&base, &[None], 1, &mut random);
         let host = chain.host();
         let options = OpenOptions::new(Access::Write);
         flatdisk::formats::resize::resize(&host, &chain.paths[1], &options, 9 * MIB, false, &())
@@ -166,7 +96,7 @@ fn what_is_cut_off_or_changed_or_for_another_disk_is_refused_before_the_first_wr
     let bases = one_of_each();
     in_parallel(&bases, |(base, blocks)| {
         let mut random = Rng::with_seed(seed());
-        let chain = Chain::new(base, blocks, 3, &mut random);
+        let chain = Deltas::new(base, blocks, 3, &mut random);
         let good = chain.delta(0, 1);
         let refused = |delta: &[u8], path: &Path, kinds: &[ErrorKind], what: &str| {
             let recorder = RecordingHost::over(&chain.host);
@@ -241,56 +171,12 @@ fn whatever_a_crash_leaves_is_the_one_or_the_other_or_completed_by_applying_agai
     let bases = bases();
     let counts = in_parallel(&bases, |(base, blocks)| {
         let name = format!("{} {:?}", base.format, base.spec.subformat);
-        let found = crash_states(base, blocks, budget);
+        let found = commands::apply_delta(base, blocks).crash(budget);
         (name.clone(), found.unwrap_or_else(|e| panic!("{name}: {e}")))
     });
     for (name, count) in counts {
         println!("{name}: {count} crash states of applying a delta");
     }
-}
-
-fn crash_states(base: &Base, blocks: &[Option<u64>], budget: usize) -> Result<usize, String> {
-    let mut random = Rng::with_seed(seed());
-    let chain = Chain::new(base, blocks, 1, &mut random);
-    let delta = chain.delta(0, 1);
-    let recorder = RecordingHost::over(&chain.host);
-    let host: Arc<dyn Host> = recorder.clone();
-    apply(&host, &delta, &chain.target).map_err(|e| e.to_string())?;
-    let recording = recorder.recording();
-    let mut known = HashSet::new();
-    let (before, after) = (chain.identity(0), chain.identity(1));
-    crash::each_state(&recording, &mut random, budget, &mut known, |_| 0, &mut |at, state, _| {
-        let state: Arc<dyn Host> = state.fork();
-        let image = try_open(&state, &chain.target, Access::Read).map_err(|e| e.to_string())?;
-        let known_by = image.identity.clone();
-        if at == recording.ops().len() && known_by != after {
-            return Err(format!("all is done, and it is known by {known_by}"));
-        }
-        let model = match () {
-            () if known_by == after => Some(1),
-            () if known_by == before => Some(0),
-            () => None,
-        };
-        if let Some(number) = model
-            && contents(&image) != chain.models[number]
-        {
-            return Err(format!("it is known as generation {number}, and holds something else"));
-        }
-        drop(image);
-        let again = apply(&state, &delta, &chain.target).map_err(|e| format!("again: {e}"))?;
-        if again.already != (known_by == after) || again.resumed != model.is_none() {
-            return Err(format!("taken for another state: {again:?}"));
-        }
-        if again.already {
-            // One of the two footers may still tell the mark.
-            let options = OpenOptions::new(Access::Write);
-            let all = flatdisk::formats::Scope::All;
-            flatdisk::formats::repair(&state, &chain.target, &options, all, false)
-                .map_err(|e| format!("repair: {e}"))?;
-        }
-        chain.check(&state, &chain.target, 1)
-    })?;
-    Ok(known.len())
 }
 
 fn flatdisk() -> Command {
@@ -377,7 +263,7 @@ fn the_commands_bring_a_copy_up_to_date_through_files_and_pipes() {
 #[test]
 fn an_image_that_is_no_descendant_and_an_interrupted_delta_are_told() {
     let mut random = Rng::with_seed(seed());
-    let chain = Chain::new(&bases()[0].0, &[None], 1, &mut random);
+    let chain = Deltas::new(&bases()[0].0, &[None], 1, &mut random);
     let host = chain.host();
     let image = open(&host, &chain.paths[1], Access::Read);
     for generation in [0, 2] {

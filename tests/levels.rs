@@ -4,71 +4,24 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod live;
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
-use common::chains::{bases, contents, make_child, open, scribble, try_open};
-use common::images::{Image as Base, errors};
-use common::{crash, in_parallel, number, seed, tools};
+use common::chains::{bases, make_child, scribble, try_open};
+use common::commands::{self, Chain};
+use common::images::Image as Base;
+use common::{in_parallel, number, seed, tools};
 use fastrand::Rng;
-use flatdisk::error::{Error, ErrorKind};
-use flatdisk::formats::{OpenOptions, Scope, flatten, levels, repair, resize};
-use flatdisk::storage::memory::MemoryHost;
-use flatdisk::storage::recording::RecordingHost;
-use flatdisk::storage::{Access, Host};
+use flatdisk::error::ErrorKind;
+use flatdisk::formats::{OpenOptions, flatten, levels, resize};
+use flatdisk::storage::Access;
 
 const MIB: u64 = 1 << 20;
 
 fn options() -> OpenOptions {
     OpenOptions::new(Access::Read)
-}
-
-/// A chain in memory, the base first, and what each of it holds.
-struct Chain {
-    memory: Arc<MemoryHost>,
-    host: Arc<dyn Host>,
-    members: Vec<(PathBuf, Vec<u8>)>,
-}
-
-impl Chain {
-    fn new(base: &Base, blocks: &[Option<u64>], links: usize, random: &mut Rng) -> Self {
-        let memory = MemoryHost::new();
-        let host: Arc<dyn Host> = memory.clone();
-        let path = |number: usize| PathBuf::from(format!("/t/d{number}.{}", base.format));
-        base.create_at(&*host, &path(0)).unwrap();
-        let mut model = vec![0; open(&host, &path(0), Access::Read).disk.size() as usize];
-        let mut members = Vec::new();
-        for number in 0..=links {
-            if number > 0 {
-                let block = blocks[random.usize(..blocks.len())];
-                make_child(&host, &path(number), &path(number - 1), block);
-            }
-            scribble(&host, &path(number), &mut model, random, 6);
-            members.push((path(number), model.clone()));
-        }
-        Self { memory, host, members }
-    }
-
-    fn verify(&self, when: &str) {
-        for (path, model) in &self.members {
-            let image = try_open(&self.host, path, Access::Read);
-            let image = image.unwrap_or_else(|e| panic!("{when}: {e}"));
-            assert!(contents(&image) == *model, "{when}: {} holds something else", path.display());
-            assert_eq!(errors(&self.host, path).unwrap(), [""; 0], "{when}");
-        }
-    }
-
-    /// Merges all from `top` on down to `into`, which come from the list.
-    fn merge(&mut self, top: usize, into: usize) -> Result<(), Error> {
-        let paths = [top, into].map(|index| self.members[index].0.clone());
-        levels::merge_to(&self.host, &paths[0], &paths[1], &options(), false, &())?;
-        self.members[into].1 = self.members[top].1.clone();
-        self.members.drain(into + 1..=top);
-        Ok(())
-    }
 }
 
 #[test]
@@ -175,109 +128,26 @@ fn a_top_that_is_larger_makes_its_ancestor_as_large() {
     }
 }
 
-/// Runs `change` on a recorded chain, and judges what crashes leave of it.
-fn crashes(
-    chain: &Chain,
-    change: impl Fn(&Arc<dyn Host>) -> Result<(), Error>,
-    mut judge: impl FnMut(&Arc<dyn Host>, bool) -> Result<(), String>,
-) -> Result<usize, String> {
-    let recorder = RecordingHost::over(&chain.memory);
-    let recorded: Arc<dyn Host> = recorder.clone();
-    change(&recorded).map_err(|e| e.to_string())?;
-    let recording = recorder.recording();
-    let end = recording.ops().len();
+/// Judges what crashes leave of a command on every kind of chain.
+fn crashes(command: fn(&Base, &[Option<u64>]) -> commands::Command<'static>) {
     let budget = number("FLATDISK_CRASH_STATES", 80) as usize;
-    let (mut random, mut known) = (Rng::with_seed(seed()), HashSet::new());
-    let last = |at| usize::from(at == end);
-    crash::each_state(&recording, &mut random, budget, &mut known, last, &mut |at, state, _| {
-        let state: Arc<dyn Host> = state.fork();
-        judge(&state, at == end)
-    })?;
-    Ok(known.len())
-}
-
-fn shows(host: &Arc<dyn Host>, path: &Path, model: &[u8]) -> Result<(), String> {
-    let image = try_open(host, path, Access::Read).map_err(|e| e.to_string())?;
-    match contents(&image) == model {
-        true => Ok(()),
-        false => Err(format!("{} holds something else", path.display())),
-    }
-}
-
-/// The image, sound again if a crash left the two footers of a VHD differing.
-fn mended(host: &Arc<dyn Host>, path: &Path, model: &[u8]) -> Result<(), String> {
-    let options = OpenOptions::new(Access::Write);
-    repair(host, path, &options, Scope::All, false).map_err(|e| e.to_string())?;
-    shows(host, path, model)?;
-    let errors = errors(host, path).map_err(|e| e.to_string())?;
-    if errors.is_empty() { Ok(()) } else { Err(format!("{}: {errors:?}", path.display())) }
+    let failures = in_parallel(&bases(), |(base, blocks)| {
+        let command = command(base, blocks);
+        let judged = command.crash(budget).and_then(|_| command.crash_sharing(budget));
+        judged.err().map(|e| format!("{} {:?}: {e}", base.format, base.spec.subformat))
+    });
+    let failures: Vec<_> = failures.into_iter().flatten().collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
 }
 
 #[test]
 fn killed_while_levels_are_merged_nothing_is_lost() {
-    let failures = in_parallel(&bases(), |(base, blocks)| {
-        let chain = Chain::new(base, blocks, 3, &mut Rng::with_seed(seed()));
-        let [bottom, _, _, top] = &chain.members[..] else { panic!("four") };
-        let merge = |host: &Arc<dyn Host>| {
-            levels::merge_to(host, &top.0, &bottom.0, &options(), false, &()).map(drop)
-        };
-        let judged = crashes(&chain, merge, |state, done| {
-            let intact = shows(state, &top.0, &top.1);
-            if let Err(e) = &intact {
-                // By then the ancestor has everything.
-                shows(state, &bottom.0, &top.1).map_err(|other| format!("{e}; {other}"))?;
-            } else if !done {
-                merge(state).map_err(|e| format!("again: {e}"))?;
-            }
-            // What is left of the others says that it is not whole.
-            if intact.is_err() {
-                for (path, _) in &chain.members[1..] {
-                    if let Ok(image) = try_open(state, path, Access::Read)
-                        && contents(&image) != top.1
-                        && state.open(&top.0, Access::Peek).is_err()
-                    {
-                        return Err(format!("{} shows something older", path.display()));
-                    }
-                }
-            }
-            mended(state, &bottom.0, &top.1)
-        });
-        judged.err().map(|e| format!("{} {:?}: {e}", base.format, base.spec.subformat))
-    });
-    let failures: Vec<_> = failures.into_iter().flatten().collect();
-    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+    crashes(commands::merge_levels);
 }
 
 #[test]
 fn killed_while_one_is_taken_out_of_the_middle_all_children_read_the_same() {
-    let failures = in_parallel(&bases(), |(base, blocks)| {
-        let mut random = Rng::with_seed(seed());
-        let chain = Chain::new(base, blocks, 2, &mut random);
-        let [bottom, middle, child] = &chain.members[..] else { panic!("three") };
-        let second = bottom.0.with_file_name("second").with_extension(base.format);
-        make_child(&chain.host, &second, &middle.0, None);
-        let mut model = middle.1.clone();
-        scribble(&chain.host, &second, &mut model, &mut random, 4);
-        let merge =
-            |host: &Arc<dyn Host>| levels::merge_middle(host, &middle.0, &options(), &()).map(drop);
-        let judged = crashes(&chain, merge, |state, done| {
-            for (path, model) in [(&child.0, &child.1), (&second, &model)] {
-                shows(state, path, model).map_err(|e| format!("at once: {e}"))?;
-            }
-            if !done && state.open(&middle.0, Access::Peek).is_ok() {
-                merge(state).map_err(|e| format!("again: {e}"))?;
-            }
-            if state.open(&middle.0, Access::Peek).is_ok() {
-                return Err("it is still there".to_owned());
-            }
-            mended(state, &child.0, &child.1)?;
-            mended(state, &second, &model)?;
-            mended(state, &bottom.0, &middle.1)
-        });
-        judged.err().map(|e| format!("{} {:?}: {e}", base.format, base.spec.subformat))
-    });
-    let failures: Vec<_> = failures.into_iter().flatten().collect();
-    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+    crashes(commands::merge_middle);
 }
 
 #[test]
@@ -301,5 +171,31 @@ fn the_command_line_makes_chains_shorter() {
         let left: Vec<_> =
             std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, [names[0].as_str()]);
+    }
+}
+
+#[test]
+fn flattened_and_merged_blocks_are_shared_and_take_no_new_space() {
+    // A chain of three in which everything is data.
+    let script = "used() { sync -f .; df --output=used -k . | tail -1; }\n\
+        sum() { \"$FLATDISK\" hash \"$1\" | cut -c1-64; }\n\
+        for kind in vhd vhdx vmdk; do\n\
+          \"$FLATDISK\" create -q a.$kind 64M\n\
+          head -c 48M /dev/urandom | \"$FLATDISK\" write a.$kind > /dev/null\n\
+          \"$FLATDISK\" create -q --parent a.$kind b.$kind\n\
+          head -c 24M /dev/urandom | \"$FLATDISK\" write --offset 20M b.$kind > /dev/null\n\
+          \"$FLATDISK\" create -q --parent b.$kind c.$kind\n\
+          head -c 9M /dev/urandom | \"$FLATDISK\" write --offset 30M c.$kind > /dev/null\n\
+          b=$(sum b.$kind); c=$(sum c.$kind); before=$(used)\n\
+          \"$FLATDISK\" flatten -q b.$kind; test $(sum b.$kind) = $b; test $(sum c.$kind) = $c\n\
+          test $(($(used) - before)) -lt 4096\n\
+          \"$FLATDISK\" commit -q c.$kind; test $(sum b.$kind) = $c; \"$FLATDISK\" check -q b.$kind\n\
+          test $(($(used) - before)) -lt 4096\n\
+          rm [ab].$kind\n\
+        done";
+    for make in ["xfs", "btrfs"] {
+        if live::have(&[&format!("mkfs.{make}")]) && live::can_mount() {
+            live::on_file_system(make, script);
+        }
     }
 }

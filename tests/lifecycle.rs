@@ -6,18 +6,20 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 
-use common::chains::{bases, contents, make_child, open, scribble, try_open};
-use common::images::{Image as Base, errors};
-use common::{crash, in_parallel, number, seed};
+use common::chains::{bases, make_child, open, scribble};
+use common::commands::{
+    LIFE, OneName, WITH_ONE_NAME, files, filled, holds, image, life, names, take,
+};
+use common::images::Image as Base;
+use common::{in_parallel, number, seed};
 use fastrand::Rng;
-use flatdisk::error::{Error, ErrorKind};
+use flatdisk::error::ErrorKind;
 use flatdisk::formats::{OpenOptions, lifecycle, snapshot};
-use flatdisk::storage::memory::MemoryHost;
-use flatdisk::storage::recording::{Change as Op, RecordingHost};
+use flatdisk::storage::recording::Change as Op;
 use flatdisk::storage::{Access, Host};
 
 const MIB: u64 = 1 << 20;
@@ -31,48 +33,6 @@ fn kinds() -> Vec<Base> {
 
 fn options() -> OpenOptions {
     OpenOptions::new(Access::Read)
-}
-
-fn image(base: &Base, name: &str) -> PathBuf {
-    Path::new("/t").join(format!("{name}.{}", base.format))
-}
-
-fn take(host: &Arc<dyn Host>, path: &Path, name: Option<&str>) -> Result<PathBuf, Error> {
-    snapshot::take(host, path, name, "20260102-030405", &options()).map(|taken| taken.frozen)
-}
-
-/// The names in the folder.
-fn names(host: &Arc<dyn Host>) -> BTreeSet<String> {
-    let files = host.list(Path::new("/t")).unwrap();
-    files.iter().map(|f| f.file_name().unwrap().to_str().unwrap().to_owned()).collect()
-}
-
-/// A base of this kind with some data, in memory, and what it holds.
-fn filled(base: &Base, name: &str, random: &mut Rng) -> (Arc<MemoryHost>, PathBuf, Vec<u8>) {
-    let memory = MemoryHost::new();
-    let host: Arc<dyn Host> = memory.clone();
-    let path = image(base, name);
-    base.create_at(&*host, &path).unwrap();
-    let mut model = vec![0; open(&host, &path, Access::Read).disk.size() as usize];
-    scribble(&host, &path, &mut model, random, 6);
-    (memory, path, model)
-}
-
-/// Whether the image shows this, whatever a check finds.
-fn shows(host: &Arc<dyn Host>, path: &Path, model: &[u8]) -> Result<(), String> {
-    let image = try_open(host, path, Access::Read).map_err(|e| e.to_string())?;
-    if contents(&image) != model {
-        return Err(format!("{} holds something else", path.display()));
-    }
-    Ok(())
-}
-
-fn holds(host: &Arc<dyn Host>, path: &Path, model: &[u8]) -> Result<(), String> {
-    shows(host, path, model)?;
-    match errors(host, path) {
-        Ok(errors) if errors.is_empty() => Ok(()),
-        other => Err(format!("{}: {other:?}", path.display())),
-    }
 }
 
 #[test]
@@ -218,142 +178,18 @@ fn a_deleted_disk_leaves_nothing_and_takes_nothing_else_along() {
     });
 }
 
-/// What is done to an image, what each name may hold at any moment, and what is there in the end.
-struct Change {
-    what: &'static str,
-    host: Arc<MemoryHost>,
-    path: PathBuf,
-    new: PathBuf,
-    child: PathBuf,
-    model: Vec<u8>,
-    above: Vec<u8>,
-    /// The names in the folder when all is done.
-    done: BTreeSet<String>,
-}
-
-const CHANGES: [&str; 6] =
-    ["snapshot", "second snapshot", "revert", "rename", "rename with children", "delete"];
-
-impl Change {
-    fn new(base: &Base, what: &'static str, random: &mut Rng) -> Self {
-        let (memory, path, model) = filled(base, "disk", random);
-        let host: Arc<dyn Host> = memory.clone();
-        let (new, child) = (image(base, "disk-new"), image(base, "child"));
-        let mut above = model.clone();
-        match what {
-            "second snapshot" | "revert" => {
-                let name = if what == "revert" { "new" } else { "first" };
-                take(&host, &path, Some(name)).unwrap();
-                scribble(&host, &path, &mut above, random, 4);
-            }
-            "rename with children" => {
-                make_child(&host, &child, &path, None);
-                scribble(&host, &child, &mut above, random, 4);
-            }
-            _ => {}
-        }
-        let model = if what == "second snapshot" { above.clone() } else { model };
-        Self { what, host: memory, path, new, child, model, above, done: BTreeSet::new() }
-    }
-
-    fn run(&self, host: &Arc<dyn Host>) -> Result<(), Error> {
-        match self.what {
-            "snapshot" => take(host, &self.path, Some("new")).map(drop),
-            "second snapshot" => take(host, &self.path, None).map(drop),
-            "revert" => snapshot::revert(host, &self.path, "new", &options()).map(drop),
-            "delete" => lifecycle::delete(host, &self.path, false, false, &options()).map(drop),
-            with => {
-                let follow = with.ends_with("children");
-                lifecycle::rename(host, &self.path, &self.new, follow, &options()).map(drop)
-            }
-        }
-    }
-
-    /// Judges what a crash left, or what is there in the end.
-    fn judge(&self, state: &Arc<MemoryHost>, done: bool) -> Result<(), String> {
-        let state: Arc<dyn Host> = state.fork();
-        let under = |path: &Path, model: &[u8]| holds(&state, path, model);
-        let there = |path: &Path| state.open(path, Access::Peek).is_ok();
-        match self.what {
-            "delete" => {}
-            "snapshot" | "second snapshot" => under(&self.path, &self.model)?,
-            "revert" => {
-                under(&self.new, &self.model)?;
-                if there(&self.path) {
-                    under(&self.path, &self.above).or_else(|_| under(&self.path, &self.model))?;
-                }
-            }
-            _ => {
-                under(&self.path, &self.model).or_else(|_| under(&self.new, &self.model))?;
-                if there(&self.child) {
-                    shows(&state, &self.child, &self.above)?;
-                }
-            }
-        }
-        // The same request does the rest.
-        let over = match self.what {
-            "delete" => !there(&self.path),
-            "revert" => done,
-            "snapshot" | "second snapshot" => {
-                let image =
-                    try_open(&state, &self.path, Access::Read).map_err(|e| e.to_string())?;
-                image.chain().count() > if self.what == "snapshot" { 1 } else { 2 }
-            }
-            _ => !there(&self.path),
-        };
-        if !over && !done {
-            self.run(&state).map_err(|e| format!("again: {e}"))?;
-        }
-        let (found, staged): (BTreeSet<_>, BTreeSet<_>) =
-            names(&state).into_iter().partition(|name| !name.starts_with(".flatdisk-part"));
-        if found != self.done {
-            return Err(format!("the folder has {found:?}, and should have {:?}", self.done));
-        }
-        if done && !staged.is_empty() {
-            return Err(format!("{staged:?} are left"));
-        }
-        match self.what {
-            "delete" => Ok(()),
-            "revert" => under(&self.path, &self.model),
-            "snapshot" => {
-                under(&self.path, &self.model).and_then(|()| under(&self.new, &self.model))
-            }
-            "second snapshot" => under(&self.path, &self.model),
-            _ => under(&self.new, &self.model),
-        }
-    }
-}
-
 #[test]
 fn killed_at_any_moment_the_disk_is_there_and_the_same_request_does_the_rest() {
     let budget = number("FLATDISK_CRASH_STATES", 120) as usize;
     let failures: Vec<String> = in_parallel(&kinds(), |base| {
         let mut failures = Vec::new();
-        for what in CHANGES {
-            let mut random = Rng::with_seed(seed());
-            let mut change = Change::new(base, what, &mut random);
-            let recorder = RecordingHost::over(&change.host);
-            let host: Arc<dyn Host> = recorder.clone();
+        let one_file = files(base) == 1;
+        let alone = WITH_ONE_NAME.into_iter().filter(|_| one_file);
+        for what in LIFE.into_iter().chain(alone) {
             let kind = format!("{} {:?}: {what}", base.format, base.spec.subformat);
-            if let Err(e) = change.run(&host) {
-                failures.push(format!("{kind}: {e}"));
-                continue;
-            }
-            change.done = names(&host);
-            let recording = recorder.recording();
-            let mut known = HashSet::new();
-            let end = recording.ops().len();
-            let judged = crash::each_state(
-                &recording,
-                &mut random,
-                budget,
-                &mut known,
-                |at| usize::from(at == end),
-                &mut |at, state, _| change.judge(state, at == end),
-            );
-            println!("{kind}: {} states", known.len());
-            if let Err(e) = judged {
-                failures.push(format!("{kind}: {e}"));
+            match life(base, what, &mut Rng::with_seed(seed())).crash(budget) {
+                Ok(states) => println!("{kind}: {states} states"),
+                Err(e) => failures.push(format!("{kind}: {e}")),
             }
         }
         failures
@@ -370,15 +206,10 @@ fn names_are_durable_before_others_go_and_in_the_end() {
         Base::new("vmdk", "vmfs", 3 * MIB),
     ];
     in_parallel(&kinds, |base| {
-        for what in CHANGES {
-            let mut change = Change::new(base, what, &mut Rng::with_seed(seed()));
-            let recorder = RecordingHost::over(&change.host);
-            let host: Arc<dyn Host> = recorder.clone();
-            change.run(&host).unwrap();
-            change.done = names(&host);
-            let recording = recorder.recording();
+        for what in LIFE {
+            let command = life(base, what, &mut Rng::with_seed(seed()));
+            let recording = command.record().unwrap();
             let ops = recording.ops();
-            let end = ops.len();
             let takes = |op: &Op| matches!(op, Op::Remove(_) | Op::Rename(..));
             let last = ops.iter().rposition(|op| takes(&op.change)).unwrap();
             let syncs = |from: usize, to: usize| -> BTreeSet<usize> {
@@ -388,18 +219,40 @@ fn names_are_durable_before_others_go_and_in_the_end() {
             // What is deleted needs nothing in its place, and what is gone back to is there.
             let replaces = !["delete", "revert"].contains(&what);
             let before = replaces.then(|| syncs(0, last));
-            for taken in before.into_iter().chain([syncs(last, end)]) {
-                let shown = crash::each_state(
-                    &recording.without(taken.clone()),
-                    &mut Rng::with_seed(1),
-                    400,
-                    &mut HashSet::new(),
-                    |at| usize::from(at == end),
-                    &mut |at, state, _| change.judge(state, at == end),
-                );
+            for taken in before.into_iter().chain([syncs(last, ops.len())]) {
+                let without = recording.without(taken.clone());
+                let shown = command.crash_of(&without, 400, &mut Rng::with_seed(1));
                 let kind = base.spec.subformat.as_deref().unwrap_or_default();
                 assert!(shown.is_err(), "{kind}, {what}: no crash misses {taken:?}");
             }
         }
+    });
+}
+
+#[test]
+fn where_files_have_no_second_names_one_file_is_renamed_and_several_are_refused() {
+    in_parallel(&kinds(), |base| {
+        let (memory, path, model) = filled(base, "disk", &mut Rng::with_seed(seed()));
+        let host: Arc<dyn Host> = Arc::new(OneName(memory.clone()));
+        let (before, several) = (memory.digest(), memory.files().len() > 1);
+        let (frozen, renamed) = (image(base, "disk-kept"), image(base, "other"));
+        let rename = |from: &Path| lifecycle::rename(&host, from, &renamed, false, &options());
+        if several {
+            let e = take(&host, &path, Some("kept")).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+            assert_eq!(rename(&path).unwrap_err().kind(), ErrorKind::Unsupported);
+            assert_eq!(memory.digest(), before, "{:?}", base.spec.subformat);
+            return;
+        }
+        assert_eq!(take(&host, &path, Some("kept")).unwrap(), frozen);
+        holds(&host, &path, &model).unwrap();
+        holds(&host, &frozen, &model).unwrap();
+        assert_eq!(open(&host, &path, Access::Read).chain().count(), 2);
+        rename(&path).unwrap();
+        holds(&host, &renamed, &model).unwrap();
+        // With a child on it, there would be a moment at which that finds no parent.
+        let e = lifecycle::rename(&host, &frozen, &path, true, &options()).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+        holds(&host, &renamed, &model).unwrap();
     });
 }

@@ -6,73 +6,23 @@
 
 mod common;
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use common::chains::{bases, contents, make_child, open, scribble, try_open};
+use common::chains::{bases, contents, make_child, open, scribble};
+use common::commands::{self, changes, get, settings};
 use common::images::{Image as Base, errors};
-use common::{crash, in_parallel, number, seed, tools};
+use common::{in_parallel, number, seed, tools};
 use fastrand::Rng;
 use flatdisk::error::ErrorKind;
 use flatdisk::formats::OpenOptions;
 use flatdisk::formats::meta::{self, Changes};
 use flatdisk::storage::memory::MemoryHost;
-use flatdisk::storage::recording::RecordingHost;
 use flatdisk::storage::{Access, Host};
 
 fn options() -> OpenOptions {
     OpenOptions::new(Access::Write)
-}
-
-fn changes(values: &[(&str, &str)]) -> Changes {
-    let values = values.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
-    Changes { values: values.collect(), new_id: false }
-}
-
-fn get(host: &Arc<dyn Host>, path: &Path, key: &str) -> Option<String> {
-    let entries = meta::list(host, path, &options()).unwrap();
-    entries.into_iter().find(|entry| entry.key == key)?.value
-}
-
-/// Keys of each format with two values.
-fn settings(format: &str) -> &'static [(&'static str, [&'static str; 2])] {
-    match format {
-        "vhd" => &[
-            ("creator_application", ["vpc", "qem2"]),
-            ("creator_version", ["5.3", "65535.0"]),
-            ("creator_host_os", ["Mac", "Wi2k"]),
-            ("time_stamp", ["2026-01-31T12:00:00Z", "2000-01-01T00:00:00Z"]),
-            ("saved_state", ["1", "0"]),
-            (
-                "unique_id",
-                ["01234567-89ab-4def-8123-456789abcdef", "11234567-89ab-4def-8123-456789abcdef"],
-            ),
-        ],
-        "vhdx" => &[
-            (
-                "virtual_disk_id",
-                ["01234567-89ab-4def-8123-456789abcdef", "11234567-89ab-4def-8123-456789abcdef"],
-            ),
-            ("physical_sector_size", ["4096", "4096"]),
-        ],
-        _ => &[
-            ("ddb.adapterType", ["ide", "buslogic"]),
-            ("ddb.virtualHWVersion", ["4", "21"]),
-            ("ddb.toolsVersion", ["12345", "0"]),
-            ("ddb.deletable", ["false", "true"]),
-            ("ddb.thinProvisioned", ["1", "0"]),
-            ("ddb.comment", ["what it is for", ""]),
-            (
-                "ddb.uuid",
-                [
-                    "60 00 c2 9a bc de f0 12-34 56 78 9a bc de f0 12",
-                    "60 00 c2 9f bc de f0 12-34 56 78 9a bc de f0 12",
-                ],
-            ),
-        ],
-    }
 }
 
 fn filled(base: &Base) -> (Arc<MemoryHost>, PathBuf, Vec<u8>) {
@@ -185,51 +135,8 @@ fn a_copy_with_new_ids_is_another_disk() {
 fn killed_at_any_moment_all_is_set_or_nothing() {
     let budget = number("FLATDISK_CRASH_STATES", 120) as usize;
     in_parallel(&bases(), |(base, _)| {
-        let (memory, path, model) = filled(base);
-        let all = settings(base.format);
-        let values: Vec<_> = all.iter().map(|(key, values)| (*key, values[0])).collect();
-        let recorder = RecordingHost::over(&memory);
-        let recorded: Arc<dyn Host> = recorder.clone();
         let context = format!("{} {:?}", base.format, base.spec.subformat);
-        let original: Arc<dyn Host> = memory.clone();
-        let old: Vec<_> = values.iter().map(|(key, _)| get(&original, &path, key)).collect();
-        meta::set(&recorded, &path, &changes(&values), &options()).unwrap();
-        let recording = recorder.recording();
-        let end = recording.ops().len();
-        let mut random = Rng::with_seed(seed());
-        let judged = crash::each_state(
-            &recording,
-            &mut random,
-            budget,
-            &mut HashSet::new(),
-            |at| usize::from(at == end),
-            &mut |at, state, _| {
-                let state: Arc<dyn Host> = state.fork();
-                let image = try_open(&state, &path, Access::Read).map_err(|e| e.to_string())?;
-                if contents(&image) != model {
-                    return Err("the disk holds something else".to_owned());
-                }
-                let now: Vec<_> = values.iter().map(|(key, _)| get(&state, &path, key)).collect();
-                let new: Vec<_> = values.iter().map(|(_, new)| Some((*new).to_owned())).collect();
-                if now != new && (now != old || at == end) {
-                    return Err(format!("a mix: {now:?}"));
-                }
-                // Asked for again, it comes.
-                drop(image);
-                let repaired = flatdisk::formats::repair(
-                    &state,
-                    &path,
-                    &options(),
-                    flatdisk::formats::Scope::All,
-                    false,
-                );
-                repaired.map_err(|e| e.to_string())?;
-                meta::set(&state, &path, &changes(&values), &options())
-                    .map_err(|e| e.to_string())?;
-                let errors = errors(&state, &path).map_err(|e| e.to_string())?;
-                if errors.is_empty() { Ok(()) } else { Err(format!("{errors:?}")) }
-            },
-        );
+        let judged = commands::set_meta(base).crash(budget);
         judged.unwrap_or_else(|e| panic!("{context}: {e}"));
     });
 }

@@ -642,11 +642,14 @@ fn commit(file: &Path, child: Option<&Path>) -> Result<u8> {
         Some(child) => {
             std::path::absolute(child).map_err(|e| Error::io("open", &e).in_file(child))?
         }
-        None => {
-            let now = jiff::ZonedDateTime::now().strftime("written-%Y%m%d-%H%M%S").to_string();
-            snapshot::frozen_name(&image, &now)?
-        }
+        // Always the same name, so that what a killed program left of it goes with the next attempt.
+        None => snapshot::frozen_name(&image, "written")?,
     };
+    if child.is_none() && kept.symlink_metadata().is_ok() {
+        let what = "what was written to a throw-away layer before is still there";
+        let hint = format!("`flatdisk commit {}` merges it, or --child keeps this", kept.display());
+        return Err(Error::new(ErrorKind::Exists, what).in_file(&kept).hint(hint));
+    }
     let request = Request::Close { names: vec![Name(name)], keep: Some(Name(kept.clone())) };
     let status = complain_of(&Connection::to(&mount)?.ask(&request)?);
     if status != 0 || child.is_some() {

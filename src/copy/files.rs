@@ -1,15 +1,14 @@
 //! The files that a conversion must leave alone, and those that it removes.
 
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::convert::From;
 use super::source::Source;
 use crate::error::{Error, Result};
-use crate::formats::chain::file_identity;
+use crate::formats::chain::{file_identity, own_files};
 use crate::formats::places::directory_of;
-use crate::formats::{self, Image, OpenOptions};
+use crate::formats::{Image, OpenOptions};
 use crate::storage::device::{DeviceFile, is_device};
 use crate::storage::{Access, FileIdentity, Host, Storage};
 
@@ -44,27 +43,9 @@ pub(super) fn source_files(host: &Arc<dyn Host>, from: &From<'_>) -> Result<Vec<
     Ok(files)
 }
 
-/// The extents of the image at `path` that have the names which its own parts would have, and lie beside
-/// it: a disk that the image was only made to name is somebody else's.
+/// The files of the image at `path` that go with it, itself not among them; none of one that does not open.
 pub(super) fn own_extents(host: &Arc<dyn Host>, path: &Path) -> Vec<PathBuf> {
-    let Ok(image) = formats::open(host, path, &OpenOptions::new(Access::Read)) else {
-        return Vec::new();
-    };
-    let stem = path.file_stem().unwrap_or_default().as_bytes();
-    let own = |extent: &PathBuf| {
-        let name = extent.file_stem().unwrap_or_default().as_bytes();
-        let role = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix(b"-"));
-        extent.parent() == path.parent()
-            && extent.extension() == path.extension()
-            && role.is_some_and(|role| match role {
-                b"flat" => true,
-                [b'f' | b's', number @ ..] => {
-                    number.len() >= 3 && number.iter().all(u8::is_ascii_digit)
-                }
-                _ => false,
-            })
-    };
-    image.info.extents.into_iter().filter(own).collect()
+    own_files(host, path, &OpenOptions::new(Access::Peek)).unwrap_or_default()
 }
 
 /// Removes those parts `old` of the image that was replaced which are no parts of the new one, nor of the

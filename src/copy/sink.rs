@@ -12,14 +12,12 @@ use super::pipeline::{CHUNK, Sink};
 use crate::codec::is_zero;
 use crate::disk::Disk;
 use crate::disk::share::Foreign;
+use crate::disk::transfer::WRITE_BACK;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::SHARED_BLOCK;
 
 /// Bytes of zeroes, at a multiple of them on the disk, that are worth not storing.
 pub const ZERO_RUN: usize = 4096;
-
-/// Bytes that are written before the host's device is told to begin with them.
-const WRITE_BACK: u64 = 32 << 20;
 
 /// Calls `found` with every run of units of [`ZERO_RUN`] bytes of `data` that `stored` wants, as a range
 /// in `data`.

@@ -33,10 +33,12 @@
 //! - `overlay`: a private, throw-away layer over any disk;
 //! - `picture`: a disk and its files cut into cells of equal length, to be drawn;
 //! - `room`: space of the host for tables that change in memory;
+//! - `search`: where data lies, and where nothing is;
 //! - `session`: the life of a disk that is written: beginning, flushing, failing, closing;
 //! - `share`: data that lies in other files of the host;
 //! - `space`: free space of a file that is being written;
 //! - `tables`: a bounded cache of table pages;
+//! - `transfer`: copying from disk to disk;
 //! - `window`: a part of a disk as a disk of its own;
 //! - `writer`: what formats that allocate have in common: free and freed space, reservations, the flush.
 
@@ -52,20 +54,20 @@ pub mod map;
 pub mod overlay;
 pub mod picture;
 mod room;
+mod search;
 mod session;
 #[doc(hidden)]
 pub mod share;
 pub(crate) mod space;
 #[doc(hidden)]
 pub mod tables;
+pub(crate) mod transfer;
 pub mod window;
 pub(crate) mod writer;
 
 use std::io;
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
@@ -78,10 +80,6 @@ use share::Foreign;
 const COPY_CHUNK: u64 = 1 << 20;
 /// How much of the disk one step of a discard covers.
 const STEP: u64 = 1 << 30;
-/// How much the first step of a search for data covers.
-const FIRST_STEP: u64 = 1 << 20;
-/// How long one search for data or a hole takes at most, that whoever asks can be interrupted.
-const MAX_SEARCH: Duration = Duration::from_secs(2);
 /// How much of the disk is looked up at once where nobody knows how finely it is divided: at most
 /// 65,536 extents, each a sector, fit in a few MiB.
 pub const LOOKUP_STEP: u64 = 32 << 20;
@@ -649,114 +647,6 @@ impl Disk {
             self.map.lookup(sectors_around(&range), &mut list)?;
         }
         Ok(list)
-    }
-
-    /// The first run of data at or after `from`: everything outside such runs reads as zeroes.
-    /// Looks through parents and at the holes of the host's files. What a long search has not come to is
-    /// taken for data.
-    ///
-    /// # Errors
-    ///
-    /// Those of reading the image's tables and asking the host for holes.
-    pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
-        self.next_data_in(from..self.size())
-    }
-
-    /// How much of the disk may be looked up at once without a list of extents that knows no bounds.
-    pub(crate) fn longest_lookup(&self) -> u64 {
-        if self.is_coarse() { STEP } else { LOOKUP_STEP }
-    }
-
-    /// Whether nothing divides the disk more finely than into blocks of 64 KiB.
-    fn is_coarse(&self) -> bool {
-        self.parent.is_none() && self.geometry().block_size >= 64 << 10
-    }
-
-    /// The extents of the beginning of a range: at most `reach` bytes, or a long run of which nothing is
-    /// stored.
-    fn next_extents(&self, range: DiskRange, reach: u64) -> Result<ExtentList> {
-        let _held = self.shared(&range);
-        let mut list = ExtentList::new();
-        let want = sectors_around(&range);
-        match self.map.unstored(want.clone())? {
-            Some(run) => list.push(run.start, run.len, run.source),
-            None => self.map.lookup(want.start..want.end.min(want.start + reach), &mut list)?,
-        }
-        Ok(list)
-    }
-
-    /// [`Self::next_data`] inside a range, which may reach past the disk's end.
-    fn next_data_in(&self, range: DiskRange) -> Result<Option<Range<u64>>> {
-        self.search(range, Instant::now() + MAX_SEARCH)
-    }
-
-    fn search(&self, range: DiskRange, until: Instant) -> Result<Option<Range<u64>>> {
-        let end = range.end.min(self.size());
-        let mut pos = range.start;
-        // Data is near as a rule; a search that does not find it there takes larger and larger steps.
-        let mut reach = FIRST_STEP;
-        while pos < end {
-            let extents = self.next_extents(pos..end, reach)?;
-            reach = self.longest_lookup().min(reach * 4);
-            let step = pos..end.min(extents.last().map_or(end, map::Extent::end));
-            for extent in extents.iter() {
-                let (part, skip) = overlap(extent, &step);
-                let found = match extent.source {
-                    Source::Zero => None,
-                    Source::Packed { .. } | Source::Bad => Some(part),
-                    Source::File { file, at } => self.file_data(file, at + skip, part)?,
-                    Source::Parent => match &self.parent {
-                        Some(parent) => parent.search(part, until)?,
-                        None => Some(part),
-                    },
-                };
-                if found.is_some() {
-                    return Ok(found);
-                }
-            }
-            pos = step.end;
-            if pos < end && Instant::now() > until {
-                return Ok(Some(pos..end.min(pos + LOOKUP_STEP)));
-            }
-        }
-        Ok(None)
-    }
-
-    /// The first data of a mapped part that is not a hole of its host file.
-    fn file_data(&self, file: usize, at: u64, part: DiskRange) -> Result<Option<DiskRange>> {
-        let file = &self.map.files()[file];
-        let data = file
-            .next_data(at)
-            .map_err(|e| Error::io("looking for data", &e).in_file(file.path()).at(at))?;
-        Ok(data
-            .map(|d| {
-                let start = part.start + d.start.saturating_sub(at);
-                start..part.end.min(part.start + d.end.saturating_sub(at))
-            })
-            .filter(|d| d.start < d.end))
-    }
-
-    /// The first byte at or after `from` that is not stored data; the disk's size if there is none, or if a
-    /// long search has found none.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Self::next_data`].
-    pub fn next_hole(&self, from: u64) -> Result<u64> {
-        self.next_hole_in(from..self.size())
-    }
-
-    /// [`Self::next_hole`] inside a range, whose end is the answer if there is none.
-    fn next_hole_in(&self, range: DiskRange) -> Result<u64> {
-        let until = Instant::now() + MAX_SEARCH;
-        let mut pos = range.start;
-        while pos < range.end && Instant::now() <= until {
-            match self.next_data_in(pos..range.end)? {
-                Some(data) if data.start <= pos => pos = data.end,
-                _ => return Ok(pos),
-            }
-        }
-        Ok(range.end)
     }
 }
 

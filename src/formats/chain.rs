@@ -36,8 +36,10 @@ use super::{
     Format, Identity, Image, NewLink, OpenContext, OpenOptions, ParentLink, by_extension, open,
     recognise, resize,
 };
+use crate::codec;
 use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
+use crate::disk::transfer::{FLUSH_EVERY, copy_layers};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::progress::Progress;
 use crate::storage::staged::is_unfinished;
@@ -45,10 +47,6 @@ use crate::storage::{self, Access, FileIdentity, Host};
 
 /// Bytes copied or compared at a time.
 pub(super) const CHUNK: u64 = 1 << 20;
-/// Bytes of the disk looked up at a time.
-const STEP: u64 = 64 << 20;
-/// Bytes written between flushes, which keep the changed tables in memory few.
-pub(crate) const FLUSH_EVERY: u64 = 1 << 30;
 /// Alignment of what is compared; no disk has larger sectors.
 const SECTOR: u64 = 4096;
 
@@ -307,7 +305,7 @@ pub(super) fn relink(
 }
 
 /// The files that go when the image at `path` does.
-pub(super) fn own_files(
+pub(crate) fn own_files(
     host: &Arc<dyn Host>,
     path: &Path,
     options: &OpenOptions,
@@ -347,22 +345,33 @@ fn refuse_relatives(
     let grandchildren =
         if how.keep { Vec::new() } else { children(host, child, &folders, options)? };
     if let Some(grandchild) = grandchildren.first() {
-        let what = format!("{} is a child of this image", grandchild.0.display());
+        let what = format!("{} is a child of this image", grandchild.path.display());
         return Err(Error::invalid(what).in_file(&child.path).hint("merge or rebase it first"));
     }
     let mut siblings = children(host, parent, &folders, options)?;
-    siblings.retain(|(_, identity)| *identity != own);
+    siblings.retain(|sibling| sibling.identity != own);
     match siblings.first() {
-        Some((sibling, _)) if !how.over_siblings => {
+        Some(Child { path: sibling, .. }) if !how.over_siblings => {
             let name = parent.path.display();
             let what = format!("{} is a child of {name} too, and would lose it", sibling.display());
             Err(Error::invalid(what).in_file(&child.path).hint("rebase it first, or use --force"))
         }
-        _ => Ok(siblings.into_iter().map(|(path, _)| path).collect()),
+        _ => Ok(siblings.into_iter().map(|sibling| sibling.path).collect()),
     }
 }
 
-/// The images in `folders` whose parent is `image`, and which files they are.
+/// An image that stands on another.
+#[derive(Debug)]
+pub struct Child {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Which file it is.
+    pub identity: FileIdentity,
+    /// How it names its parent.
+    pub link: ParentLink,
+}
+
+/// The images in `folders` whose parent is `image`.
 ///
 /// # Errors
 ///
@@ -372,10 +381,10 @@ pub fn children(
     image: &Image,
     folders: &[PathBuf],
     options: &OpenOptions,
-) -> Result<Vec<(PathBuf, FileIdentity)>> {
+) -> Result<Vec<Child>> {
     let wanted = file_identity(host, &image.path)?;
     let peek = OpenOptions { access: Access::Peek, next_identity: None, ..options.clone() };
-    let mut found = Vec::new();
+    let mut found: Vec<Child> = Vec::new();
     for folder in folders {
         for path in host.list(folder)? {
             // What is not finished is nobody's.
@@ -384,13 +393,13 @@ pub fn children(
             }
             // What cannot be opened is nobody's child.
             let Ok(opened) = open_alone(host, &path, &peek) else { continue };
-            let Some(link) = &opened.parent else { continue };
+            let Some(link) = opened.parent else { continue };
             if image.identity.satisfies(&link.identity)
-                && leads_to(host, &path, link, wanted, options)
+                && leads_to(host, &path, &link, wanted, options)
             {
                 let identity = file_identity(host, &path)?;
-                if found.iter().all(|(_, known)| *known != identity) {
-                    found.push((path, identity));
+                if found.iter().all(|known| known.identity != identity) {
+                    found.push(Child { path, identity, link });
                 }
             }
         }
@@ -424,39 +433,7 @@ pub(super) fn leads_to(
 
 /// Writes what is the child's own into its parent; how many bytes that was.
 fn copy_own(child: &Disk, parent: &Disk, progress: &dyn Progress) -> Result<u64> {
-    let mut buf = vec![0; CHUNK as usize];
-    let (mut bytes, mut flushed) = (0, 0);
-    let mut pos = 0;
-    progress.total(child.size());
-    while pos < child.size() {
-        progress.go_on()?;
-        let end = child.size().min(pos + STEP);
-        for extent in child.extents(pos..end)?.iter() {
-            match extent.source {
-                Source::Parent => continue,
-                Source::Zero => parent.discard(extent.start, extent.len)?,
-                Source::Bad => {
-                    let what = format!("the image is damaged at disk offset {:#x}", extent.start);
-                    return Err(Error::corrupt(what).hint("flatdisk check lists the damage"));
-                }
-                Source::File { .. } | Source::Packed { .. } => {
-                    for part in chunks(extent.start..extent.end()) {
-                        let buf = &mut buf[..(part.end - part.start) as usize];
-                        child.read_at(part.start, buf)?;
-                        put(parent, part.start, buf)?;
-                    }
-                }
-            }
-            bytes += extent.len;
-        }
-        if bytes - flushed >= FLUSH_EVERY {
-            parent.flush()?;
-            flushed = bytes;
-        }
-        progress.advance(end - pos);
-        pos = end;
-    }
-    Ok(bytes)
+    copy_layers(child, parent, 1, progress)
 }
 
 /// Writes into `child` what `old` shows through it and `new` would not; how many bytes that was.
@@ -509,8 +486,8 @@ pub(crate) fn read(disk: &Disk, at: u64, buf: &mut [u8]) -> Result<()> {
 }
 
 /// Writes bytes, unstored where they are zeroes and the format can say that.
-pub(super) fn put(disk: &Disk, at: u64, bytes: &[u8]) -> Result<()> {
-    if bytes.iter().all(|byte| *byte == 0) {
+fn put(disk: &Disk, at: u64, bytes: &[u8]) -> Result<()> {
+    if codec::is_zero(bytes) {
         disk.discard(at, bytes.len() as u64)
     } else {
         disk.write_at(at, bytes)

@@ -13,14 +13,18 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::chain::{CHUNK, FLUSH_EVERY, no_child, opening, read};
+use super::chain::{CHUNK, no_child, opening};
 use super::open::{open_alone, open_file};
 use super::{Format, OpenContext, OpenOptions, recognise};
 use crate::disk::Disk;
 use crate::disk::map::{DiskRange, Source};
+use crate::disk::transfer::Transfer;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::progress::Progress;
 use crate::storage::{Access, Host};
+
+/// Bytes of the disk looked up at a time: at most 131,072 extents.
+const UNIT: u64 = 64 << 20;
 
 /// Copies what its parents hold into the image at `path`, which then has no parent any more. Its own
 /// children go on knowing it. `progress` gets the bytes of the disk done; where it ends the work, the
@@ -66,92 +70,83 @@ pub fn flatten(
     Ok(copied)
 }
 
-/// Makes everything the child's own that it shows of `below`, block by block of the child's; how many
-/// bytes that was. Memory: one block, of at most 256 MiB, or 1 MiB.
+/// Makes everything the child's own that it shows of `below`; how many bytes that was.
 fn copy_all(child: &Disk, below: &Disk, block: u64, progress: &dyn Progress) -> Result<u64> {
-    let unit = CHUNK.max(block).checked_next_multiple_of(block.max(1));
-    let unit = unit.ok_or_else(|| Error::corrupt("the blocks are too large"))?;
-    let mut buf = Vec::new();
-    let mut ahead = Ahead { below, from: 0, data: 0..0 };
-    let (mut bytes, mut flushed, mut pos) = (0, 0, 0);
-    progress.total(child.size());
-    while pos < child.size() {
+    let window = CHUNK.checked_next_multiple_of(block.max(1));
+    let unit = window.and_then(|window| UNIT.checked_next_multiple_of(window));
+    let (Some(window), Some(unit)) = (window, unit) else {
+        return Err(Error::corrupt("the blocks are too large"));
+    };
+    let mut transfer = Transfer::new(below, child, progress);
+    let (mut bytes, mut pos) = (0, 0);
+    let size = child.size();
+    progress.total(size);
+    while pos < size {
         progress.go_on()?;
-        let end = child.size().min(pos.saturating_add(unit));
-        for run in wanted(child, &mut ahead, pos..end, block, &mut buf)? {
-            let part = (run.start - pos) as usize..(run.end - pos) as usize;
-            child.write_at(run.start, &buf[part])?;
-            bytes += run.end - run.start;
+        let begun = pos;
+        // A long run of the parents' is passed over as far as they hold nothing.
+        let parents = match child.next_extents(pos..size, unit)?[..] {
+            [run] if run.source == Source::Parent && run.end() >= size => size,
+            [run] if run.source == Source::Parent => run.end() / window * window,
+            _ => pos,
+        };
+        if pos < parents {
+            let data = below.first_data_in(pos..parents)?;
+            pos = data.map_or(parents, |data| pos.max(data / window * window));
         }
-        if bytes - flushed >= FLUSH_EVERY {
-            child.flush()?;
-            flushed = bytes;
+        let end = size.min(pos.saturating_add(unit));
+        for part in parents_parts(child, pos..end)? {
+            bytes += copy_part(below, &mut transfer, part, window)?;
         }
-        progress.advance(end - pos);
+        complete(child, pos..end, block)?;
+        progress.advance(end - begun);
         pos = end;
     }
     Ok(bytes)
 }
 
-/// Where the parents hold data, asked once for each run of it: some hosts look at every page of a run.
-struct Ahead<'a> {
-    below: &'a Disk,
-    /// From here on nothing lies before `data`.
-    from: u64,
-    data: DiskRange,
+/// The parts of a range that are the parents'.
+fn parents_parts(child: &Disk, range: DiskRange) -> Result<Vec<DiskRange>> {
+    let extents = child.extents(range)?;
+    let parents = extents.iter().filter(|extent| extent.source == Source::Parent);
+    Ok(parents.map(|extent| extent.start..extent.end()).collect())
 }
 
-impl Ahead<'_> {
-    /// Whether there is data in a range.
-    fn holds(&mut self, range: &DiskRange) -> Result<bool> {
-        if !(self.from..self.data.end).contains(&range.start) {
-            self.from = range.start;
-            self.data = self.below.next_data(range.start)?.unwrap_or(u64::MAX..u64::MAX);
-        }
-        Ok(self.data.start < range.end)
-    }
-}
-
-/// The parts of `range`, whole blocks, to be written to the child, with their bytes in `buf`, whose
-/// first byte is that of `range`.
-fn wanted(
-    child: &Disk,
-    ahead: &mut Ahead<'_>,
-    range: DiskRange,
-    block: u64,
-    buf: &mut Vec<u8>,
-) -> Result<Vec<DiskRange>> {
-    let extents = child.extents(range.clone())?;
-    let missing: Vec<DiskRange> = extents
-        .iter()
-        .filter(|extent| extent.source == Source::Parent)
-        .map(|extent| extent.start..extent.end())
-        .collect();
-    let whole = missing.first() == Some(&range);
-    if missing.is_empty() || (whole && !ahead.holds(&range)?) {
-        return Ok(Vec::new());
-    }
-    buf.resize((range.end - range.start) as usize, 0);
-    let mut runs: Vec<DiskRange> = Vec::new();
-    for part in missing {
-        let of = |r: &DiskRange| (r.start - range.start) as usize..(r.end - range.start) as usize;
-        let bytes = buf.get_mut(of(&part)).unwrap_or_default();
-        read(ahead.below, part.start, bytes)?;
-        let mut start = part.start;
-        while start < part.end {
-            let first = start / block * block;
-            let last = range.end.min(first + block);
-            let piece = start..part.end.min(last);
-            // A block that is all the parent's, and zeroes, need not be stored.
-            let own = piece.start > first || piece.end < last;
-            let stored = own || buf.get(of(&piece)).is_some_and(|b| b.iter().any(|b| *b != 0));
-            match runs.last_mut() {
-                _ if !stored => {}
-                Some(run) if run.end == piece.start => run.end = piece.end,
-                _ => runs.push(piece.clone()),
+/// Copies what `below` holds of a part, looked for by windows.
+fn copy_part(
+    below: &Disk,
+    transfer: &mut Transfer<'_>,
+    part: DiskRange,
+    window: u64,
+) -> Result<u64> {
+    // Zeroes need not be stored, but for what `complete` looks for.
+    let zeroes = &mut |_| Ok(());
+    let (mut bytes, mut pos) = (0, part.start);
+    while let Some(data) = below.first_data_in(pos..part.end)? {
+        let start = pos.max(data / window * window);
+        let mut end = part.end.min(start / window * window + window);
+        while end < part.end {
+            let next = end..part.end.min(end + window);
+            if below.first_data_in(next.clone())?.is_none() {
+                break;
             }
-            start = piece.end;
+            end = next.end;
+        }
+        bytes += transfer.copy(start..end, zeroes)?;
+        pos = end;
+    }
+    Ok(bytes)
+}
+
+/// Makes zeroes of what is still the parents' in blocks that hold anything: they hold nothing there.
+fn complete(child: &Disk, range: DiskRange, block: u64) -> Result<()> {
+    for part in parents_parts(child, range)? {
+        let head = part.start..part.end.min(part.start.next_multiple_of(block));
+        let last = if part.end == child.size() { part.end } else { part.end / block * block };
+        let tail = head.end.max(last)..part.end;
+        for piece in [head, tail].into_iter().filter(|piece| !piece.is_empty()) {
+            child.write_zeroes(piece.start, piece.end - piece.start)?;
         }
     }
-    Ok(runs)
+    Ok(())
 }

@@ -34,8 +34,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::chain::{
-    CHUNK, FLUSH_EVERY, Merged, announce, children, chunks, file_identity, next_identity, no_child,
-    opening, own_files, put, read, relink,
+    CHUNK, Merged, announce, children, chunks, file_identity, next_identity, no_child, opening,
+    own_files, read, relink,
 };
 use super::naming::listed;
 use super::open::open_alone;
@@ -43,6 +43,7 @@ use super::places::directory_of;
 use super::{Identity, Image, NewLink, OpenOptions, open, resize};
 use crate::disk::Disk;
 use crate::disk::layers::{self, Content, Run};
+use crate::disk::transfer::copy_layers;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::progress::Progress;
 use crate::storage::{self, Access, Host};
@@ -162,11 +163,11 @@ pub fn merge_middle(
     let folders = [directory_of(&image.path), directory_of(&parent.path)];
     let followers = children(host, &image, &folders, &peek)?;
     let siblings = children(host, parent, &folders, &peek)?;
-    let siblings = siblings.into_iter().filter(|(_, identity)| *identity != own);
-    let siblings: Vec<_> = siblings.map(|(path, _)| path).collect();
+    let siblings = siblings.into_iter().filter(|sibling| sibling.identity != own);
+    let siblings: Vec<_> = siblings.map(|sibling| sibling.path).collect();
     // None of them may be in use when its turn comes.
-    for (follower, _) in &followers {
-        host.open(follower, Access::Write)?;
+    for follower in &followers {
+        host.open(&follower.path, Access::Write)?;
     }
     let stack = Stack::of(host, &images)?;
     let mut bytes = 0;
@@ -178,13 +179,13 @@ pub fn merge_middle(
         bytes = pour(&stack, &images, options, progress)?.0;
     }
     let identity = open_alone(&stack.hosts[1], &parent.path, &peek)?.identity;
-    for (follower, _) in &followers {
+    for follower in &followers {
         let link = NewLink { identity: &identity, parent: &parent.path };
-        relink(host, follower, &link, options)?;
+        relink(host, &follower.path, &link, options)?;
     }
     let left = remove(&stack, &image.info.extents, &peek)?;
     let merged = Merged { parent: parent.path.clone(), bytes, siblings: Vec::new(), left };
-    let relinked = followers.into_iter().map(|(path, _)| path).collect();
+    let relinked = followers.into_iter().map(|follower| follower.path).collect();
     Ok(Levels { merged, removed: vec![path.to_owned()], relinked })
 }
 
@@ -202,8 +203,8 @@ fn refuse_relatives(
     let mut others = Vec::new();
     for (level, image) in images.iter().enumerate() {
         let found = children(host, image, &folders, options)?;
-        let found = found.into_iter().filter(|(_, identity)| Some(*identity) != above);
-        others = found.map(|(path, _)| path).collect();
+        let found = found.into_iter().filter(|child| Some(child.identity) != above);
+        others = found.map(|child| child.path).collect();
         if level + 1 < images.len() && !others.is_empty() {
             let what = format!("other images stand on this one: {}", listed(&others));
             return Err(Error::invalid(what)
@@ -280,52 +281,10 @@ fn pour(
         identity = opened.identity;
         disk = Arc::new(Disk::new(opened.map, Some(disk), Some("being merged".to_owned())));
     }
-    let bytes = copy(&disk, &parent.disk, level, progress).in_file(&stack.paths[0])?;
+    let bytes = copy_layers(&disk, &parent.disk, level, progress).in_file(&stack.paths[0])?;
     let written = parent.disk.writing();
     parent.disk.close()?;
     Ok((bytes, written))
-}
-
-/// Writes into `into` what the first `levels` layers of `top` hold, of which it is the next one.
-fn copy(top: &Disk, into: &Disk, levels: usize, progress: &dyn Progress) -> Result<u64> {
-    let mut buf = vec![0; CHUNK as usize];
-    let (mut bytes, mut flushed) = (0, 0);
-    progress.total(top.size());
-    layers::runs(top, levels, |run: Run| {
-        progress.go_on()?;
-        let range = run.start..run.start + run.len;
-        match run.content {
-            Content::Unallocated => {
-                progress.advance(run.len);
-                return Ok(());
-            }
-            Content::Zero => into.discard(run.start, run.len)?,
-            Content::Damaged => {
-                let what = format!("the image is damaged at disk offset {:#x}", run.start);
-                return Err(Error::corrupt(what).hint("flatdisk check lists the damage"));
-            }
-            Content::Data => {
-                for part in chunks(range) {
-                    progress.go_on()?;
-                    let buf = &mut buf[..(part.end - part.start) as usize];
-                    top.read_at(part.start, buf)?;
-                    put(into, part.start, buf)?;
-                    progress.advance(part.end - part.start);
-                    flushed += part.end - part.start;
-                    if flushed >= FLUSH_EVERY {
-                        into.flush()?;
-                        flushed = 0;
-                    }
-                }
-            }
-        }
-        if run.content == Content::Zero {
-            progress.advance(run.len);
-        }
-        bytes += run.len;
-        Ok(())
-    })?;
-    Ok(bytes)
 }
 
 /// Whether `below` holds everything that `disk` has of its own.

@@ -18,12 +18,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::chain::opening;
-use super::naming::{Renaming, children_beside, files_of, is_listed, listed, refuse_link};
+use super::chain::{Child, opening, relink};
+use super::naming::{Renaming, children_beside, files_of, is_listed, listed, paths, refuse_link};
 use super::open::open_alone;
 use super::places::directory_of;
-use super::{NewLink, OpenContext, OpenOptions, ParentLink, open, recognise};
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use super::{NewLink, OpenContext, OpenOptions, open, recognise};
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Host};
 
 /// Gives the image at `old` the name of `new`, in the same directory, with all its own files. Its ids stay.
@@ -54,7 +54,7 @@ pub fn rename(
     refuse_taken(host, old, new, &peek)?;
     let children = children_of(host, old, &peek)?;
     if !follow && !children.is_empty() {
-        let what = format!("other images stand on this one: {}", listed(&names(&children)));
+        let what = format!("other images stand on this one: {}", listed(&paths(&children)));
         return Err(Error::invalid(what).in_file(old).hint("--children lets them follow"));
     }
     drop(image);
@@ -70,10 +70,10 @@ pub fn rename(
         }
         added => added?,
     }
-    for (index, (child, link)) in children.iter().enumerate() {
-        if let Err(e) = point(host, child, link, new, options) {
-            for (child, link) in &children[..index] {
-                if let Err(e) = point(host, child, link, old, options) {
+    for (index, child) in children.iter().enumerate() {
+        if let Err(e) = point(host, child, new, options) {
+            for child in &children[..index] {
+                if let Err(e) = point(host, child, old, options) {
                     log::warn!("{e}");
                 }
             }
@@ -83,11 +83,7 @@ pub fn rename(
     }
     renaming.leave()?;
     renaming.remove_old()?;
-    Ok(names(&children))
-}
-
-fn names(children: &[(PathBuf, ParentLink)]) -> Vec<PathBuf> {
-    children.iter().map(|(path, _)| path.clone()).collect()
+    Ok(paths(&children))
 }
 
 /// Refuses a name that another image has.
@@ -103,42 +99,26 @@ fn refuse_taken(host: &Arc<dyn Host>, old: &Path, new: &Path, options: &OpenOpti
     Err(Error::new(ErrorKind::Exists, "the file exists").in_file(new))
 }
 
-/// The images beside the one at `path` that stand on it, and how they name it.
+/// The images beside the one at `path` that stand on it.
 pub(super) fn children_of(
     host: &Arc<dyn Host>,
     path: &Path,
     options: &OpenOptions,
-) -> Result<Vec<(PathBuf, ParentLink)>> {
-    let image = match open(host, path, options) {
-        Ok(image) => image,
+) -> Result<Vec<Child>> {
+    match open(host, path, options) {
+        Ok(image) => children_beside(host, &image, options),
         // Whoever stands on it cannot be opened either.
         Err(e) if matches!(e.kind(), ErrorKind::ParentMissing | ErrorKind::ParentMismatch) => {
-            return Ok(Vec::new());
+            Ok(Vec::new())
         }
-        Err(e) => return Err(e),
-    };
-    let mut found = Vec::new();
-    for child in children_beside(host, &image, options)? {
-        if let Some(link) = open_alone(host, &child, options)?.parent {
-            found.push((child, link));
-        }
+        Err(e) => Err(e),
     }
-    Ok(found)
 }
 
-/// Makes the image at `child` name its parent by the path `parent`.
-fn point(
-    host: &Arc<dyn Host>,
-    child: &Path,
-    link: &ParentLink,
-    parent: &Path,
-    options: &OpenOptions,
-) -> Result<()> {
-    let options = opening(options, Access::Write, None);
-    let file = host.open(child, Access::Write)?;
-    let format = recognise(&*file)?;
-    let ctx = OpenContext::new(host, &*file, &options);
-    format.relink(file, &ctx, &NewLink { identity: &link.identity, parent }).in_file(child)
+/// Makes `child` name its parent by the path `parent`.
+fn point(host: &Arc<dyn Host>, child: &Child, parent: &Path, options: &OpenOptions) -> Result<()> {
+    let link = NewLink { identity: &child.link.identity, parent };
+    relink(host, &child.path, &link, &opening(options, Access::Write, None))
 }
 
 /// Removes the image at `path` with all files that are its own; what it stands on stays. Returns the files,
@@ -163,7 +143,7 @@ pub fn delete(
             _ => Err(e),
         })?;
         if !children.is_empty() {
-            let what = format!("other images stand on this one: {}", listed(&names(&children)));
+            let what = format!("other images stand on this one: {}", listed(&paths(&children)));
             let hint = "flatten or delete them first, or use --force";
             return Err(Error::invalid(what).in_file(path).hint(hint));
         }

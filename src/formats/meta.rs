@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::chain::opening;
 use super::lifecycle::children_of;
-use super::naming::listed;
+use super::naming::{listed, paths};
 use super::{OpenContext, OpenOptions, recognise};
 use crate::error::{Error, Result, ResultExt};
 use crate::storage::{Access, Host};
@@ -87,10 +87,9 @@ pub fn set(
     let identity = |(key, _): &(String, String)| key.eq_ignore_ascii_case("unique_id");
     if changes.new_id || changes.values.iter().any(identity) {
         let children = children_of(host, path, &opening(options, Access::Peek, None))?;
-        let children: Vec<_> = children.into_iter().map(|(child, _)| child).collect();
         if !children.is_empty() {
-            let what =
-                format!("images that stand on this one know it by its id: {}", listed(&children));
+            let names = listed(&paths(&children));
+            let what = format!("images that stand on this one know it by its id: {names}");
             return Err(Error::invalid(what).in_file(path));
         }
     }

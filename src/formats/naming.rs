@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::chain::{children, file_identity, opening};
+use super::chain::{Child, children, file_identity, opening};
 use super::open::open_alone;
 use super::places::directory_of;
 use super::{Format, Image, Naming, OpenContext, OpenOptions, Opened, recognise};
@@ -181,6 +181,16 @@ impl<'a> Renaming<'a> {
         self.call_itself(&self.new)
     }
 
+    /// Undoes [`Self::move_at_once`], as far as it came.
+    pub(super) fn move_back(&self) {
+        let dir = directory_of(&self.old);
+        let renamed = self.host.rename(&self.new, &self.old, false);
+        if let Err(e) = renamed.and_then(|()| self.host.sync_dir(&dir)) {
+            log::warn!("{e}");
+        }
+        let _ = self.call_itself(&self.old);
+    }
+
     /// Whether the image is one file.
     pub(super) fn is_one_file(&self) -> bool {
         self.naming.parts.is_empty() && self.naming.text.is_none()
@@ -222,14 +232,18 @@ pub(super) fn refuse_link(path: &Path) -> Result<()> {
     Err(Error::invalid(what).in_file(path).hint("name the image's own file"))
 }
 
-/// The names of the images beside `image` that stand on it.
+/// The images beside `image` that stand on it.
 pub(super) fn children_beside(
     host: &Arc<dyn Host>,
     image: &Image,
     options: &OpenOptions,
-) -> Result<Vec<PathBuf>> {
-    let found = children(host, image, &[directory_of(&image.path)], options)?;
-    Ok(found.into_iter().map(|(path, _)| path).collect())
+) -> Result<Vec<Child>> {
+    children(host, image, &[directory_of(&image.path)], options)
+}
+
+/// The paths of children.
+pub(super) fn paths(children: &[Child]) -> Vec<PathBuf> {
+    children.iter().map(|child| child.path.clone()).collect()
 }
 
 /// The names of files, without their directories, for a message.

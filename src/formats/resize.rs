@@ -106,7 +106,7 @@ fn refuse_relatives(
     let refuse = |what: String, hint| Err(Error::invalid(what).in_file(&image.path).hint(hint));
     let children = chain::children(host, image, &[directory_of(&image.path)], options)?;
     if !children.is_empty() {
-        let names: Vec<_> = children.iter().map(|(path, _)| name(path)).collect();
+        let names: Vec<_> = children.iter().map(|child| name(&child.path)).collect();
         let what = format!("other images stand on this one: {}", names.join(", "));
         return refuse(what, "commit them first, or resize the last of them");
     }

@@ -16,6 +16,12 @@
 //! request goes on where it was: an image beside this one that is made of the same files is what it
 //! finds, and takes for the name, whatever time it is by now.
 //!
+//! # Where the file system has no second names
+//!
+//! An image in one file gets its new name in one step, and then the child is made. Killed between the two,
+//! nothing is under the old name, and the disk is complete under the new one: the same request, with the
+//! name, makes the child. An image in several files is refused.
+//!
 //! # Going back, in order
 //!
 //! A fresh child of the frozen image is made under temporary names, and takes the name. The files of the
@@ -26,7 +32,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::chain::{file_identity, opening};
-use super::naming::{Renaming, children_beside, files_of, listed};
+use super::naming::{Renaming, children_beside, files_of, listed, paths};
 use super::places::directory_of;
 use super::{CreateSpec, Format, Image, OpenOptions, by_name, open, recognise};
 use crate::disk::Disk;
@@ -59,7 +65,12 @@ pub fn take(
 ) -> Result<Frozen> {
     let path = &real(path);
     let peek = opening(options, Access::Peek, None);
-    let image = open(host, path, &peek)?;
+    let image = match open(host, path, &peek) {
+        Err(e) if e.kind() == ErrorKind::NotFound && host.open(path, Access::Peek).is_err() => {
+            return resume(host, path, name.ok_or(e)?, &peek);
+        }
+        other => other?,
+    };
     let begun = unfinished(host, path, &peek)?;
     let frozen = match (begun, name) {
         (Some(begun), None) => begun,
@@ -72,7 +83,7 @@ pub fn take(
     };
     let children = children_beside(host, &image, &peek)?;
     if !children.is_empty() {
-        let what = format!("other images stand on this one: {}", listed(&children));
+        let what = format!("other images stand on this one: {}", listed(&paths(&children)));
         return Err(Error::invalid(what).in_file(path).hint("take a snapshot of the last of them"));
     }
     drop(image);
@@ -83,7 +94,17 @@ pub fn take(
         }
         other => other?,
     };
-    renaming.add()?;
+    match renaming.add() {
+        Err(e) if e.kind() == ErrorKind::Unsupported && renaming.is_one_file() => {
+            renaming
+                .move_at_once()
+                .and_then(|()| child_of(host, path, &frozen, &frozen, false, &peek)?.commit())
+                .inspect_err(|_| renaming.move_back())?;
+            let remark = remark(&renaming);
+            return Ok(Frozen { frozen, remark });
+        }
+        added => added?,
+    }
     let staged = match child_of(host, path, &frozen, path, true, &peek) {
         Ok(staged) => staged,
         Err(e) => {
@@ -94,11 +115,26 @@ pub fn take(
     let again = |e: Error| e.hint("`flatdisk snapshot IMAGE` goes on where this ended");
     renaming.leave().map_err(again)?;
     staged.commit().map_err(again)?;
-    let remark = renaming.keeps_old_name_inside().then(|| {
+    let remark = remark(&renaming);
+    Ok(Frozen { frozen, remark })
+}
+
+/// What is worth a remark about a renaming.
+fn remark(renaming: &Renaming<'_>) -> Option<String> {
+    renaming.keeps_old_name_inside().then(|| {
         "somebody reads the image, so that it goes on calling itself by its old name inside"
             .to_owned()
-    });
-    Ok(Frozen { frozen, remark })
+    })
+}
+
+/// Makes the child that is missing where a program was killed between the two steps that it takes where
+/// files have no second names.
+fn resume(host: &Arc<dyn Host>, path: &Path, name: &str, options: &OpenOptions) -> Result<Frozen> {
+    let frozen = frozen_name(path, name)?;
+    // The name that was asked for is what is not there.
+    let missing = |e: Error| if e.kind() == ErrorKind::NotFound { e.renamed(path) } else { e };
+    child_of(host, path, &frozen, &frozen, false, options).map_err(missing)?.commit()?;
+    Ok(Frozen { frozen, remark: None })
 }
 
 /// Gives the name `path` to a fresh child of the frozen image that `name` stands for: what was written
@@ -171,7 +207,7 @@ fn refuse_revert(
     match children.is_empty() {
         true => Ok(()),
         false => {
-            let what = format!("other images stand on this one: {}", listed(&children));
+            let what = format!("other images stand on this one: {}", listed(&paths(&children)));
             refuse(what, "revert the last of them, or delete them first")
         }
     }

@@ -295,18 +295,9 @@ impl Listing {
 /// The name of the descriptor that a VMDK extent, change-tracking file or raw device map of this
 /// name belongs to: `disk.vmdk` for `disk-flat.vmdk`, `disk-s001.vmdk` and their like.
 fn whole_of_part(name: &OsStr) -> Option<OsString> {
-    let bytes = name.as_bytes();
-    let stem = &bytes[..bytes.len().checked_sub(".vmdk".len())?];
-    let extension = &bytes[stem.len()..];
-    if !extension.eq_ignore_ascii_case(b".vmdk") {
-        return None;
-    }
-    let dash = stem.iter().rposition(|b| *b == b'-')?;
-    let role = stem[dash + 1..].to_ascii_lowercase();
-    let numbered = matches!(&role[..], [b's' | b'f', number @ ..]
-        if number.len() >= 3 && number.iter().all(u8::is_ascii_digit));
-    let named = [&b"flat"[..], b"delta", b"sesparse", b"ctk", b"rdm", b"rdmp"].contains(&&role[..]);
-    (numbered || named).then(|| OsString::from_vec([&stem[..dash], extension].concat()))
+    let (whole, ending, _) = formats::vmdk::take_apart(name)?;
+    let extension = &ending.as_bytes()[ending.len() - ".vmdk".len()..];
+    Some(OsString::from_vec([whole, extension].concat()))
 }
 
 /// The names that the first part of a VHD may have of which this is a later one: `disk.vhd` for `disk.v01`.

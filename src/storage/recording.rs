@@ -200,6 +200,7 @@ struct Log {
     names: BTreeMap<PathBuf, FileId>,
     sync_time: Duration,
     tracing: bool,
+    sharing: bool,
 }
 
 impl Log {
@@ -263,6 +264,11 @@ impl RecordingHost {
     /// Notes from now on where in the drivers each operation comes from, which takes its time.
     pub fn trace(&self) {
         self.log.lock().tracing = true;
+    }
+
+    /// Lets files share blocks from now on, as some hosts do.
+    pub fn share_blocks(&self) {
+        self.log.lock().sharing = true;
     }
 
     /// How many operations have been recorded.
@@ -469,6 +475,16 @@ impl Storage for RecordedFile {
 
     fn next_data(&self, at: u64) -> io::Result<Option<Range<u64>>> {
         self.live.next_data(at)
+    }
+
+    /// Shared blocks are recorded as what they read as, which a crash leaves like any other write.
+    fn share_from(&self, at: u64, from: &dyn Storage, from_at: u64, len: u64) -> io::Result<bool> {
+        if !self.log.lock().sharing {
+            return Ok(false);
+        }
+        let mut data = vec![0; len as usize];
+        from.read_at(from_at, &mut data)?;
+        self.write_at(at, &data).map(|()| true)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -11,6 +11,7 @@
 //! - [`drawn`]: such changes by chance;
 //! - [`without`]: recordings from which one sync after the other is taken away;
 //! - [`chains`]: images that stand on one another, and what a crash may leave of changing them;
+//! - [`commands`]: what else is done to images, and what a crash may leave of it;
 //! - [`toy`]: a format so simple that only the harness can be wrong, with flaws on request;
 //! - [`partitions`]: partition tables with whatever is wanted in them;
 //! - [`corpus`], [`tools`]: files and programs from outside;
@@ -27,6 +28,7 @@
 pub mod buffer;
 pub mod chains;
 pub mod children;
+pub mod commands;
 pub mod corpus;
 pub mod crash;
 pub mod drawn;

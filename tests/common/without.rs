@@ -2,7 +2,8 @@
 //!
 //! Syncs have no names. Here one is called after what was written last before it to the same file, and what
 //! is written first behind it: `data | table` keeps a table from being written before the data that it
-//! leads to is durable. Syncs with one name count as one, for what they are there for is the same.
+//! leads to is durable. A sync of a directory is called after what happened to names. Syncs with one name
+//! count as one, for what they are there for is the same.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -33,7 +34,7 @@ impl Findings {
         judge: &Judge<'_>,
     ) {
         let ops = recording.ops();
-        for at in (0..ops.len()).filter(|at| matches!(ops[*at].change, Change::Sync)) {
+        for at in (0..ops.len()).filter(|at| is_sync(&ops[*at])) {
             let name = format!("{whose}: {}", name(ops, at));
             let known = self.0.entry(name).or_insert(Err(0));
             if let Err(states) = known {
@@ -96,8 +97,16 @@ fn torn(random: &mut Rng) -> Fate {
     }
 }
 
+fn is_sync(op: &Op) -> bool {
+    matches!(op.change, Change::Sync | Change::SyncDir(_))
+}
+
 fn same_sync(ops: &[Op], at: usize, other: usize) -> bool {
-    matches!(ops[other].change, Change::Sync) && ops[other].file == ops[at].file
+    match (&ops[at].change, &ops[other].change) {
+        (Change::Sync, Change::Sync) => ops[other].file == ops[at].file,
+        (Change::SyncDir(one), Change::SyncDir(other)) => one == other,
+        _ => false,
+    }
 }
 
 fn next_sync(ops: &[Op], at: usize) -> usize {
@@ -106,12 +115,27 @@ fn next_sync(ops: &[Op], at: usize) -> usize {
 
 /// What is written last before a sync and first behind it.
 fn name(ops: &[Op], at: usize) -> String {
-    let own = |index: &usize| ops[*index].file == ops[at].file;
     let from = (0..at).rev().find(|other| same_sync(ops, at, *other)).map_or(0, |sync| sync + 1);
-    let of = |index: usize| class(&ops[index].change);
-    let before = (from..at).rev().filter(own).find_map(of).unwrap_or("nothing");
-    let behind = (at + 1..next_sync(ops, at)).filter(own).find_map(of).unwrap_or("nothing");
-    format!("{before} | {behind}")
+    let directory = matches!(ops[at].change, Change::SyncDir(_));
+    let of = |index: usize| match directory {
+        true => of_names(&ops[index].change),
+        false => class(&ops[index].change).filter(|_| ops[index].file == ops[at].file),
+    };
+    let before = (from..at).rev().find_map(of).unwrap_or("nothing");
+    let behind = (at + 1..next_sync(ops, at)).find_map(of).unwrap_or("nothing");
+    let whose = if directory { "directory, " } else { "" };
+    format!("{whose}{before} | {behind}")
+}
+
+/// What a change does to names.
+fn of_names(change: &Change) -> Option<&'static str> {
+    Some(match change {
+        Change::Create => "created",
+        Change::Link(_) => "linked",
+        Change::Rename(..) => "renamed",
+        Change::Remove(_) => "removed",
+        _ => return None,
+    })
 }
 
 /// What a change is about, as far as its bytes tell.

@@ -138,6 +138,19 @@ pub fn succeed_in_namespace(script: &str, environment: &[(&str, &dyn AsRef<OsStr
     assert!(output.status.success(), "{}", told(&output));
 }
 
+/// Runs a script on a new file system of a loop device, in a namespace of its own.
+pub fn on_file_system(make: &str, script: &str) {
+    let dir = scratch();
+    let device = dir.path().join("device");
+    fs::File::create(&device).unwrap().set_len(600 << 20).unwrap();
+    succeed(Command::new(format!("mkfs.{make}")).arg(&device));
+    let at = dir.path().join("at");
+    fs::create_dir(&at).unwrap();
+    let script =
+        format!("mount -o loop \"$DEVICE\" \"$AT\" || exit 77; set -e; cd \"$AT\"\n{script}");
+    succeed_in_namespace(&script, &[("DEVICE", &device), ("AT", &at)]);
+}
+
 /// A live mount of a folder or image, with the daemon as a child in the foreground.
 pub struct Mount {
     daemon: Child,

@@ -8,6 +8,7 @@ use flatdisk::storage::recording::RecordingHost;
 
 use super::SEED;
 use super::common::chains::{self, ChangeOfChain};
+use super::common::commands::{self, Command};
 use super::common::drawn::{What, case, made};
 use super::common::in_parallel;
 use super::common::without::Findings;
@@ -71,12 +72,10 @@ const HARMLESS: &[(&str, &str)] = &[
 #[test]
 fn every_sync_of_changes_of_size_layout_and_chains_is_one_that_a_crash_can_show() {
     let formats = ["vhd", "vhdx", "vmdk"];
+    let kinds: [fn(&'static str) -> Findings; 4] = [changes, flattening, lives, merges_and_deltas];
     let work: Vec<_> =
-        formats.iter().flat_map(|format| [(*format, true), (*format, false)]).collect();
-    let all = in_parallel(&work, |(format, in_place)| match in_place {
-        true => changes(format),
-        false => flattening(format),
-    });
+        formats.iter().flat_map(|format| kinds.map(|kind| (*format, kind))).collect();
+    let all = in_parallel(&work, |(format, kind)| kind(format));
     let mut wrong = Vec::new();
     let mut excused = std::collections::BTreeSet::new();
     for (name, outcome) in all.into_iter().flat_map(|findings| findings.0) {
@@ -119,7 +118,7 @@ fn changes(format: &'static str) -> Findings {
     findings
 }
 
-fn flattening(format: &str) -> Findings {
+fn flattening(format: &'static str) -> Findings {
     let mut findings = Findings::default();
     for (base, _) in chains::bases().into_iter().filter(|(base, _)| base.format == format) {
         let random = &mut Rng::with_seed(SEED);
@@ -130,4 +129,39 @@ fn flattening(format: &str) -> Findings {
         findings.look(&format!("{format} flatten"), &recorder.recording(), random, &judge);
     }
     findings
+}
+
+/// Snapshots, other names and the end of images; what they say about themselves.
+fn lives(format: &'static str) -> Findings {
+    let mut findings = Findings::default();
+    for (base, _) in chains::bases().into_iter().filter(|(base, _)| base.format == format) {
+        let one_file = commands::files(&base) == 1;
+        let alone = commands::WITH_ONE_NAME.into_iter().filter(|_| one_file);
+        for what in commands::LIFE.into_iter().chain(alone) {
+            let command = commands::life(&base, what, &mut Rng::with_seed(SEED));
+            look(&mut findings, &format!("{format} {what}"), &command);
+        }
+        look(&mut findings, &format!("{format} meta"), &commands::set_meta(&base));
+    }
+    findings
+}
+
+/// Several generations made one, one taken out of the middle, and deltas.
+fn merges_and_deltas(format: &'static str) -> Findings {
+    let mut findings = Findings::default();
+    for (base, blocks) in chains::bases().into_iter().filter(|(base, _)| base.format == format) {
+        let levels = commands::merge_levels(&base, blocks);
+        look(&mut findings, &format!("{format} levels"), &levels);
+        let middle = commands::merge_middle(&base, blocks);
+        look(&mut findings, &format!("{format} middle"), &middle);
+        let delta = commands::apply_delta(&base, blocks);
+        look(&mut findings, &format!("{format} delta"), &delta);
+    }
+    findings
+}
+
+fn look(findings: &mut Findings, whose: &str, command: &Command<'_>) {
+    let judge = |state: &Arc<_>, done| command.judge(state, done);
+    let recording = command.record().unwrap();
+    findings.look(whose, &recording, &mut Rng::with_seed(SEED), &judge);
 }

@@ -30,8 +30,9 @@ use uuid::Uuid;
 use super::MAX_RUN;
 use super::stream::{Header, Reader, Run, Summary};
 use crate::disk::Disk;
+use crate::disk::transfer::FLUSH_EVERY;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::formats::chain::{self, FLUSH_EVERY};
+use crate::formats::chain;
 use crate::formats::places::directory_of;
 use crate::formats::{self, Identity, Image, OpenOptions, resize};
 use crate::progress::Progress;
@@ -200,8 +201,8 @@ fn judge(
         return Err(Error::new(ErrorKind::ReadOnly, why.clone()).in_file(path));
     }
     let children = chain::children(host, target, &[directory_of(path)], options)?;
-    if let Some((child, _)) = children.first() {
-        let what = format!("{} stands on this image, and would lose it", child.display());
+    if let Some(child) = children.first() {
+        let what = format!("{} stands on this image, and would lose it", child.path.display());
         return Err(Error::invalid(what).in_file(path).hint("put deltas onto a copy"));
     }
     Ok(state)

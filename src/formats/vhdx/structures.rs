@@ -57,11 +57,14 @@ fn identifier(file: &dyn Storage) -> Structure {
         Ok(bytes) if bytes[..8] == FILE_SIGNATURE => Structure::new(NAME, 0, bytes.len() as u64)
             .field("signature", text(&bytes[..8]))
             .field("creator", utf16(&bytes[8..], false)),
-        Ok(bytes) => Structure::new(NAME, 0, bytes.len() as u64)
-            .without_signature()
-            .field("signature", hex(&bytes[..8])),
+        Ok(bytes) => unsigned(Structure::new(NAME, 0, bytes.len() as u64), &bytes[..8]),
         Err(why) => Structure::absent(NAME, 0, 8 + CREATOR_BYTES as u64, why),
     }
+}
+
+/// A structure that begins with something else than its signature: none of its values mean anything.
+fn unsigned(structure: Structure, found: &[u8]) -> Structure {
+    structure.without_signature().field("signature", hex(found))
 }
 
 /// Lists a header; whether its checksum is right, and its values, if it is there.
@@ -77,7 +80,7 @@ fn header(file: &dyn Storage, slot: usize, list: &mut Listing) -> Option<(bool, 
     let raw = RawHeader::read_from_bytes(&bytes).ok()?;
     let structure = Structure::new(name, at, HEADER_BYTES as u64);
     if raw.signature != RawHeader::SIGNATURE {
-        list.add(structure.without_signature().field("signature", hex(&raw.signature)));
+        list.add(unsigned(structure, &raw.signature));
         return None;
     }
     let valid = sealed(&bytes);
@@ -115,7 +118,7 @@ fn region_table(
     let (raw, rest) = RawRegionTable::read_from_prefix(&bytes).ok()?;
     let structure = Structure::new(&name, at, TABLE_BYTES as u64);
     if raw.signature != RawRegionTable::SIGNATURE {
-        list.add(structure.without_signature().field("signature", hex(&raw.signature)));
+        list.add(unsigned(structure, &raw.signature));
         return None;
     }
     let valid = sealed(&bytes);
@@ -171,7 +174,7 @@ fn metadata(file: &dyn Storage, region: &Region, list: &mut Listing) -> BTreeMap
     let Ok((raw, rest)) = RawMetadataTable::read_from_prefix(&bytes) else { return known };
     let structure = Structure::new(NAME, at, TABLE_BYTES as u64);
     if raw.signature != RawMetadataTable::SIGNATURE {
-        list.add(structure.without_signature().field("signature", hex(&raw.signature)));
+        list.add(unsigned(structure, &raw.signature));
         return known;
     }
     let signature = text(&raw.signature);

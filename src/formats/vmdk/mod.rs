@@ -107,6 +107,7 @@ use descriptor::ExtentAccess;
 use grains::TableCaches;
 use link::{Link, parent_link};
 use map::{Backing, Parts, VmdkMap};
+pub use naming::take_apart;
 pub use stream::write::{DEFAULT_LEVEL, GRAIN, LEVELS, Packer, StreamWriter};
 
 /// The VMDK format.

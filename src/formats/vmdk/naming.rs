@@ -5,6 +5,8 @@
 //! `disk-s001.vmdk`, `disk-ctk.vmdk` of `disk.vmdk`, in the same directory. Whatever else a descriptor names
 //! may be another's, and keeps its name.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,32 +23,55 @@ use crate::storage::Storage;
 /// Whether `path` has the name that an extent of the disk with the descriptor at `image` gets when it is
 /// made: the same but for `-s001`, `-flat` and the like, in the same directory.
 pub fn is_part_of(image: &Path, path: &Path) -> bool {
-    ending(image, path).is_some_and(|ending| !is_record(&ending))
+    ending(image, path).is_some_and(|(_, role)| role == Role::Extent)
 }
 
-/// What the name of `path` has behind that of the disk at `image`, if it is one of the disk's own files.
-fn ending(image: &Path, path: &Path) -> Option<String> {
-    let (stem, name) = (image.file_stem()?.to_str()?, path.file_name()?.to_str()?);
-    let (whole, role) = path.file_stem()?.to_str()?.rsplit_once('-')?;
+/// What a file is to the disk whose name its own begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Holds a part of it.
+    Extent,
+    /// Records its changes, and holds nothing of it.
+    Record,
+    /// Leads to a device.
+    DeviceMap,
+}
+
+/// Takes the name of a file that belongs to a disk in several files apart: `disk`, `-flat.vmdk` and the role.
+pub fn take_apart(name: &OsStr) -> Option<(&[u8], &str, Role)> {
+    let name = name.as_bytes();
+    let dash = name.iter().rposition(|byte| *byte == b'-')?;
+    let (whole, ending) = name.split_at(dash);
+    let ending = str::from_utf8(ending).ok()?;
+    let (role, extension) = ending[1..].split_once('.')?;
     let numbered = role.strip_prefix(['s', 'f', 'S', 'F']).is_some_and(|number| {
         number.len() >= 3 && number.bytes().all(|byte| byte.is_ascii_digit())
     });
-    let words = ["flat", "delta", "sesparse", "ctk"];
-    let named = words.iter().any(|word| role.eq_ignore_ascii_case(word));
-    let vmdk = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("vmdk"));
-    let beside = directory_of(path) == directory_of(image);
-    let own = beside && vmdk && (numbered || named) && whole.to_lowercase() == stem.to_lowercase();
-    own.then(|| name.get(whole.len()..).map(str::to_owned)).flatten()
+    let one_of = |words: &[&str]| words.iter().any(|word| role.eq_ignore_ascii_case(word));
+    let role = match () {
+        () if !extension.eq_ignore_ascii_case("vmdk") => return None,
+        () if numbered || one_of(&["flat", "delta", "sesparse"]) => Role::Extent,
+        () if one_of(&["ctk"]) => Role::Record,
+        () if one_of(&["rdm", "rdmp"]) => Role::DeviceMap,
+        () => return None,
+    };
+    Some((whole, ending, role))
 }
 
-/// Whether a file with this ending records changes, and holds nothing of the disk.
-fn is_record(ending: &str) -> bool {
-    ending.to_ascii_lowercase().starts_with("-ctk.")
+/// What the name of `path` has behind that of the disk at `image`, and the role that tells, if it is one of
+/// the disk's own files.
+fn ending(image: &Path, path: &Path) -> Option<(String, Role)> {
+    let (whole, ending, role) = take_apart(path.file_name()?)?;
+    let (stem, whole) = (image.file_stem()?.to_str()?, str::from_utf8(whole).ok()?);
+    let own = role != Role::DeviceMap
+        && directory_of(path) == directory_of(image)
+        && whole.to_lowercase() == stem.to_lowercase();
+    own.then(|| (ending.to_owned(), role))
 }
 
 /// Whether `path` is the disk's record of changes.
 fn is_note(image: &Path, path: &Path) -> bool {
-    ending(image, path).is_some_and(|ending| is_record(&ending))
+    ending(image, path).is_some_and(|(_, role)| role == Role::Record)
 }
 
 /// What takes part when the disk with the descriptor in `file` gets the name of `new`.
@@ -83,7 +108,7 @@ impl Names {
         let mut names = Self { parts: Vec::new(), extents: Vec::new(), record: None };
         let mut part = |name: &str| {
             let path = directory_of(old).join(references::beneath(name).ok()?);
-            let renamed = format!("{stem}{}", ending(old, &path)?);
+            let renamed = format!("{stem}{}", ending(old, &path)?.0);
             let moved = (path, new.with_file_name(&renamed));
             if !names.parts.contains(&moved) {
                 names.parts.push(moved);
@@ -115,13 +140,19 @@ mod tests {
 
     #[test]
     fn own_files_are_told_from_others_by_name_and_place() {
-        let ending = |path: &str| ending(Path::new("/d/disk.vmdk"), Path::new(path));
+        let ending = |path: &str| {
+            ending(Path::new("/d/disk.vmdk"), Path::new(path)).map(|(ending, _)| ending)
+        };
         assert_eq!(ending("/d/disk-flat.vmdk").as_deref(), Some("-flat.vmdk"));
         assert_eq!(ending("/d/DISK-S001.VMDK").as_deref(), Some("-S001.VMDK"));
         assert_eq!(ending("/d/disk-ctk.vmdk").as_deref(), Some("-ctk.vmdk"));
-        for other in
-            ["/d/disk2-flat.vmdk", "/e/disk-flat.vmdk", "/d/disk-x.vmdk", "/d/disk-s1.vmdk"]
-        {
+        for other in [
+            "/d/disk2-flat.vmdk",
+            "/e/disk-flat.vmdk",
+            "/d/disk-x.vmdk",
+            "/d/disk-s1.vmdk",
+            "/d/disk-rdm.vmdk",
+        ] {
             assert_eq!(ending(other), None, "{other}");
         }
         assert!(!is_part_of(Path::new("/d/disk.vmdk"), Path::new("/d/disk-ctk.vmdk")));

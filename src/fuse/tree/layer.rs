@@ -9,14 +9,11 @@ use std::path::{Path, PathBuf};
 
 use super::{Found, ROOT, Tree, What};
 use crate::disk::Disk;
-use crate::disk::layers::{self, Content, Run};
+use crate::disk::transfer::copy_layers;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::formats::{OpenOptions, snapshot};
 use crate::storage::file::HostFs;
 use crate::storage::{Access, archive};
-
-/// Bytes copied at a time.
-const CHUNK: u64 = 1 << 20;
 
 impl Tree {
     /// Shows the image at `path` in the root; what is written to it goes to a scratch file in `dir`.
@@ -61,29 +58,7 @@ impl Tree {
         let layer = file.written_layer().ok_or_else(nothing)?;
         let options = OpenOptions::new(Access::Write);
         let host = HostFs::shared();
-        snapshot::child_holding(&host, path, &image, &options, |disk| copy(&layer, disk))
-            .in_file(path)
+        let fill = |disk: &Disk| copy_layers(&layer, disk, 1, &()).map(drop);
+        snapshot::child_holding(&host, path, &image, &options, fill).in_file(path)
     }
-}
-
-/// Writes what is the layer's own to `disk`.
-fn copy(layer: &Disk, disk: &Disk) -> Result<()> {
-    let mut buf = vec![0; CHUNK as usize];
-    layers::runs(layer, 1, |run: Run| {
-        match run.content {
-            Content::Unallocated => return Ok(()),
-            Content::Zero => return disk.discard(run.start, run.len),
-            Content::Data => {}
-            Content::Damaged => return Err(Error::corrupt("the image is damaged")),
-        }
-        let end = run.start + run.len;
-        let mut at = run.start;
-        while at < end {
-            let part = &mut buf[..CHUNK.min(end - at) as usize];
-            layer.read_at(at, part)?;
-            disk.write_at(at, part)?;
-            at += part.len() as u64;
-        }
-        Ok(())
-    })
 }
