@@ -15,10 +15,12 @@ use std::process::Command;
 use std::sync::Arc;
 
 use common::corpus::{hex, rows, unpack};
+use common::images::errors;
 use common::workload::scribble;
 use common::{corpus, pattern, seed, skip, tools};
 use fastrand::Rng;
-use flatdisk::formats::{self, CreateSpec, OpenOptions};
+use flatdisk::copy::delta;
+use flatdisk::formats::{self, CreateSpec, OpenOptions, flatten, levels, snapshot};
 use flatdisk::storage::file::HostFs;
 use flatdisk::storage::{Access, Host};
 use sha2::{Digest, Sha256};
@@ -184,4 +186,184 @@ fn every_generation_of_the_corpus_chains_reads_as_listed() {
         read += 1;
     }
     assert!(read >= 7, "{read} generations");
+}
+
+/// A chain that is written, frozen, gone back on, flattened and merged by chance.
+struct Life {
+    host: Arc<dyn Host>,
+    dir: tempfile::TempDir,
+    format: &'static str,
+    /// Writes are of whole units.
+    unit: usize,
+    /// The base first.
+    members: Vec<(PathBuf, Vec<u8>)>,
+    /// How many snapshots were taken.
+    snapshots: usize,
+}
+
+impl Life {
+    fn scribble(&mut self, random: &mut Rng) {
+        let top = self.members.len() - 1;
+        let (path, model) = &mut self.members[top];
+        scribble(&self.host, path, self.unit, model, random, 6);
+    }
+
+    /// Takes the members out of a range, which are gone or stand beside the chain now.
+    fn forget(&mut self, range: std::ops::Range<usize>) {
+        for (path, _) in self.members.drain(range) {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    /// One change; what it was.
+    fn step(&mut self, number: usize, random: &mut Rng) -> String {
+        let options = OpenOptions::new(Access::Read);
+        let top = self.members.len() - 1;
+        let path = |index: usize| self.members[index].0.clone();
+        match number % 6 {
+            _ if top == 0 => self.snapshot(random),
+            0 => self.snapshot(random),
+            1 if top > 1 => {
+                let middle = random.usize(1..top);
+                levels::merge_middle(&self.host, &path(middle), &options, &()).unwrap();
+                self.members[middle - 1].1 = self.members[middle].1.clone();
+                self.forget(middle..middle + 1);
+                format!("{middle} is out of the middle")
+            }
+            2 => {
+                let name = path(top - 1).file_name().unwrap().to_str().unwrap().to_owned();
+                snapshot::revert(&self.host, &path(top), &name, &options).unwrap();
+                self.members[top].1 = self.members[top - 1].1.clone();
+                format!("back to {name}")
+            }
+            3 => {
+                // The delta onto a copy of the base makes it the top.
+                let copies = self.dir.path().join("copies");
+                std::fs::create_dir_all(&copies).unwrap();
+                let copy = copies.join(path(0).file_name().unwrap());
+                std::fs::copy(path(0), &copy).unwrap();
+                let image = formats::open(&self.host, &path(top), &options).unwrap();
+                let mut bytes = Vec::new();
+                delta::make(&image, top, &mut bytes, &()).unwrap();
+                let writing = OpenOptions::new(Access::Write);
+                let mut bytes = std::io::Cursor::new(bytes);
+                delta::apply(&self.host, &mut bytes, &copy, &writing, &()).unwrap();
+                same(&contents(&copy), &self.members[top].1, "a delta");
+                drop(image);
+                // Others stand on what stays.
+                let model = self.members[top].1.clone();
+                let moved = self.dir.path().join(format!("{number}.{}", self.format));
+                std::fs::rename(&copy, &moved).unwrap();
+                self.forget(0..top + 1);
+                self.members.push((moved, model));
+                "a delta put onto a copy of the base".to_owned()
+            }
+            4 => {
+                let lone = random.usize(1..=top);
+                flatten::flatten(&self.host, &path(lone), &options, &()).unwrap();
+                self.forget(0..lone);
+                format!("{lone} is flat")
+            }
+            _ => {
+                let into = random.usize(..top);
+                levels::merge_to(&self.host, &path(top), &path(into), &options, false, &())
+                    .unwrap();
+                self.members[into].1 = self.members[top].1.clone();
+                self.forget(into + 1..top + 1);
+                format!("{top} is merged into {into}")
+            }
+        }
+    }
+
+    fn snapshot(&mut self, random: &mut Rng) -> String {
+        self.snapshots += 1;
+        let (path, model) = self.members.pop().unwrap();
+        let name = format!("s{}", self.snapshots);
+        let options = OpenOptions::new(Access::Read);
+        let taken = snapshot::take(&self.host, &path, Some(&name), "", &options).unwrap();
+        self.members.push((taken.frozen, model.clone()));
+        self.members.push((path, model));
+        self.scribble(random);
+        format!("frozen as {name}")
+    }
+}
+
+/// What another program makes of an image, as a raw disk at the path.
+type Peer<'a> = Box<dyn Fn(&Path, &Path) + 'a>;
+
+/// The programs that read chains of a format.
+fn peers<'a>(
+    format: &str,
+    python: Option<&'a PathBuf>,
+    node: Option<&'a PathBuf>,
+) -> Vec<Peer<'a>> {
+    let mut peers: Vec<Peer<'a>> = Vec::new();
+    if format != "vhd"
+        && let Some(python) = python
+    {
+        peers.push(Box::new(move |image, raw| {
+            let mut command = script("python3", "read.py");
+            tools::run(command.args([image, raw]).env("PYTHONPATH", python));
+        }));
+    }
+    if format == "vmdk" && tools::have("qemu-img") {
+        peers.push(Box::new(|image, raw| {
+            let convert = ["convert", "-f", "vmdk", "-O", "raw"];
+            tools::run(Command::new("qemu-img").args(convert).args([image, raw]));
+        }));
+    }
+    if format == "vhd"
+        && let Some(modules) = node
+    {
+        peers.push(Box::new(move |image, raw| {
+            let flat = raw.with_extension("flat");
+            vhd_lib(modules, &[&"flat", &image, &flat]);
+            std::fs::write(raw, contents(&flat)).unwrap();
+        }));
+    }
+    if format == "vhd" && tools::have("vhdimount") && Path::new("/dev/fuse").exists() {
+        peers.push(Box::new(|image, raw| {
+            let point = raw.with_extension("mnt");
+            std::fs::create_dir_all(&point).unwrap();
+            tools::run(Command::new("vhdimount").args([image, &point]));
+            let _mounted = Mounted(point.clone());
+            let last = std::fs::read_dir(&point).unwrap().count();
+            std::fs::copy(point.join(format!("vhdi{last}")), raw).unwrap();
+        }));
+    }
+    peers
+}
+
+#[test]
+fn peers_agree_on_every_generation_after_each_step_of_a_chains_life() {
+    const MIB: u64 = 1 << 20;
+    let python = folder("FLATDISK_DISSECT").filter(|_| tools::have("python3"));
+    let node = folder("FLATDISK_VHD_LIB").filter(|_| tools::have("node"));
+    // Blocks are alike and writes cover whole bytes of bitmaps: the programs ask for that.
+    for (format, block, unit) in
+        [("vhd", Some(2 * MIB), 4096), ("vhdx", Some(2 * MIB), 4096), ("vmdk", None, 1)]
+    {
+        let peers = peers(format, python.as_ref(), node.as_ref());
+        let mut random = Rng::with_seed(seed());
+        let links = random.usize(1..=6);
+        let dir = common::folder();
+        let members = chain(dir.path(), format, &vec![block; links + 1], unit);
+        let (host, snapshots) = (HostFs::shared(), 0);
+        let mut life = Life { host, dir, format, unit, members, snapshots };
+        for number in 0..12 {
+            let what = life.step(number, &mut random);
+            let when = format!("{format}, {links} links, step {number}: {what}");
+            for (path, model) in &life.members {
+                same(&contents(path), model, &when);
+                assert_eq!(errors(&life.host, path).unwrap(), [""; 0], "{when}");
+                let raw = life.dir.path().join("read.raw");
+                for peer in &peers {
+                    peer(path, &raw);
+                    same(&std::fs::read(&raw).unwrap(), model, &when);
+                }
+            }
+            life.scribble(&mut random);
+        }
+        println!("{format}: {} programs agree", peers.len());
+    }
 }

@@ -171,7 +171,8 @@ fn whatever_a_crash_leaves_is_the_one_or_the_other_or_completed_by_applying_agai
     let bases = bases();
     let counts = in_parallel(&bases, |(base, blocks)| {
         let name = format!("{} {:?}", base.format, base.spec.subformat);
-        let found = commands::apply_delta(base, blocks).crash(budget);
+        let command = commands::apply_delta(base, blocks, &mut Rng::with_seed(seed()));
+        let found = command.crash(budget);
         (name.clone(), found.unwrap_or_else(|e| panic!("{name}: {e}")))
     });
     for (name, count) in counts {

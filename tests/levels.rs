@@ -129,10 +129,10 @@ fn a_top_that_is_larger_makes_its_ancestor_as_large() {
 }
 
 /// Judges what crashes leave of a command on every kind of chain.
-fn crashes(command: fn(&Base, &[Option<u64>]) -> commands::Command<'static>) {
+fn crashes(command: fn(&Base, &[Option<u64>], &mut Rng) -> commands::Command<'static>) {
     let budget = number("FLATDISK_CRASH_STATES", 80) as usize;
     let failures = in_parallel(&bases(), |(base, blocks)| {
-        let command = command(base, blocks);
+        let command = command(base, blocks, &mut Rng::with_seed(seed()));
         let judged = command.crash(budget).and_then(|_| command.crash_sharing(budget));
         judged.err().map(|e| format!("{} {:?}: {e}", base.format, base.spec.subformat))
     });

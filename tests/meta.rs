@@ -136,7 +136,8 @@ fn killed_at_any_moment_all_is_set_or_nothing() {
     let budget = number("FLATDISK_CRASH_STATES", 120) as usize;
     in_parallel(&bases(), |(base, _)| {
         let context = format!("{} {:?}", base.format, base.spec.subformat);
-        let judged = commands::set_meta(base).crash(budget);
+        let command = commands::set_meta(base, &mut Rng::with_seed(seed()));
+        let judged = command.crash(budget);
         judged.unwrap_or_else(|e| panic!("{context}: {e}"));
     });
 }

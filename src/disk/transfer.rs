@@ -202,7 +202,6 @@ pub(crate) fn copy_layers(
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::sync::Arc;
 
     use super::*;
     use crate::disk::flat;
@@ -239,7 +238,7 @@ mod tests {
         });
         into.close().unwrap();
         let recording = recorder.recording();
-        let lens: Vec<_> = recording.ops().iter().filter_map(|op| match &op.change {
+        let lens = recording.ops().iter().filter_map(|op| match &op.change {
             Change::Write { data, .. } => Some(data.len()),
             _ => None,
         });

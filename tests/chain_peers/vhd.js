@@ -1,8 +1,10 @@
 // What Xen Orchestra's vhd-lib does with differencing VHDs:
 //   vhd.js chain PARENT CHILD        makes the empty disk CHILD a child of PARENT
 //   vhd.js write IMAGE SECTOR FILE   writes the contents of FILE from SECTOR on
+//   vhd.js flat IMAGE TARGET         makes one dynamic disk of all that a chain holds
 const fs = require('fs')
-const { default: Vhd, chainVhd } = require('vhd-lib')
+const { pipeline } = require('stream/promises')
+const { default: Vhd, chainVhd, createSyntheticStream } = require('vhd-lib')
 
 // Files as the library wants them.
 const files = {
@@ -31,6 +33,9 @@ const commands = {
     await vhd.readBlockAllocationTable()
     await vhd.writeData(Number(sector), fs.readFileSync(file))
     await vhd.writeFooter()
+  },
+  flat: async (image, target) => {
+    await pipeline(await createSyntheticStream(files, image), fs.createWriteStream(target))
   },
 }
 

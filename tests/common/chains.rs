@@ -51,10 +51,10 @@ pub fn try_open(host: &Arc<dyn Host>, path: &Path, access: Access) -> Result<Ima
 }
 
 pub fn contents(image: &Image) -> Vec<u8> {
-    read(image).unwrap_or_else(|e| panic!("{e}"))
+    try_contents(image).unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn read(image: &Image) -> Result<Vec<u8>, Error> {
+pub fn try_contents(image: &Image) -> Result<Vec<u8>, Error> {
     let mut bytes = vec![0; image.disk.size() as usize];
     image.disk.read_at(0, &mut bytes)?;
     Ok(bytes)
@@ -189,7 +189,7 @@ impl ChangeOfChain {
     pub fn judge(&self, state: &Arc<MemoryHost>, done: bool) -> Result<(), String> {
         let state: Arc<dyn Host> = state.fork();
         let holds = |path: &Path, model: &[u8]| {
-            let found = try_open(&state, path, Access::Read).and_then(|image| read(&image));
+            let found = try_open(&state, path, Access::Read).and_then(|image| try_contents(&image));
             match found.map_err(|e| e.to_string())? == model {
                 true => Ok(()),
                 false => Err(format!("{} holds something else", path.display())),
@@ -215,7 +215,8 @@ impl ChangeOfChain {
         let there = state.open(&self.child, Access::Peek).is_ok();
         if self.how().over_siblings && !there {
             let sibling = try_open(&state, &self.sibling, Access::Read);
-            if sibling.and_then(|image| read(&image)).is_ok_and(|found| found != self.below) {
+            if sibling.and_then(|image| try_contents(&image)).is_ok_and(|found| found != self.below)
+            {
                 return Err("a sibling does not see that its parent changed".to_owned());
             }
         }
@@ -247,7 +248,7 @@ impl ChangeOfChain {
         }
         if self.merges() {
             let parent = try_open(state, &self.parent, Access::Read);
-            let found = parent.and_then(|image| read(&image)).map_err(|e| e.to_string())?;
+            let found = parent.and_then(|image| try_contents(&image)).map_err(|e| e.to_string())?;
             if found != self.whole {
                 return Err("the parent does not hold everything".to_owned());
             }
@@ -256,7 +257,7 @@ impl ChangeOfChain {
             return Ok(());
         }
         let child = try_open(state, &self.child, Access::Read).map_err(|e| e.to_string())?;
-        if read(&child).map_err(|e| e.to_string())? != self.whole {
+        if try_contents(&child).map_err(|e| e.to_string())? != self.whole {
             return Err("the child holds something else".to_owned());
         }
         let parent = if self.operation == "rebase" { &self.other } else { &self.parent };

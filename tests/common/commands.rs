@@ -14,7 +14,7 @@ use flatdisk::storage::memory::{MemoryFile, MemoryHost};
 use flatdisk::storage::recording::{Recording, RecordingHost};
 use flatdisk::storage::{Access, Host, Storage};
 
-use super::chains::{contents, make_child, open, scribble, try_open};
+use super::chains::{contents, make_child, open, scribble, try_contents, try_open};
 use super::images::{Image as Base, errors};
 use super::{crash, seed};
 
@@ -118,10 +118,10 @@ pub fn files(base: &Base) -> usize {
 /// Whether the image shows this, whatever a check finds.
 pub fn shows(host: &Arc<dyn Host>, path: &Path, model: &[u8]) -> Result<(), String> {
     let image = try_open(host, path, Access::Read).map_err(|e| e.to_string())?;
-    if contents(&image) != model {
-        return Err(format!("{} holds something else", path.display()));
+    match try_contents(&image).map_err(|e| e.to_string())? == model {
+        true => Ok(()),
+        false => Err(format!("{} holds something else", path.display())),
     }
-    Ok(())
 }
 
 /// Whether the image shows this, and is sound.
@@ -376,8 +376,8 @@ fn mended(host: &Arc<dyn Host>, path: &Path, model: &[u8]) -> Result<(), String>
 }
 
 /// Merges a chain of four into its first.
-pub fn merge_levels(base: &Base, blocks: &[Option<u64>]) -> Command<'static> {
-    let chain = Chain::new(base, blocks, 3, &mut Rng::with_seed(seed()));
+pub fn merge_levels(base: &Base, blocks: &[Option<u64>], random: &mut Rng) -> Command<'static> {
+    let chain = Chain::new(base, blocks, 3, random);
     let [bottom, second, third, top] = <[_; 4]>::try_from(chain.members).unwrap();
     let paths = (top.0.clone(), bottom.0.clone());
     let merge = move |host: &Arc<dyn Host>| {
@@ -395,8 +395,8 @@ pub fn merge_levels(base: &Base, blocks: &[Option<u64>]) -> Command<'static> {
         // What is left of the others says that it is not whole.
         if intact.is_err() {
             for (path, _) in [&second, &third, &top] {
-                if let Ok(image) = try_open(state, path, Access::Read)
-                    && contents(&image) != top.1
+                let found = try_open(state, path, Access::Read);
+                if found.and_then(|image| try_contents(&image)).is_ok_and(|held| held != top.1)
                     && state.open(&top.0, Access::Peek).is_err()
                 {
                     return Err(format!("{} shows something older", path.display()));
@@ -413,14 +413,13 @@ pub fn merge_levels(base: &Base, blocks: &[Option<u64>]) -> Command<'static> {
 }
 
 /// Takes the second of a chain of three out, on which two others stand.
-pub fn merge_middle(base: &Base, blocks: &[Option<u64>]) -> Command<'static> {
-    let mut random = Rng::with_seed(seed());
-    let chain = Chain::new(base, blocks, 2, &mut random);
+pub fn merge_middle(base: &Base, blocks: &[Option<u64>], random: &mut Rng) -> Command<'static> {
+    let chain = Chain::new(base, blocks, 2, random);
     let [bottom, middle, child] = <[_; 3]>::try_from(chain.members).unwrap();
     let second = bottom.0.with_file_name("second").with_extension(base.format);
     make_child(&chain.host, &second, &middle.0, None);
     let mut model = middle.1.clone();
-    scribble(&chain.host, &second, &mut model, &mut random, 4);
+    scribble(&chain.host, &second, &mut model, random, 4);
     let path = middle.0.clone();
     let merge =
         move |host: &Arc<dyn Host>| levels::merge_middle(host, &path, &read_only(), &()).map(drop);
@@ -501,7 +500,7 @@ impl Deltas {
     /// Whether an image on `host` is that generation.
     pub fn check(&self, host: &Arc<dyn Host>, path: &Path, number: usize) -> Result<(), String> {
         let image = try_open(host, path, Access::Read).map_err(|e| e.to_string())?;
-        if contents(&image) != self.models[number] {
+        if try_contents(&image).map_err(|e| e.to_string())? != self.models[number] {
             return Err(format!("{} does not hold generation {number}", path.display()));
         }
         if image.identity != self.identity(number) {
@@ -518,8 +517,8 @@ pub fn apply(host: &Arc<dyn Host>, delta: &[u8], path: &Path) -> Result<Applied,
 }
 
 /// Puts a delta onto a copy of the image that it was made against.
-pub fn apply_delta(base: &Base, blocks: &[Option<u64>]) -> Command<'static> {
-    let chain = Deltas::new(base, blocks, 1, &mut Rng::with_seed(seed()));
+pub fn apply_delta(base: &Base, blocks: &[Option<u64>], random: &mut Rng) -> Command<'static> {
+    let chain = Deltas::new(base, blocks, 1, random);
     let delta: Arc<[u8]> = chain.delta(0, 1).into();
     let (files, target, own) = (chain.host.clone(), chain.target.clone(), delta.clone());
     let run = move |host: &Arc<dyn Host>| apply(host, &own, &target).map(drop);
@@ -536,7 +535,7 @@ pub fn apply_delta(base: &Base, blocks: &[Option<u64>]) -> Command<'static> {
             () => None,
         };
         if let Some(number) = model
-            && contents(&image) != chain.models[number]
+            && try_contents(&image).map_err(|e| e.to_string())? != chain.models[number]
         {
             return Err(format!("it is known as generation {number}, and holds something else"));
         }
@@ -608,8 +607,8 @@ pub fn settings(format: &str) -> &'static [(&'static str, [&'static str; 2])] {
 }
 
 /// Sets all that an image can say about itself.
-pub fn set_meta(base: &Base) -> Command<'static> {
-    let (files, path, model) = filled(base, "disk", &mut Rng::with_seed(seed()));
+pub fn set_meta(base: &Base, random: &mut Rng) -> Command<'static> {
+    let (files, path, model) = filled(base, "disk", random);
     let values: Vec<_> =
         settings(base.format).iter().map(|(key, values)| (*key, values[0])).collect();
     let original: Arc<dyn Host> = files.clone();

@@ -110,7 +110,10 @@ impl Structure {
         let mut reserved = vec![0..FOOTER, header_range];
         reserved.push(table_at..table_at + table_size(table_entries));
         reserved.extend(batmap.iter().flat_map(Batmap::ranges));
-        reserved.extend(locators.ranges());
+        // Whoever makes a dynamic disk of a child may leave locators that lead into its blocks.
+        if footers.disk_type == DiskType::Differencing {
+            reserved.extend(locators.ranges());
+        }
         merge(&mut reserved);
         Ok(Self {
             header,

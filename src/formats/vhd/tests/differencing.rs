@@ -226,6 +226,25 @@ fn a_dynamic_disk_with_a_parents_names_ignores_them() {
     assert_eq!(image.info.warnings.len(), 1, "{:?}", image.info.warnings);
 }
 
+#[test]
+fn a_locator_left_in_a_dynamic_disk_may_lead_into_a_block() {
+    let host = dynamic(8 * MIB);
+    let image = open(&host);
+    image.disk.write_at(0, &[0x44; 4096]).unwrap();
+    image.disk.close().unwrap();
+    edited(&host, |bytes| {
+        let block = u64::from(bat(bytes, 0)) * 512;
+        edit_header(bytes, |h| {
+            h.parent_locators[0].platform_code = *b"W2ku";
+            h.parent_locators[0].data_length = 24.into();
+            h.parent_locators[0].data_space = 512.into();
+            h.parent_locators[0].data_offset = block.into();
+        });
+    });
+    assert_eq!(read(&open(&host), 0, 4096), [0x44; 4096]);
+    assert_eq!(check(&host).errors, 0, "{:?}", check(&host).findings);
+}
+
 /// A block would take the place that the locator names, and a guest's data name the parent.
 #[test]
 fn a_locator_that_was_cut_off_forbids_writing() {
