@@ -252,7 +252,7 @@ impl Life {
                 drop(image);
                 // Others stand on what stays.
                 let model = self.members[top].1.clone();
-                let moved = self.dir.path().join(format!("{number}.{}", self.format));
+                let moved = self.dir.path().join(format!("delta{number}.{}", self.format));
                 std::fs::rename(&copy, &moved).unwrap();
                 self.forget(0..top + 1);
                 self.members.push((moved, model));
