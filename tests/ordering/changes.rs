@@ -36,7 +36,6 @@ const HARMLESS: &[(&str, &str)] = &[
     ("vhd: hole | table", FOOTER_HOLE),
     ("vhd: hole | nothing", PROMISE),
     ("vhd: length | nothing", PROMISE),
-    ("vhd: table | footer", "the footer goes into the gap before a block of ours"),
     ("vhd: table | hole", "before the end only blocks of zeroes are punched"),
     ("vhd: table | length", "the file only grows there"),
     ("vhd flatten: footer | dynamic header", "nothing leads to the new header yet"),
