@@ -9,7 +9,7 @@ use flatdisk::storage::Storage;
 use flatdisk::storage::memory::MemoryFile;
 use flatdisk::volumes::{Copy, Kind, TableKind, Volumes, volumes, with_usage};
 
-use crate::common::partitions::{crc, entry, gpt, mbr};
+use crate::common::partitions::{entry, gpt, mbr};
 use crate::common::{self, tools::have};
 use crate::made::sfdisk;
 
