@@ -139,15 +139,18 @@ fn pieces<'b, 'a: 'b>(copies: &'b [Copy<'a>]) -> impl Iterator<Item = Piece<'a>>
     })
 }
 
-/// Reads a piece to `buf`, which becomes empty where it is all zeroes.
-fn read(file: &dyn Storage, piece: &Piece<'_>, buf: &mut Vec<u8>) -> Result<()> {
+/// Reads a piece of the first `len` bytes of the file to `buf`, which becomes empty where it is all zeroes.
+fn read(file: &dyn Storage, len: u64, piece: &Piece<'_>, buf: &mut Vec<u8>) -> Result<()> {
     let Piece { from, what, .. } = piece;
+    // That is damage. What is written behind the end meanwhile would make a hole of it.
+    if from.end > len {
+        let e = Error::corrupt(format!("{what} lies past the end of the file"));
+        return Err(e.in_file(file.path()).at(from.start));
+    }
     let looking =
         |e| Error::io(format!("looking for {what}"), &e).in_file(file.path()).at(from.start);
     let data = file.first_data(from.start).map_err(looking)?;
-    let is_hole = data.is_none_or(|data| data >= from.end);
-    // What lies past the end is damage, and no hole.
-    if is_hole && from.end <= file.len().map_err(looking)? {
+    if data.is_none_or(|data| data >= from.end) {
         buf.clear();
         return Ok(());
     }
@@ -171,6 +174,7 @@ fn write(file: &dyn Storage, piece: &Piece<'_>, bytes: &[u8]) -> Result<()> {
 /// Reads and writes.
 fn copy_bytes(file: &dyn Storage, copies: &[Copy<'_>], progress: &dyn Progress) -> Result<()> {
     let total: u64 = copies.iter().map(|copy| copy.from.end - copy.from.start).sum();
+    let len = file.len().map_err(|e| Error::io("stat", &e).in_file(file.path()))?;
     let mut unsent = 0;
     let mut put = |piece: &Piece<'_>, bytes: &[u8]| {
         write(file, piece, bytes)?;
@@ -186,14 +190,14 @@ fn copy_bytes(file: &dyn Storage, copies: &[Copy<'_>], progress: &dyn Progress) 
     if total < WORTH_A_THREAD {
         let mut buf = Vec::new();
         return pieces(copies).try_for_each(|piece| {
-            read(file, &piece, &mut buf)?;
+            read(file, len, &piece, &mut buf)?;
             put(&piece, &buf)
         });
     }
     std::thread::scope(|scope| {
         let (full, to_write) = sync_channel(AHEAD);
         let (empty, to_fill) = sync_channel(AHEAD + 1);
-        scope.spawn(move || read_ahead(file, copies, &full, &to_fill));
+        scope.spawn(move || read_ahead(file, len, copies, &full, &to_fill));
         for (piece, bytes) in to_write {
             let bytes: Vec<u8> = bytes?;
             put(&piece, &bytes)?;
@@ -207,13 +211,14 @@ fn copy_bytes(file: &dyn Storage, copies: &[Copy<'_>], progress: &dyn Progress) 
 /// Reads pieces until all are read, one cannot be, or nobody takes them any more.
 fn read_ahead<'a>(
     file: &dyn Storage,
+    len: u64,
     copies: &[Copy<'a>],
     full: &SyncSender<(Piece<'a>, Result<Vec<u8>>)>,
     empty: &Receiver<Vec<u8>>,
 ) {
     for piece in pieces(copies) {
         let mut buf = empty.try_recv().unwrap_or_default();
-        let result = read(file, &piece, &mut buf).map(|()| buf);
+        let result = read(file, len, &piece, &mut buf).map(|()| buf);
         let failed = result.is_err();
         if full.send((piece, result)).is_err() || failed {
             return;
@@ -270,10 +275,13 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_that_cannot_be_read_or_written_ends_a_copy() {
-        let file: Arc<dyn Storage> = MemoryFile::new("a", &vec![7; 6 << 20]);
-        let group = Copies::of(Copy { from: 1 << 20..7 << 20, to: 20 << 20, what: "a block" });
-        let e = group.carry_out(&file, &()).unwrap_err();
-        assert!(e.to_string().contains("a block lies past the end of the file"), "{e}");
+    fn a_piece_that_cannot_be_read_ends_a_copy_however_long_the_file_becomes_meanwhile() {
+        // With a second thread, and without.
+        for from in [1 << 20..7 << 20, 5 << 20..7 << 20] {
+            let file: Arc<dyn Storage> = MemoryFile::new("a", &vec![7; 6 << 20]);
+            let group = Copies::of(Copy { from, to: 20 << 20, what: "a block" });
+            let e = group.carry_out(&file, &()).unwrap_err();
+            assert!(e.to_string().contains("a block lies past the end of the file"), "{e}");
+        }
     }
 }
