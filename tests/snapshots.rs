@@ -137,7 +137,7 @@ fn an_image_in_a_live_mount_is_frozen_unless_somebody_writes_to_it() {
         };
         let mut writer = File::options().write(true).open(&flat).unwrap();
         let said = refused(dir, &["snapshot", name, "one"]);
-        let daemon = format!("process {} (flatdisk)", mount.pid());
+        let daemon = format!("process {} (flatdisk at ", mount.pid());
         assert!(said.contains("in use") && said.contains(&daemon), "{said}");
         assert!(!dir.join(frozen).exists());
         for command in

@@ -89,6 +89,10 @@ impl BlockMap for RawMap {
         &self.files
     }
 
+    fn fixed(&self) -> bool {
+        true
+    }
+
     fn lookup(&self, want: DiskRange, out: &mut ExtentList) -> Result<()> {
         let end = want.end.min(self.whole());
         if want.start < end {
