@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[allow(dead_code, reason = "its main")]
+#[path = "../examples/redo.rs"]
+mod redo;
+#[allow(dead_code, reason = "its main")]
 #[path = "../examples/scan.rs"]
 mod scan;
 #[allow(dead_code, reason = "its main")]
@@ -17,6 +20,7 @@ use flatdisk::{ErrorKind, OpenOptions};
 fn the_examples_do_what_they_say() {
     sectors::demonstrate().unwrap();
     scan::demonstrate().unwrap();
+    redo::demonstrate().unwrap();
 }
 
 #[test]
