@@ -109,7 +109,7 @@ struct Words {
     /// Permission bits taken from directories, octal [default: 000].
     #[arg(long, value_name = "MASK")]
     dmask: Option<OsString>,
-    /// Threads that serve requests, 1 to 64 [default: one per processor, 4 to 16].
+    /// Threads that read requests at a time, 1 to 64 [default: one per processor, 4 to 16].
     #[arg(long, value_name = "COUNT")]
     threads: Option<OsString>,
     /// Memory for tables of all images together, in bytes or with K, M, G [default: 32M].
@@ -118,7 +118,7 @@ struct Words {
     /// Let the kernel collect small writes; errors then show at fsync and close.
     #[arg(long, overrides_with = "nowriteback")]
     writeback: bool,
-    /// Write through to the image at once [default].
+    /// Write through to the image at once, which is the default.
     #[arg(long)]
     nowriteback: bool,
     /// Never let the kernel read and write flat extents by itself; by default it does where it can.

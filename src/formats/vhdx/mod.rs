@@ -30,7 +30,7 @@
 //!
 //! **A write** into a block that is not stored goes to space that no table names, a write into a
 //! stored block to its place; neither is durable before the next flush. BAT and sector bitmaps
-//! change in memory only. Their pages have space of the host by then ([`room`](crate::disk::room)), as
+//! change in memory only. Their pages have space of the host by then (`disk::room`), as
 //! the log has from the first write on: a full host is told to the writer, never to a flush.
 //!
 //! **A flush**:

@@ -14,7 +14,7 @@
 //! 2. A new grain lies in space that no durable table leads to: behind the end of the file, which is
 //!    extended first, or where a grain was freed by tables that are durable. The disk fills it
 //!    completely; only then its entry changes, in memory. Before that the page of the table, and its
-//!    redundant copy, get space of the host ([`room`](crate::disk::room)), so that 3 finds room.
+//!    redundant copy, get space of the host (`disk::room`), so that 3 finds room.
 //! 3. A flush ([`writer`](crate::disk::writer)) takes a snapshot of the changed table pages, syncs the payload, writes the redundant
 //!    tables, then the primary ones, and syncs again. What the snapshot freed is free from here on.
 //! 4. Closing, with all tables durable, cuts off unused space at the end, clears the unclean marks
