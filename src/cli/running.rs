@@ -465,12 +465,17 @@ fn ask_all(
         let answer = answer.unwrap_or_else(silent);
         (mount, answer)
     });
-    // Of those that nobody named, the dead and other users' do not count.
-    let counts = |answer: &Result<Answer>| {
-        let kind = answer.as_ref().err().map(Error::kind);
-        !paths.is_empty() || !matches!(kind, Some(ErrorKind::NotFound | ErrorKind::Denied))
-    };
-    Ok(answers.filter(|(_, answer)| counts(answer)).collect())
+    let mut answers: Vec<_> = answers.collect();
+    if paths.is_empty() && answers.iter().any(|(_, answer)| answer.is_err()) {
+        // Of those that nobody named, the dead, other users', and such as are gone by now do not count.
+        let now = mounts::mount_table()?;
+        let counts = |mount: &MountEntry, e: &Error| {
+            let missing = matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Denied);
+            !missing && now.contains(mount)
+        };
+        answers.retain(|(mount, answer)| answer.as_ref().err().is_none_or(|e| counts(mount, e)));
+    }
+    Ok(answers)
 }
 
 /// Prints a daemon's complaints and returns the exit status they make.
