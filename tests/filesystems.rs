@@ -186,7 +186,7 @@ fn becomes_short(guest: &Guest, name: &str, options: &[&str], trims: bool) {
     let mount = Mount::new(folder.path(), &[]);
     let device = Loop::new(&mount.flat(name), &[]);
     succeed(Command::new(guest.mkfs[0]).args(&guest.mkfs[1..]).arg(&device.device));
-    let fs = MountedFs::new(&device.device, guest.mount);
+    let mut fs = MountedFs::new(&device.device, guest.mount);
     let mut bytes = vec![0; 4 << 20];
     let mut random = fastrand::Rng::with_seed(1);
     for number in 0..30 {
@@ -198,7 +198,9 @@ fn becomes_short(guest: &Guest, name: &str, options: &[&str], trims: bool) {
         fs::remove_file(fs.path().join(format!("{number}"))).unwrap();
     }
     if trims {
-        succeed(Command::new("sync").arg("-f").arg(fs.path()));
+        // XFS frees what was deleted some time later, at the latest when it is unmounted.
+        fs.unmount();
+        fs = MountedFs::new(&device.device, guest.mount);
         run("fstrim", &[&fs.path()]);
     } else {
         let zeroes = fs.path().join("zeroes");
